@@ -8,7 +8,7 @@ from typing import Any
 
 from purify_fast._files import FolderInUse
 
-from .gpu import gpu_check
+from .gpu import gpu_check, gpu_lease
 from .pages import fill
 from .robustness import answer, contests, pack_zoo, smoothing
 from .robustness.broken import run_broken
@@ -33,7 +33,8 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (run_study, "run a study of robustness, which trains and attacks models"),
-    "gpu_check": (gpu_check, "run the checks that need a GPU, in two calls of 150 s and of nine minutes"),
+    "gpu_check": (gpu_check, "run the checks that need a GPU, in calls of 150 s, of 200 s and of nine minutes"),
+    "gpu_lease": (gpu_lease, "run the most important of these checks in 13 minutes"),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),
     "report": (fill, "write all tables and pictures again from the results files"),
 }

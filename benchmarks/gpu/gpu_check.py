@@ -1,9 +1,10 @@
-"""Run all checks that need a GPU, in two calls for a rented card.
+"""Run all checks that need a GPU, in three calls for a rented card.
 
 - ``correct`` verifies every kernel, runs the tests that need a GPU, and runs compute-sanitizer. All three run side by
   side. The call ends within 150 seconds.
-- ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD,
-  evaluations, trainings and loops of users, and pipelines. The call ends within nine minutes.
+- ``goals`` measures what this package promises, beside an expert's code. The call ends within 200 seconds.
+- ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD and its
+  kernels, evaluations, trainings and loops of users, and pipelines. The call ends within nine minutes.
 
 A call consists of sections. Each section has a separate process and a time limit, which includes the start of the
 process and all preparation.
@@ -31,6 +32,7 @@ import os
 import platform
 import shutil
 import signal
+import subprocess
 import tarfile
 import threading
 import time
@@ -46,7 +48,7 @@ from purify_fast import __version__
 from purify_fast._files import folder_lock, write_text
 from purify_fast.ops.dispatch import tuning
 
-from .. import options
+from .. import RESULTS, options
 from ..prose import rendered
 from ..speed import sheets, timing
 from ..speed.running import device_class
@@ -76,7 +78,9 @@ class Call(NamedTuple):
     together: bool
 
 
-CALLS = {"correct": Call((150, 3600), True), "measured": Call((540, 14400), False)}
+CALLS = {"correct": Call((150, 3600), True), "goals": Call((200, 7200), False), "measured": Call((540, 14400), False)}
+#: The command that tells the commit of this tree.
+COMMIT = f"git -C '{RESULTS.parent}' describe --always --dirty --exclude='*'"
 _packing = threading.Lock()
 
 
@@ -86,6 +90,7 @@ def _rehearse(out: Path) -> None:
     # Inductor's C++ code is compiled without optimization, which takes half of the time.
     os.environ["AOT_INDUCTOR_DEBUG_COMPILE"] = "1"
     tuning.SIZES["cpu"], tuning.SECONDS = [2**10, 2**14], 1e-5
+    timing.REHEARSAL = True
 
 
 def lacking(out: Path) -> contextlib.AbstractContextManager[Any]:
@@ -198,11 +203,10 @@ class _Run:
 
     def __init__(self, call: str, out: Path, device: torch.device, chosen: argparse.Namespace):
         self.call, self.rehearsal = call, chosen.rehearse
-        self.ends = time.monotonic() + CALLS[call].seconds[self.rehearsal] - CLOSING[self.rehearsal]
+        self.ends = time.monotonic() + (chosen.seconds or CALLS[call].seconds[self.rehearsal]) - CLOSING[self.rehearsal]
         self.context = Context(out, device, self.rehearsal, 0.0, chosen.data)
         self.resume = chosen.resume
-        own = [name for name, section in SECTIONS.items() if section.call == call]
-        self.results: dict[str, dict | None] = dict.fromkeys(name for name in own if name in chosen.only)
+        self.results: dict[str, dict | None] = {name: None for name in chosen.only if SECTIONS[name].call == call}
 
     def _one(self, name: str) -> None:
         limit = min(SECTIONS[name].limits[self.rehearsal], self.ends - time.monotonic())
@@ -247,7 +251,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     rehearse = "rehearse every section on the CPU; the numbers mean nothing"
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
     options.add_out(parser, "/<device>", quick=False)
-    options.add_names(parser, SECTIONS, "--only", "sections of these calls to run")
+    options.add_names(parser, SECTIONS, "--only", "sections of these calls to run, in this order")
+    parser.add_argument("--seconds", type=float, help="time limit of each call; default: that of the call")
     parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier call has written")
     data = "folder with CIFAR-10, or path of an .npz file; default: the current folder"
     parser.add_argument("--data", type=Path, help=data)
@@ -260,6 +265,9 @@ def main(chosen: argparse.Namespace) -> bool:
     device = torch.device("cpu" if chosen.rehearse else "cuda")
     # Make the path absolute, because pytest runs in another folder.
     out = options.out_of(chosen, chosen.rehearse, device_class(device)).resolve()
+    if chosen.rehearse and out.is_relative_to(RESULTS):
+        raise ValueError(f"--out of a rehearsal must not be in {RESULTS}, got {out}")
+    print(f"{timing.environment(device)['device']}, commit {subprocess.getoutput(COMMIT)}", flush=True)
     good = True
     with folder_lock(out), lacking(out) if chosen.rehearse else contextlib.nullcontext():
         (out / "gpu_check").mkdir(parents=True, exist_ok=True)

@@ -41,14 +41,14 @@ from ..speed import kernel_times, limits, race, sheets, timing
 from ..speed.pipelines import pgd_forms
 from ..speed.pipelines.carso_inference import classifier
 from ..speed.running import Budget, run_pipelines
-from . import in_use
+from . import goals, in_use
 
 ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")
 #: The folder of the tests that pytest runs.
 TESTS = ("tests/gpu",)
 CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
-PGD, IN_USE = "pgd.csv", "in_use.csv"
+PGD, IN_USE, GOALS, PROFILE = "pgd.csv", "in_use.csv", "goals.csv", "profile.csv"
 #: The pipelines that are measured, the most important first. The form of AToP in plain PyTorch takes long on a GPU.
 PIPELINES = ("arrest_step", "carso_training", "carso_inference", "diffusion", "atop_finetune")
 #: The number of images that are attacked by `standard`.
@@ -285,6 +285,17 @@ def forms_of_pgd(context: Context) -> Outcome:
     return measured(context, PGD, {f"{count} images": partial(_forms_of_pgd, context, count) for count in counts})
 
 
+def reached_goals(context: Context) -> Outcome:
+    """Measure the goals by this package and by an expert, each in a process of its own (see `goals`)."""
+    results: dict[str, Tensor] = {}
+    return measured(context, GOALS, {part: partial(goals.row_of, part, context, results) for part in goals.PARTS})
+
+
+def profile(context: Context) -> Outcome:
+    """Count and time the kernels in a run of PGD-10."""
+    return measured(context, PROFILE, {goals.PGD: partial(goals.profiled, context.device, context.rehearsal)})
+
+
 def measured_limits(context: Context) -> Outcome:
     rows = limits.run(context.device, context.rehearsal, context.out)
     return Outcome(PASSED, "; ".join(f"{row['limit']} {float(row['median']):,.0f} {row['unit']}" for row in rows))
@@ -414,8 +425,10 @@ SECTIONS = {
     "verdicts": Section("correct", verdicts, (140, REHEARSED), (VERDICTS,)),
     "sanitizer": Section("correct", sanitizer, (140, REHEARSED)),
     "tests": Section("correct", tests, (140, REHEARSED)),
+    "goals": Section("goals", reached_goals, (185, REHEARSED), (GOALS,)),
     "limits": Section("measured", measured_limits, (25, REHEARSED)),
     "pgd": Section("measured", forms_of_pgd, (190, REHEARSED), (PGD,)),
+    "profile": Section("measured", profile, (25, REHEARSED), (PROFILE,)),
     "standard": Section("measured", standard, (60, REHEARSED), (STANDARD,)),
     "in_use": Section("measured", used, (70, REHEARSED), (IN_USE,)),
     # This section carries most claims, so the sections after it get what it leaves, or a call of their own (--only).

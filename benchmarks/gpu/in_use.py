@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from purify_fast import frozen_copy
+from purify_fast._validation import in_one_line
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs
+from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
 from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.loop import step_settings, train_step
 
@@ -54,13 +56,16 @@ def replays() -> Iterator[list[None]]:
         yield seen
 
 
-def _row(form: str, device: torch.device, seen: list[None], said: list[Any], **columns: Any) -> dict:
-    verdict = "right" if seen or device.type == "cpu" else "failed"
+def row(
+    form: str, device: torch.device, seen: list[None], said: list[Any], *, captured: bool = True, **columns: Any
+) -> dict:
+    """Return a row. What should be captured has failed on a GPU if no graph was replayed."""
+    verdict = "right" if seen or not captured or device.type == "cpu" else "failed"
     texts = dict.fromkeys(str(one.message).splitlines()[0] for one in said)
     return {"form": form, **columns, "replays": len(seen), "verdict": verdict, "warnings": "; ".join(texts)}
 
 
-def _task(device: torch.device, small: bool, steps: int) -> ClassifierTask:
+def classifier_task(device: torch.device, small: bool, steps: int) -> ClassifierTask:
     torch.manual_seed(0)
     model = PreActResNet18(width=4 if small else 64).to(device)
     attack = TrainingAttack(eps=EPS, steps=steps, alpha=max(ALPHA, EPS / steps))
@@ -78,29 +83,40 @@ class _Epochs(Callback):
         self.rows.append((state.images_per_second, len(self.seen)))
 
 
-def training(device: torch.device, small: bool) -> list[dict]:
-    """Train by `fit` from beginning to end, from images on the CPU, with a validation after every epoch.
+def _trained(form: str, task: ClassifierTask, count: int, config: FitConfig, device: torch.device) -> list[dict]:
+    """Train by `fit` from beginning to end, from random images on the CPU. Return a row for each epoch.
 
-    Returns:
-        A row for each epoch.
+    A row says whether the training ended, and whether memory ran out, so that the CUDA graphs were dropped.
     """
-    task, generator = _task(device, small, 2 if small else STEPS), torch.Generator().manual_seed(1)
-    count, batch = (64, 16) if small else (12_800, 128)
-    x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
+    x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    task.graphs = graphs = StepGraphs(config.cuda_graphs)
+    error = ""
     with replays() as seen, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         epochs, begin = _Epochs(seen), now(device)
-        fit(task, x, torch.arange(count) % 10, config, progress=False, callbacks=[epochs])
+        try:
+            fit(task, x, torch.arange(count) % 10, config, progress=False, callbacks=[epochs])
+        except Exception as raised:
+            error = in_one_line(raised)
         whole, before, rows = now(device) - begin, 0, []
-    for epoch, (speed, until) in enumerate(epochs.rows):
-        numbers = {"images": batch, "images_per_s": f"{speed:.0f}", "whole_s": f"{whole:.2f}"}
-        rows.append(_row(f"fit, epoch {epoch}", device, seen[before:until], said, **numbers))
+    about = {"images": config.batch_size, "whole_s": f"{whole:.2f}", "ended": not error, "error": error}
+    about |= {"captures": graphs.captures, "dropped": graphs.mode == "off"}
+    for epoch, (speed, until) in enumerate([*epochs.rows, (0.0, len(seen))] if error else epochs.rows):
+        rows.append(
+            row(f"{form}, epoch {epoch}", device, seen[before:until], said, images_per_s=f"{speed:.0f}", **about)
+        )
         before = until
-    return rows
+    return [made | {"verdict": "failed"} for made in rows] if error else rows
 
 
-def _network(name: str, small: bool) -> nn.Module:
+def training(device: torch.device, small: bool) -> list[dict]:
+    """Train with a validation after every epoch. Return a row for each epoch."""
+    count, batch = (64, 16) if small else (12_800, 128)
+    config = FitConfig(3, batch, validation_share=0.125, flip=True, padding=4)
+    return _trained("fit", classifier_task(device, small, 2 if small else STEPS), count, config, device)
+
+
+def network(name: str, small: bool) -> nn.Module:
     torch.manual_seed(0)
     if name == "ResNet-18":
         return PreActResNet18(width=4 if small else 64).eval()
@@ -114,7 +130,7 @@ def _network(name: str, small: bool) -> nn.Module:
 def loop(device: torch.device, small: bool, name: str) -> dict:
     """Attack a frozen copy in a loop of the user's own, which trains the model between the attacks."""
     count, calls = (8, 3) if small else (256, 40)
-    model = _network(name, small).to(device)
+    model = network(name, small).to(device)
     batch = random_batch(device, count, 32, 1)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     times: list[float] = []
@@ -130,34 +146,33 @@ def loop(device: torch.device, small: bool, name: str) -> dict:
             optimizer.step()
     usual = statistics.median(times[calls // 2 :])
     numbers = {"images": count, "images_per_s": f"{count / usual:.0f}", "ms": f"{1e3 * usual:.2f}"}
-    return _row(f"loop, {name}", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}")
+    return row(f"loop, {name}", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}")
+
+
+def filling(device: torch.device, small: bool) -> int:
+    """Return the number of images whose training step without a graph fills 70 % of the card's memory."""
+    if device.type != "cuda":
+        return 16
+    peaks = [_peak(device, small, count) for count in PROBES]
+    slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
+    room = SHARE * torch.cuda.get_device_properties(device).total_memory - peaks[0]
+    # Above this number, a map of the network would have more elements than 32 bits can count.
+    return min(MOST_IMAGES, PROBES[0] + int(room / slope))
 
 
 def full(device: torch.device, small: bool) -> dict:
-    """Take training steps on as many images as fill 70 % of the card's memory without a graph."""
-    peaks = [_peak(device, small, count) for count in PROBES] if device.type == "cuda" else [0, 0]
-    count = 16
-    if device.type == "cuda":
-        slope = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
-        room = SHARE * torch.cuda.get_device_properties(device).total_memory - peaks[0]
-        # Above this number, a map of the network would have more elements than 32 bits can count.
-        count = min(MOST_IMAGES, PROBES[0] + int(room / slope))
-    task, batch, times = _task(device, small, FEW_STEPS), random_batch(device, count, 32, 1), list[float]()
-    task.graphs = StepGraphs("always")
-    with replays() as seen, warnings.catch_warnings(record=True) as said, step_settings(task, FitConfig(1), device):
-        warnings.simplefilter("always")
-        for _ in range(4):
-            begin = now(device)
-            train_step(task, batch)
-            times.append(now(device) - begin)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    numbers = {"images": count, "images_per_s": f"{count / times[-1]:.0f}", "ms": f"{1e3 * times[-1]:.2f}"}
-    return _row("full card", device, seen, said, **numbers, first_ms=f"{1e3 * times[0]:.1f}", peak_MB=peak // 10**6)
+    """Train on batches that fill 70 % of the card's memory without a graph, and capture whole steps.
+
+    An epoch is a single step. A step is captured after `CAPTURE_STEPS`, and the validation comes after the last epoch.
+    """
+    count, epochs = filling(device, small), CAPTURE_STEPS + 3
+    config = FitConfig(epochs, count, validation_share=0.5, validation_every=epochs, cuda_graphs="step")
+    return _trained("full card", classifier_task(device, small, FEW_STEPS), 2 * count, config, device)[-1]
 
 
 def _peak(device: torch.device, small: bool, count: int) -> int:
     """The bytes that a training step without a graph needs."""
-    task, batch = _task(device, small, FEW_STEPS), random_batch(device, count, 32, 1)
+    task, batch = classifier_task(device, small, FEW_STEPS), random_batch(device, count, 32, 1)
     with step_settings(task, FitConfig(1, cuda_graphs="off"), device):
         train_step(task, batch)
         torch.cuda.reset_peak_memory_stats(device)

@@ -88,13 +88,15 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
         pipe.send((False, traceback.format_exc()))
 
 
-class _Process:
-    def __init__(self, *task):
+class Process:
+    """A process that calls ``work`` with one end of a pipe and further arguments."""
+
+    def __init__(self, *task, work=_work):
         # A server imports PyTorch once, and its forks are the processes. It must not use CUDA.
         context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload(["__main__", __name__])
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, *task), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, *task), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -141,7 +143,7 @@ def race(
     together = device.type == "cuda"
     # A short pause is enough on a GPU, because the other contestants have no spinning threads.
     pause = 0.02 if together else effort.pause
-    processes: dict[str, _Process] = {}
+    processes: dict[str, Process] = {}
     verdicts, finished = dict.fromkeys(case.contestants, "left out"), False
 
     # The last part of the time is for the timed runs.
@@ -151,7 +153,7 @@ def race(
         return began + limit - spare - time.monotonic()
 
     def prepare(label: str) -> None:
-        processes[label] = _Process(pipeline, name, label, device.type, quick, threads)
+        processes[label] = Process(pipeline, name, label, device.type, quick, threads)
         processes[label].order("result", "time")
 
     try:

@@ -33,6 +33,8 @@ STYLES = ("eager", "graph")
 #: Two implementations are level if the slower has at least this share of the speed of the faster.
 LEVEL = 0.95
 CONTESTANTS = ("eager", "compile", "ours")
+#: True in a process of a rehearsal, which marks its rows.
+REHEARSAL = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "triton": import_module("triton").__version__ if find_spec("triton") else "",
         "date": datetime.date.today().isoformat(),
+        **({"rehearsal": "True"} if REHEARSAL else {}),
     }
 
 

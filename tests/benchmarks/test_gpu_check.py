@@ -15,7 +15,7 @@ from forks import until
 from small_runs import attack, batch, classifier_task
 
 from benchmarks import __main__ as program
-from benchmarks.gpu import gpu_check, gpu_sections, in_use
+from benchmarks.gpu import goals, gpu_check, gpu_lease, gpu_sections, in_use
 from benchmarks.speed import limits, pipelines, running, sheets, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast.speed import StepGraphs
@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-def check(*arguments: str) -> int:
+def check(*arguments: str, command: str = "gpu_check") -> int:
     with pytest.raises(SystemExit) as end:
-        program.main(["gpu_check", *arguments])
+        program.main([command, *arguments])
     return int(end.value.code)
 
 
@@ -111,18 +111,30 @@ def test_the_package_as_users_run_it(rehearsal, monkeypatch):
     outcome = gpu_sections.used(rehearsal)
     assert outcome.state == "passed" and not outcome.left_out, outcome
     rows = sheets.read_csv(rehearsal.out / gpu_sections.IN_USE)
-    forms = ["fit, epoch 0", "fit, epoch 1", "fit, epoch 2", "loop, ResNet-18", "loop, ViT", "full card"]
+    forms = ["fit, epoch 0", "fit, epoch 1", "fit, epoch 2", "loop, ResNet-18", "loop, ViT", "full card, epoch 17"]
     assert [row["form"] for row in rows] == forms
     assert all(float(row["images_per_s"]) > 0 and row["replays"] == "0" for row in rows)
     # On a GPU, a row without a replay of a graph has failed.
     cuda = torch.device("cuda")
-    verdicts = [in_use._row("fit", cuda, seen, [])["verdict"] for seen in ([], [None])]
+    verdicts = [in_use.row("fit", cuda, seen, [])["verdict"] for seen in ([], [None])]
     assert verdicts == ["failed", "right"]
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: None)
     with in_use.replays() as seen:
         for _ in range(2):
             torch.cuda.CUDAGraph.replay(None)
     assert len(seen) == 2
+
+
+def test_a_training_that_ends_early_or_drops_its_graphs_says_so(monkeypatch):
+    def fit(task, *given, **options):
+        task.graphs.mode = "off"
+        raise RuntimeError("memory ran out")
+
+    monkeypatch.setattr(in_use, "fit", fit)
+    row = in_use.full(CPU, True)
+    assert (row["ended"], row["dropped"], row["verdict"]) == (False, True, "failed") and "memory ran out" in row[
+        "error"
+    ]
 
 
 def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
@@ -230,3 +242,103 @@ def test_limits_are_rates_of_random_data(tmp_path):
     found = limits.read(tmp_path)
     name = timing.environment(CPU)["device"]
     assert found == {(name, row["limit"]): float(row["median"]) for row in rows}
+
+
+def lease(*arguments: str) -> int:
+    return check(*arguments, "--rehearse", command="gpu_lease")
+
+
+def test_a_lease_ends_in_13_minutes_and_each_section_has_its_share():
+    stages = gpu_lease.STAGES.values()
+    assert sum(seconds for _, seconds, _ in stages) <= 780
+    for call, seconds, names in stages:
+        sections, left = [gpu_sections.SECTIONS[name] for name in names], seconds - gpu_check.CLOSING[0]
+        assert {section.call for section in sections} == {call}
+        together = gpu_check.CALLS[call].together
+        before = 0 if together else sum(section.limits[0] for section in sections[:-1])
+        # Even if all sections before it take their whole time, the last one begins.
+        assert left - before >= 2 * gpu_check.GRACE[0]
+
+
+def test_a_lease_writes_marked_rows_and_names_device_and_commit(tmp_path, monkeypatch, capsys, forking):
+    part = f"CARSO prediction, {goals.UNRACED}"
+    measure = goals.PARTS[part]
+
+    def with_threads(device, quick):
+        row, result = measure(device, quick)
+        return row | {"compile_threads": os.environ["TORCHINDUCTOR_COMPILE_THREADS"]}, result
+
+    monkeypatch.setattr(goals, "PARTS", {part: with_threads})
+    assert lease("goals", "--out", str(tmp_path)) == 0
+    (row,) = sheets.read_csv(tmp_path / gpu_sections.GOALS)
+    assert (row["part"], row["verdict"], row["rehearsal"]) == (part, "right", "True") and float(row["ms"]) > 0
+    assert row["compile_threads"] == "3"
+    assert timing.REHEARSAL is False
+    said = capsys.readouterr().out
+    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"{row['device']}, commit {commit.strip()}" in said and "| goals | passed |" in said
+    assert (tmp_path / "goals.tar.xz").is_file()
+
+
+def test_a_limit_ends_its_own_section_and_loses_no_row(tmp_path, monkeypatch, forking):
+    def endless(context):
+        work = {"first": lambda: {"ms": "1"}, "second": lambda: time.sleep(600)}
+        return gpu_sections.measured(context, gpu_sections.CAPTURE_COST, work)
+
+    section = replace(gpu_sections.SECTIONS["captures"], run=endless, limits=(9.0, 9.0))
+    monkeypatch.setitem(gpu_sections.SECTIONS, "captures", section)
+    monkeypatch.setattr(gpu_lease, "STAGES", {"captures": ("measured", 600, ["captures", "limits"])})
+    assert lease("--out", str(tmp_path)) == 1
+    assert states(tmp_path) == {"captures": "failed", "limits": "passed"}
+    (row,) = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
+    assert (row["part"], row["rehearsal"]) == ("first", "True")
+    assert "was killed at its limit of 9 s" in (tmp_path / "measured.md").read_text()
+    assert {row["rehearsal"] for row in sheets.read_csv(tmp_path / limits.FILE)} == {"True"}
+
+
+def test_a_lease_needs_a_gpu_and_a_rehearsal_a_folder_aside(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device is available"):
+        program.main(["gpu_lease"])
+    with pytest.raises(ValueError, match="must not be in"):
+        program.main(["gpu_lease", "--rehearse", "--out", str(gpu_check.RESULTS / "cpu")])
+
+
+def test_a_part_that_dies_hangs_or_differs_is_reported(rehearsal, monkeypatch, forking):
+    """Each part has its own process: it may die, hang, raise, or give other numbers than the first form."""
+
+    def numbers(factor):
+        row = {"goal": "a", "form": "b", "verdict": "right"}
+        return lambda device, quick: (dict(row), factor * torch.ones(3, dtype=torch.float64))
+
+    bad = {"dies": lambda *_: os._exit(3), "hangs": lambda *_: time.sleep(600), "raises": lambda *_: 1 / 0}
+    monkeypatch.setattr(goals, "PARTS", {**bad, "first": numbers(1), "near": numbers(1.04), "far": numbers(1.06)})
+
+    def run(part, seconds=60.0):
+        return goals.row_of(part, replace(rehearsal, seconds=seconds, started=time.monotonic()), results)
+
+    results: dict[str, torch.Tensor] = {}
+    with pytest.raises(RuntimeError, match="exit status 3"):
+        run("dies")
+    with pytest.raises(TimeoutError, match="not finished in time"):
+        run("hangs", 1.0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        run("raises")
+    assert [run(part)["verdict"] for part in ("first", "near", "far")] == ["right", "right", "wrong"]
+
+
+def test_cudnn_races_in_the_raced_form_only(monkeypatch):
+    """The captures of training steps ask for a race of their own, which the unraced form must not have."""
+    seen = {}
+
+    def job(goal, form, device, quick):
+        seen[form] = pipelines.StepGraphs("always").cudnn_benchmark, torch.backends.cudnn.benchmark
+        return pipelines.Job(lambda: None, lambda: torch.ones(1))
+
+    # Only the context of a CUDA device changes cuDNN's setting.
+    race = goals.raced_convolutions
+    monkeypatch.setattr(goals, "raced_convolutions", lambda mode, device: race(mode, torch.device("cuda")))
+    monkeypatch.setattr(goals, "_job", job)
+    for form in (goals.UNRACED, goals.RACED):
+        goals.measure(goals.PGD, form, CPU, True)
+    assert seen == {goals.UNRACED: ("off", False), goals.RACED: ("off", True)}

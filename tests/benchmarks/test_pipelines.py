@@ -262,7 +262,7 @@ class _Fake:
 
 
 def test_a_wrong_contestant_has_no_number(monkeypatch):
-    monkeypatch.setattr(race, "_Process", _Fake)
+    monkeypatch.setattr(race, "Process", _Fake)
     contestants = {label: Contestant(_other, False) for label in _Fake.answers}
     wrong = race.race("p", "c", Case("shape", 0.05, contestants), CPU, True)
     assert [row["verdict"] for row in wrong] == ["right", "wrong"] and wrong[1]["ms"] == ""

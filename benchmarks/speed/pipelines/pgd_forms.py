@@ -41,7 +41,7 @@ def _network(quick: bool) -> nn.Module:
     return network
 
 
-def _job(run: Callable[[], Tensor], network: nn.Module, x: Tensor, y: Tensor) -> Job:
+def job(run: Callable[[], Tensor], network: nn.Module, x: Tensor, y: Tensor) -> Job:
     """Return a job whose result is the rise in the loss of each image, judged by the network in float32."""
 
     def loss(images: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def plain(device: torch.device, quick: bool, *, count: int, compiled: bool = Fal
             point = (x + (point.detach() + ALPHA * point.grad.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
         return point
 
-    return _job(run, network, x, y)
+    return job(run, network, x, y)
 
 
 def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool = False) -> Job:
@@ -78,7 +78,7 @@ def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool =
     x, y = _images(device, quick, count)
     network = _network(quick).to(device)
     step = expert.ascent(expert.loss_of(expert.FrozenCopy(network).model), device, compiled, constant=True)
-    return _job(lambda: expert.attack(step, x, y, EPS, ALPHA, STEPS), network, x, y)
+    return job(lambda: expert.attack(step, x, y, EPS, ALPHA, STEPS), network, x, y)
 
 
 def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = False, captured: bool = False) -> Job:
@@ -100,7 +100,7 @@ def ours(device: torch.device, quick: bool, *, count: int, compiled: bool = Fals
         # A step is compiled when it begins for the second time.
         for _ in range(2):
             run()
-    return _job(run, network, x, y)
+    return job(run, network, x, y)
 
 
 def forms(count: int) -> dict[str, Contestant]:

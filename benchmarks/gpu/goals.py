@@ -1,0 +1,185 @@
+"""Measure what this package promises on a GPU, one part after the other: PGD, training steps, and predictions.
+
+The goals are PGD-10 on a frozen copy, a step of ARREST, and a prediction and a training step through CARSO. Our forms
+run without and with cuDNN's race, which times all algorithms of a convolution. Beside them are the expert's forms (see
+`benchmarks.speed.pipelines.expert`). Two more parts end a training that fills the card, and make a copy in float32.
+Every part has a process of its own, so that an error on the card ends one part only.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from purify_fast import frozen_copy
+from purify_fast.attacks import pgd
+from purify_fast.speed import StepGraphs
+from purify_fast.speed.graphs import step_graphs
+from purify_fast.speed.precision import float32_products, raced_convolutions
+
+from .. import RESULTS
+from ..speed import pipelines, race, timing
+from ..speed.pipelines import EXPERT, Job, arrest_step, carso_inference, carso_training, expert, pgd_forms, random_batch
+from . import in_use
+
+TESTS = RESULTS.parents[1] / "tests"
+#: The number of timed runs.
+RUNS = 9
+#: The largest relative L2 distance between the results of two forms of a goal.
+TOLERANCE = 0.05
+#: The largest number of seconds of a part. The first is for a GPU, the second for a rehearsal.
+MOST_SECONDS = (60.0, 600.0)
+#: The pipelines that are goals: the module, the case, the number of images in a batch, and our contestant.
+PIPELINES: dict[str, tuple[ModuleType, str, int, str]] = {
+    "ARREST step": (arrest_step, "all attacked", 128, "ours, captured"),
+    "CARSO pipeline": (carso_training, "pipeline step", 256, "ours, captured"),
+    "CARSO prediction": (carso_inference, "prediction", 256, "ours"),
+}
+PGD, PGD_IMAGES = "PGD-10", 256
+UNRACED, RACED = "ours, race off", "ours, race on"
+
+
+def pgd_job(form: str, device: torch.device, quick: bool) -> Job:
+    """Return PGD-10 on a PreActResNet-18 as a user of this package calls it, or as an expert writes it."""
+    network = in_use.network("ResNet-18", quick).to(device)
+    batch = random_batch(device, 8 if quick else PGD_IMAGES, 32, 1)
+    how = {"eps": in_use.EPS, "alpha": in_use.ALPHA, "steps": in_use.STEPS}
+    if form.startswith(EXPERT):
+        loss = expert.loss_of(expert.FrozenCopy(network).model)
+        step = expert.ascent(loss, device, "compiled" in form and not quick, constant=True)
+        run = partial(expert.attack, step, batch.x, batch.y, **how)
+    else:
+        run = partial(pgd, frozen_copy(network, batch.x), batch.x, batch.y, random_start=False, **how)
+    return pgd_forms.job(run, network, batch.x, batch.y)
+
+
+def _job(goal: str, form: str, device: torch.device, quick: bool) -> Job:
+    """Return the job of a goal in a form."""
+    if goal == PGD:
+        return pgd_job(form, device, quick)
+    module, case, images, ours = PIPELINES[goal]
+    # A rehearsal has the contestants of a machine with a GPU.
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        contestants = module.cases(quick)[case].contestants
+    with mock.patch.object(module, "BATCH", images):
+        return contestants[form if form.startswith(EXPERT) else ours].make(device, quick)
+
+
+def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[dict, Tensor]:
+    """Time a goal in a form. Return a row, and numbers that must agree with those of the other forms."""
+    ours = not form.startswith(EXPERT)
+    with (
+        float32_products(tf32=not ours),
+        raced_convolutions("off" if form == UNRACED else "on", device),
+        # Otherwise the captures of training steps would race in both forms.
+        mock.patch.object(pipelines, "StepGraphs", partial(StepGraphs, cudnn_benchmark="off")),
+        mock.patch.object(StepGraphs, "log", autospec=True) as log,
+        in_use.replays() as seen,
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        begin = timing.now(device)
+        job = _job(goal, form, device, quick)
+        # The runs change the weights of a training, so the numbers are computed before. They need no graphs.
+        with mock.patch.object(StepGraphs, "may_capture", lambda graphs, device: False):
+            result = job.result().detach().double().cpu()
+        # A step of an attack is captured in the second run.
+        for _ in range(3):
+            job.run()
+        ready = timing.now(device) - begin
+        times = [timing.seconds([job.run], device) for _ in range(2 if quick else RUNS)]
+    images = PGD_IMAGES if goal == PGD else PIPELINES[goal][2]
+    numbers = {"goal": goal, "images": "few" if quick else images, "ms": f"{1e3 * statistics.median(times):.2f}"}
+    captures = " ".join(f"{call.args[2]:.3f}" for call in log.call_args_list)
+    numbers |= {"ready_s": f"{ready:.2f}", "captures_s": captures}
+    # A training step that is not captured raises an error.
+    return in_use.row(form, device, seen, said, captured=ours and goal == PGD, **numbers), result
+
+
+def frozen_in_float32(device: torch.device, quick: bool) -> tuple[dict, None]:
+    """Make a frozen copy in float32 while products are in TF32. A warning says that the copy took a simpler form."""
+    network, x = in_use.network("ResNet-18", quick).to(device), random_batch(device, 8, 32, 1).x
+    with float32_products(tf32=True), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        copied: Any = frozen_copy(network, x, dtype=torch.float32)
+    numbers = {"images": len(x), "chosen": copied.about, "folded": copied.folded}
+    row = in_use.row("frozen_copy in float32, TF32 on", device, [], said, captured=False, **numbers)
+    return row | ({"verdict": "failed"} if said else {}), None
+
+
+def _forms(*forms: str) -> dict[str, Any]:
+    return {f"{goal}, {form}": partial(measure, goal, form) for form in forms for goal in (PGD, *PIPELINES)}
+
+
+#: The parts, the most important first. The compiled forms take longest.
+PARTS: dict[str, Callable[[torch.device, bool], tuple[dict, Tensor | None]]] = {
+    **_forms(UNRACED, RACED),
+    "frozen_copy in float32": frozen_in_float32,
+    "fit on a full card": lambda device, quick: (in_use.full(device, quick), None),
+    **_forms(EXPERT, f"{EXPERT}, compiled"),
+}
+
+
+def _work(pipe: Any, part: str, device_type: str, quick: bool) -> None:
+    """Measure a part in this process, and send its row and its numbers, or the traceback of an error."""
+    if quick and (TESTS / "captures.py").is_file():
+        # Stand-ins for CUDA graphs.
+        sys.path.insert(0, str(TESTS))
+        from captures import Rerun
+
+        step_graphs.CudaCapture = Rerun
+    try:
+        row, result = PARTS[part](torch.device(device_type), quick)
+        pipe.send((True, (row, None if result is None else result.numpy())))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+def row_of(part: str, context: Any, results: dict[str, Tensor]) -> dict:
+    """Measure a part in a process of its own, and return its row.
+
+    Args:
+        part: name of the part.
+        context: context of the section. The process is killed at its time limit, or after `MOST_SECONDS`.
+        results: numbers of the first form of each goal. Another form with other numbers is wrong.
+
+    Raises:
+        TimeoutError: the part did not end in time.
+        RuntimeError: the part has failed.
+    """
+    process = race.Process(part, context.device.type, context.rehearsal, work=_work)
+    try:
+        row, numbers = process.answer(part, min(MOST_SECONDS[context.rehearsal], context.left))
+    finally:
+        process.end(at_once=True)
+    if numbers is not None:
+        result = torch.from_numpy(numbers)
+        first = results.setdefault(row["goal"], result)
+        distance = float((result - first).norm() / first.norm())
+        row |= {"distance": f"{distance:.1e}", "verdict": row["verdict"] if distance <= TOLERANCE else "wrong"}
+    return row
+
+
+def profiled(device: torch.device, quick: bool) -> list[dict]:
+    """Return the number and the microseconds of each kernel in a run of PGD-10 by this package."""
+    job = pgd_job(RACED, device, quick)
+    for _ in range(3):
+        job.run()
+    with torch.profiler.profile() as profile:
+        job.run()
+        timing.now(device)
+    return [
+        {"kernel": event.key, "count": event.count, "us": event.self_device_time_total or event.self_cpu_time_total}
+        for event in profile.key_averages()
+        if event.device_type.name.lower() == device.type
+    ]
