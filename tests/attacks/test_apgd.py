@@ -192,8 +192,8 @@ def test_memory_that_ends_when_rows_leave_is_reported_as_such(monkeypatch):
         return begin(*given)
 
     monkeypatch.setattr(module, "begin_steps", ends)
-    x, y = torch.rand(6, 4), torch.arange(6) % 3
-    model = nn.Linear(4, 3).eval()
+    torch.manual_seed(0)
+    x, model = torch.rand(64, 4), nn.Linear(4, 3).eval()
     with pytest.raises(torch.OutOfMemoryError):
-        direct(apgd, model, x, y, eps=0.3, steps=20)
+        direct(apgd, model, x, model(x).argmax(1), eps=0.2, steps=40)
     assert len(begun) == 2
