@@ -195,5 +195,5 @@ def test_memory_that_ends_when_rows_leave_is_reported_as_such(monkeypatch):
     torch.manual_seed(0)
     x, model = torch.rand(64, 4), nn.Linear(4, 3).eval()
     with pytest.raises(torch.OutOfMemoryError):
-        direct(apgd, model, x, model(x).argmax(1), eps=0.2, steps=40)
+        direct(apgd, model, x, model(x).argmax(1), eps=0.2, steps=40, health=GradientHealth())
     assert len(begun) == 2
