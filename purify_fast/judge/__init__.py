@@ -1,1 +1,1 @@
-"""What judges: searches for adversarial images, evaluations, certificates and their reports."""
+"""Judges models: searches for adversarial images, evaluations, certificates and their reports."""

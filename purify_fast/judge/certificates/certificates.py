@@ -324,7 +324,7 @@ class Certificates:
         return render("certificates.html.jinja", **self._shown(beside), facts=facts)
 
     def _shown(self, beside: Sequence[Certificates]) -> dict[str, Any]:
-        """What both reports show."""
+        """Return the values that the text and the page show."""
         every = [self, *beside]
         radii = sorted({radius for made in every for radius in made.shown})
         most, table = 1.05 * (max(radii) or self.sigma), [made.summary(radii) for made in every]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..._tensors import without_autocast
 from ..._validation import in_one_line
 from ..agreement import BFLOAT16, COSINE
 from ..draws import same_draws
@@ -96,7 +95,7 @@ def _traced(function: Any, state: State) -> Compiled:
         given = [state[name] if values[id(state[name])] == name else state[name].clone() for name in names]
         # The graph already has the casts of an autocast. The compiler would compile again for another state of
         # autocast's cache, which is off in a capture.
-        with torch.no_grad(), without_autocast(device), _without_autocast_cache():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False, cache_enabled=False):
             result: State = called(*tensors, *[draw() for draw in draws], *given)
         return result
 
@@ -115,16 +114,6 @@ def _eager(model: Any) -> Iterator[None]:
     finally:
         for part, call in zip(parts, compiled, strict=True):
             part._compiled_call_impl = call
-
-
-@contextlib.contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Callable[[], Tensor]]]:
