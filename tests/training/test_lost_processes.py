@@ -1,7 +1,10 @@
 """Processes that die, and runs that go on with fewer of them, or on two nodes."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from forks import results_of, together
+from forks import results_of, together, until
 from trainings import weights
 
+from purify_fast import cli
 from purify_fast.training import distributed
 from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 
@@ -94,3 +98,27 @@ def test_a_patience_that_is_none(monkeypatch, text):
     monkeypatch.setenv("PURIFY_FAST_TIMEOUT", text)
     with pytest.raises(ValueError, match="PURIFY_FAST_TIMEOUT must be a number of seconds above 0"):
         distributed.patience()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not tell a process's children")
+def test_torchrun_starts_a_run_again_one_of_whose_processes_was_killed(few_images, tmp_path):
+    words = ["classifier", "--width", "2", "--epochs", "60", "--batch-size", "20", "--checkpoint-seconds", "0", "--out"]
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, *how, "-m", "purify_fast", "train", *words, str(tmp_path / "run"), *few_images]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with (tmp_path / "said").open("w") as said:
+        launched = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+    until(lambda: launched.poll() is not None or (tmp_path / "run" / "checkpoint.safetensors").is_file())
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    done = read_tree(tmp_path / "run" / CHECKPOINT)["step"]
+    assert launched.wait() == 0 and done < 120, (tmp_path / "said").read_text()
+    assert (tmp_path / "said").read_text().count("saved to") == 1
+    rows = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows == list(range(60))
+    assert cli.main(["train", *words, str(tmp_path / "alone"), *few_images]) == 0
+    found, wanted = (read_tree(tmp_path / name / "checkpoint.safetensors") for name in ("run", "alone"))
+    assert found["step"] == wanted["step"] == 120
+    for name, tensor in wanted["model"].items():
+        torch.testing.assert_close(found["model"][name], tensor, rtol=1e-3, atol=1e-4)

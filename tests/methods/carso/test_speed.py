@@ -125,22 +125,38 @@ def test_a_copy_is_neither_saved_nor_trained(tmp_path):
         fast.save(tmp_path)
     with pytest.raises(ValueError, match="defence must not be a frozen copy"):
         CarsoTask(fast, CarsoConfig())
+    with pytest.raises(TypeError, match="frozen copy itself"):
+        purify_fast.frozen_copy(fast, images(3))
     with defence().fixed_noise(0) as fixed, pytest.raises(ValueError, match="outside of fixed_noise"):
         purify_fast.frozen_copy(fixed, images(3))
     with pytest.raises(ValueError, match="purifier must be in float32"):
         defence().double().computing_in(torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="train\\(\\) changes nothing"):
+        assert fast.train() is fast
+    assert not any(part.training for part in fast.modules())
 
 
-def test_a_copy_follows_every_part_of_its_defence():
+@pytest.mark.parametrize("how", ["counted", "data", "loaded", "statistics"])
+def test_a_copy_follows_every_part_of_its_defence(how):
     made, x = defence(), images(4)
     fast = purify_fast.frozen_copy(made, x, dtype=torch.float32)
+    whole = nn.ModuleDict({"defence": made})
     for name in ("classifier.head.weight", "classifier.conv2.weight", "condition_encoder", "decoder"):
         part = made.get_submodule(name) if "." not in name else made
         weight = made.get_parameter(name) if "." in name else max(part.parameters(), key=torch.Tensor.numel)
-        with torch.no_grad():
-            weight.mul_(0.5)
-        for norm in (part for part in made.modules() if isinstance(part, nn.BatchNorm2d)):
-            norm.running_mean.add_(0.02)
+        if how == "statistics":
+            norms = [part for part in made.modules() if isinstance(part, nn.BatchNorm2d)]
+            for norm in norms:
+                norm.running_mean.add_(0.02)
+        elif how == "loaded":
+            key = next(key for key, value in whole.state_dict().items() if value.data_ptr() == weight.data_ptr())
+            whole.load_state_dict({**whole.state_dict(), key: 0.5 * weight})
+        elif how == "data":
+            weight.data.mul_(0.5)
+            fast.update()
+        else:
+            with torch.no_grad():
+                weight.mul_(0.5)
         for got, right in zip(response(fast, x), response(made, x), strict=True):
             assert relative(got, right) < 1e-4
 
@@ -183,14 +199,36 @@ def test_what_would_not_follow_is_refused():
         fast(x)
 
 
+@pytest.mark.slow
+def test_a_compiled_copy_gives_the_same_for_every_batch_size(monkeypatch):
+    torch._dynamo.reset()
+    made, x = defence(samples=2), images(20)
+    plain = purify_fast.frozen_copy(made, x, dtype=torch.bfloat16)
+    fast = purify_fast.frozen_copy(made, x, dtype=torch.bfloat16, compile=True)
+    for got, right in zip(response(fast, x), response(plain, x), strict=True):
+        assert relative(got, right) < 0.05
+    with torch.no_grad(), fast.fixed_noise(3):
+        whole = fast(x)
+        for n in (1, 2, 7, 15, 16, 17):
+            torch.testing.assert_close(fast(x[:n]), whole[:n], rtol=0.05, atol=0.05)
+        twin = pickle.loads(pickle.dumps(fast))
+        with twin.fixed_noise(3):
+            torch.testing.assert_close(twin(x), whole, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("head", [None, "mean"])
 def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
     made, x = defence(samples=3), images(2)
     model = made if head is None else WithAggregation(made, head)
     passes = []
     made.classifier.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
-    logits = model.draw_logits(x, 5)
-    assert passes == [2, 2 * 5 * 3] and logits.shape == (5, 2, 10) and not torch.equal(logits[0], logits[1])
+    logits = model.draw_logits(x, 150)
+    assert passes == [2, 2 * 150 * 3] and logits.shape == (150, 2, 10)
+    assert not torch.equal(logits[0], logits[1])
+    calls = torch.stack([model(x) for _ in range(150)])  # the same distribution: mean and spread within 5 sigma
+    error = (logits.var(0) / 150 + calls.var(0) / 150).sqrt()
+    assert ((logits.mean(0) - calls.mean(0)).abs() < 5 * error).all()
+    assert ((logits.std(0) / calls.std(0)).log().abs() < 0.4).all()
 
 
 def test_a_forward_of_ones_own_is_what_is_attacked():
@@ -222,6 +260,25 @@ def test_a_defence_with_sample_logits_only_repeats_the_images():
     for model in (Noisy(), WithAggregation(Noisy(), "mean"), WithAggregation(Bare(), "mean")):
         logits = model.draw_logits(x, 4)
         assert logits.shape == (4, 3, 5) and not torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("chunk", [None, 6, 1])
+def test_attacks_use_the_draws_and_their_gradient_is_that_of_the_calls(chunk):
+    made, x, y = defence(samples=2), images(3), torch.arange(3)
+    torch.manual_seed(0)
+    with made.fixed_noise(2):  # then both are deterministic
+        got, value = input_gradient(made, x, y, eot_iter=4, max_forward_batch=chunk)
+        # a bound method has no draws to offer
+        want, right = input_gradient(made.forward, x, y, eot_iter=4, max_forward_batch=chunk)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(value, right)
+    asked = []
+    original = type(made).draw_sample_logits
+    made.draw_sample_logits = lambda x, draws: asked.append((len(x), draws)) or original(made, x, draws)
+    gradient, _ = input_gradient(made, x, y, eot_iter=4, max_forward_batch=chunk)
+    assert torch.isfinite(gradient).all() and (gradient.flatten(1).abs().amax(1) > 0).all()
+    # a bounded pass holds all draws of as many images as fit
+    assert asked == {None: [(3, 4)], 6: [(1, 4)] * 3, 1: []}[chunk]
 
 
 @pytest.mark.parametrize("target", ["classifier", "pipeline"])
