@@ -145,8 +145,8 @@ class PassesOn(Protocol):
 class CompilesSteps(Protocol):
     """A frozen copy on which whole steps of attacks may be compiled."""
 
-    def compiled_steps(self) -> dict[Any, Any] | None:
-        """The compiled steps by their keys, to which the caller adds further ones; None if no step is compiled."""
+    def compiled_steps(self) -> Any:
+        """The `CompiledSteps` of the copy, to which `begin_steps` adds further ones; None if no step is compiled."""
 
 
 @runtime_checkable

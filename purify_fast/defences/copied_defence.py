@@ -52,12 +52,6 @@ def computing_in(
     return other
 
 
-def read_classifier(copied: Any, defence: Any) -> None:
-    """Let a copy that `computing_in` has made read the classifier of a defence again."""
-    copied.classifier.refresh(defence.classifier)
-    _read_representation(copied, defence)
-
-
 class _Reader(nn.Module):
     """The classifier of a copy that reads the representation."""
 
@@ -142,7 +136,7 @@ class FollowedDefence(Followed):
     def update(self, copied: Any, in_place: bool) -> None:
         model: Any = self.read()
         if model is not None:
-            how = {"compile": copied.classifier.compile_steps, "plain": copied.classifier.plain, "followed": self}
+            how = {"compile": copied.classifier.compiled, "plain": copied.classifier.plain, "followed": self}
             self.adopt(copied, model.make_frozen_copy(copied.classifier.dtype, **how), in_place)
             self.is_current = True
 

@@ -30,9 +30,25 @@ class PurifierTask(MethodTask, Generic[D]):
         self.defence, self.origin = defence, origin
         self.classifier = weights_fingerprint(defence.classifier)
         defence.classifier.requires_grad_(False)
-        folds = matrix_weights(defence.classifier) >= FEWEST_WEIGHTS and defence.purifier_dtype == torch.float32
-        #: The defence that a step computes with: a copy with the same purifier, or ``defence`` if no copy is faster.
-        self.trained = defence.computing_in(self.dtype) if folds or self.dtype == torch.bfloat16 else defence
+        #: The defence that a step computes with.
+        self.trained = self.computing()
+
+    def computing(self) -> D:
+        """Return what a step computes with: a copy with the same purifier, or the defence itself if no copy is faster.
+
+        A compiled training always has a copy.
+        """
+        of_float32 = self.defence.purifier_dtype == torch.float32
+        folds = of_float32 and (self.compiles or matrix_weights(self.defence.classifier) >= FEWEST_WEIGHTS)
+        if not folds and self.dtype != torch.bfloat16:
+            return self.defence
+        made = self.defence.computing_in(self.dtype)
+        if self.compiles:
+            from ..speed.graphs.step_loop import CompiledSteps
+
+            copied: Any = made.classifier
+            copied.steps = CompiledSteps(at_once=True)
+        return made
 
     @property
     def result(self) -> D:
@@ -49,12 +65,8 @@ class PurifierTask(MethodTask, Generic[D]):
         return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
 
     def begin(self) -> None:
-        if self.trained.compute_dtype is not None:
-            # Only a training with a copy needs what makes copies.
-            from ..defences.copied_defence import read_classifier
-
-            # A resumed run has loaded the classifier.
-            read_classifier(self.trained, self.defence)
+        # A resumed run has loaded the classifier.
+        self.trained = self.computing()
 
     def train(self) -> None:
         self.trained.train()

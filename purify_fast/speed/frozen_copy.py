@@ -6,7 +6,7 @@ import contextlib
 import threading
 import traceback
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
 from .frozen_weights import images_only
+from .graphs.step_loop import CompiledSteps
 from .precision import float32_products
 from .processor import fast_bfloat16
 from .products import is_dense
@@ -64,7 +65,7 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
 
     if not getattr(model, "noise_is_fresh", True) or getattr(model, "_noise_ids", None) is not None:
         raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise, deterministic, noise_ids")
-    made, same = _compared(model, x, dtype, compile)
+    made, same = _compared(model, x, dtype, compile=compile)
     if not same:
         text = f"{type(model).__name__} and its plain copy give other logits for the same images and random numbers"
         warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
@@ -75,15 +76,24 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
 
 
 class Form(NamedTuple):
-    """How a copy is made: the dtype of its products, and whether it is plain, without folds and changed layouts."""
+    """How a copy is made.
+
+    Attributes:
+        dtype: dtype of the products.
+        plain: whether the copy has no folds and no changed layouts.
+        fine: whether a copy in bfloat16 reads the images in float32.
+    """
 
     dtype: torch.dtype
     plain: bool = False
+    fine: bool = False
 
 
 # With TF32, PyTorch's default for convolutions on a GPU, two right forms of a deep network differ by more than allowed.
 @float32_products()
-def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Module, bool]:
+def _compared(
+    model: Any, x: Tensor, dtype: Dtype, *, compile: bool = False, fine: bool = True
+) -> tuple[nn.Module, bool]:
     """Make a copy in the first form that agrees with the model, or in the last form. Tell whether it agrees."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -98,7 +108,8 @@ def _compared(model: Any, x: Tensor, dtype: Dtype, compile: bool) -> tuple[nn.Mo
         original = _evaluated(model)
         # An error of the model itself leaves this function.
         want = _answers(original, x if dtype_of(original) == dtype_of(model) else x.float())
-        forms = list(dict.fromkeys([Form(dtype), Form(torch.float32), Form(torch.float32, plain=True)]))
+        first = Form(dtype, fine=fine and dtype == torch.bfloat16)
+        forms = list(dict.fromkeys([first, Form(torch.float32), Form(torch.float32, plain=True)]))
         for form, following in zip(forms, [*forms[1:], None], strict=True):
             try:
                 made = made_in(form, model, x, compile)
@@ -130,7 +141,7 @@ def made_in(form: Form, model: Any, x: Tensor, compile: bool = False) -> Any:
     with torch.inference_mode(False), same_draws(model):
         if supports(model, CopiesItself):
             return model.make_frozen_copy(form.dtype, compile=compile, plain=form.plain)
-        return FrozenCopy(model, tuple(x.shape[1:]), form.dtype, compile=compile, plain=form.plain)
+        return FrozenCopy(model, tuple(x.shape[1:]), form, compile)
 
 
 def _evaluated(model: nn.Module) -> nn.Module:
@@ -222,16 +233,16 @@ class FrozenCopy(InferenceCopy):
 
     not_dependencies = frozenset({"_followed"})
 
-    def __init__(self, model: nn.Module, image_shape: tuple[int, ...], dtype: torch.dtype, compile: bool, plain: bool):
-        followed, fine = Followed(model), dtype == torch.bfloat16
-        super().__init__(model, image_shape, dtype, compile, fine=fine, plain=plain, structure=followed.structure)
+    def __init__(self, model: nn.Module, image_shape: tuple[int, ...], form: Form, compile: bool):
+        followed, how = Followed(model), form._asdict()
+        super().__init__(model, image_shape, compile=compile, structure=followed.structure, **how)
         self._followed, followed.is_current = followed, True
         self._name = type(model).__name__
 
     @property
     def about(self) -> str:
         layout = "channels_last" if self.uses_channels_last else "its own memory format"
-        compiled = ", compiled" if self.compile_steps else ""
+        compiled = ", compiled" if self.compiled else ""
         reads = f", reads its model at every call, because {self._followed.reason}" if self._followed.reason else ""
         unfolded = self.decisions["classifier"].unfolded
         folds = f"{self.folded} folded BatchNorms" + (f" ({unfolded})" if unfolded else "")
@@ -251,7 +262,7 @@ class FrozenCopy(InferenceCopy):
 
     _read_outside = outside_graphs(prepare_replay)
 
-    def compiled_steps(self) -> dict[Hashable, Any] | None:
+    def compiled_steps(self) -> CompiledSteps | None:
         self.prepare_replay()
         return super().compiled_steps()
 
@@ -383,10 +394,10 @@ def same_answers(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
         return _agree(_answers(one, x.clone()), _answers(other, x.clone()), torch.bfloat16)
 
 
-def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:
+def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype, *, fine: bool = True) -> nn.Module:
     """Make a `frozen_copy` for attacks, or return the model itself, with a warning that says why it has no copy."""
     try:
-        made, same = _compared(model, x, dtype, compile=False)
+        made, same = _compared(model, x, dtype, fine=fine)
         reason = "it gives other logits than its plain copy"
     except Exception as error:
         # A user's module may raise any error when it is copied or called. The attack shows an error of the model.
@@ -402,7 +413,8 @@ def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype) -> nn.Module:
 class AttackedCopy:
     """The model that a training attacks: a frozen copy of the trained model, which attacks let read the weights.
 
-    A model in float32 with few weights is attacked itself, because a copy takes more time than it saves.
+    A model in float32 with few weights is attacked itself, because a copy takes more time than it saves. A copy in
+    bfloat16 rounds the images to bfloat16 as the trained model does.
 
     Attributes:
         decision: the form of the copy, ``[dtype, plain]``, or "model" for the model itself; None before the first
@@ -414,16 +426,22 @@ class AttackedCopy:
         self.decision: Any = None
         self._made: Any = None
 
-    def now(self, x: Tensor) -> nn.Module:
-        """Return the copy, for images like ``x``, or the model itself."""
-        if self.dtype == torch.float32 and matrix_weights(self.model) < FEWEST_WEIGHTS:
+    def now(self, x: Tensor, compile: bool = False) -> nn.Module:
+        """Return the copy, for images like ``x``, or the model itself. ``compile``: whether attacks compile steps."""
+        if self.dtype == torch.float32 and not compile and matrix_weights(self.model) < FEWEST_WEIGHTS:
             return self.model
+        made = self._chosen(x)
+        if isinstance(made, InferenceCopy) and compile != (made.steps is not None):
+            made.steps = CompiledSteps(at_once=True) if compile else None
+        return made
+
+    def _chosen(self, x: Tensor) -> nn.Module:
         if self._made is not None and (self._made is self.model or self._made._followed.fits()):
             return cast(nn.Module, self._made)
         if self._made is not None or self.decision is None:
             # The images are always the same, so that a run makes the same copy whenever it is repeated.
             some = torch.rand((COMPARED, *x.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
-            self._made = copy_or_model(self.model, some.to(x), self.dtype)
+            self._made = copy_or_model(self.model, some.to(x), self.dtype, fine=False)
             chosen = self._made is not self.model
             self.decision = [str(self._made.compute_dtype), self._made.plain] if chosen else "model"
         elif self.decision == "model":

@@ -64,7 +64,7 @@ class ClassifierTask(MethodTask):
             noise = philox(key, batch.sample_ids, x[0].numel(), stream=Stream.SMOOTHING, distribution="normal")
             x = x + sigma * noise.view(x.shape)
         with autocast_to(x.device, self.dtype):
-            attacked = self.attacked.now(x) if attack.eps > 0 else self.model
+            attacked = self.attacked.now(x, self.compiles) if attack.eps > 0 else self.model
             if objective == "trades":
                 read_copies(attacked)
                 with evaluation_mode(attacked), torch.no_grad():
@@ -74,13 +74,19 @@ class ClassifierTask(MethodTask):
                 x = attack.run(attacked, batch, graphs=self.graphs, loss=divergence, target=natural)
             elif attack.eps > 0:
                 x = attack.run(attacked, batch, graphs=self.graphs)
-            clean = None if objective is None else self.model(batch.x)
-            logits = self.model(x)
-            metrics = {"accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
-            if objective is None or clean is None:
-                return F.cross_entropy(logits, batch.y, label_smoothing=smoothing), metrics
-            beta = BETA[objective] if self.config.beta is None else self.config.beta
-            return {"trades": trades, "mart": mart}[objective](clean, logits, batch.y, beta, smoothing), metrics
+            return self.compiled(self._objective)(x, batch.x, batch.y, objective, smoothing)
+
+    def _objective(
+        self, x: Tensor, clean: Tensor, y: Tensor, objective: ObjectiveName | None, smoothing: float
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and the metrics of attacked images ``x`` of the images ``clean``."""
+        before = None if objective is None else self.model(clean)
+        logits = self.model(x)
+        metrics = {"accuracy": (logits.detach().argmax(1) == y).float().mean()}
+        if objective is None or before is None:
+            return F.cross_entropy(logits, y, label_smoothing=smoothing), metrics
+        beta = BETA[objective] if self.config.beta is None else self.config.beta
+        return {"trades": trades, "mart": mart}[objective](before, logits, y, beta, smoothing), metrics
 
     def answer(self, images: Tensor) -> Tensor:
         return self.model(images)

@@ -115,6 +115,7 @@ class TrainingAttack:
         """
         # Importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait.
         from ..attacks import PGD, AttackContext
+        from ..speed.graphs.step_loop import eager_steps
 
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
@@ -130,7 +131,8 @@ class TrainingAttack:
         context = AttackContext(
             eps=numbers["eps"], norm=self.norm, seed=batch.seed, sample_ids=ids, loss_function=loss, graphs=graphs
         )
-        return attack.run(model, x, y, context).images
+        with eager_steps(rows is not None):
+            return attack.run(model, x, y, context).images
 
     def of_validations(self) -> TrainingAttack:
         """Return the attack on held-out images: this attack, or, if it has fewer than 10 steps, PGD-10.
@@ -192,6 +194,10 @@ class FitConfig:
             statistics of BatchNorms in them. "always" captures both at once. "off" captures nothing. A graph needs the
             memory of one step for itself. Choose "off" for a model that changes settings in an object other than a
             module, dataclass or namespace, because a captured step ignores the change.
+        compile: whether `torch.compile` compiles what a step computes: the steps of attacks on a copy of the model,
+            each as a whole, and the objective with its gradients. The first step then takes minutes for a large
+            network, and a further number of images compiles again. Validations compute the objective without the
+            compiler. A run must be resumed with the same choice, because compiled code rounds otherwise.
         sync_batchnorm: whether the BatchNorms of torch and timm take the statistics of all processes during a training
             by several processes, as those of this package do. Without it such a model is refused. Afterwards the
             modules are as before, with the trained weights and statistics.
@@ -217,6 +223,7 @@ class FitConfig:
     accumulate: Count | None = None
     cuda_graphs: StepMode = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
+    compile: bool = False
     sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:

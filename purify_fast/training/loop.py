@@ -116,7 +116,7 @@ def fit(
     refuse_divided(task.model)
     run = Run(task, config, make_sources(task, x, y, config, validation), folder, bank)
     device = run.source.device
-    task.frozen = frozen_parts(task.model)
+    task.frozen, task.compiles = frozen_parts(task.model), config.compile
     if processes()[1] > 1:
         task.train()
     first = processes()[0] == 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("purify_fast")
 
 Metrics = dict[str, Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Task:
         graphs: captures the steps of the training's attacks in CUDA graphs, if the task passes this object to its
             attacks; `fit` sets it on a CUDA device.
         attacked: chooses the copy that the training attacks, which a resumed run must choose too; None: it has none.
+        compiles: whether the attacked copy and the functions of `compiled` are compiled; `fit` sets it.
     """
 
     model: nn.Module
@@ -110,6 +112,19 @@ class Task:
     graphs: StepGraphs | None = None
     frozen: Sequence[nn.Module] = ()
     attacked: AttackedCopy | None = None
+    compiles: bool = False
+
+    def compiled(self, function: F) -> F:
+        """Return a function in the form in which a step calls it: compiled, or itself in validations.
+
+        The function must not draw random numbers, and its numbers that change from step to step must be tensors.
+        """
+        if not (self.compiles and torch.is_grad_enabled()):
+            return function
+        known = vars(self).setdefault("_compiled", {})
+        if function not in known:
+            known[function] = torch.compile(function, dynamic=False)
+        return cast(F, known[function])
 
     @property
     def result(self) -> nn.Module:
@@ -223,6 +238,11 @@ class Task:
         with torch.no_grad():
             loss, metrics = self.training_step(batch)
         return {"loss": loss.detach(), **metrics}
+
+
+def as_written(function: F) -> F:
+    """Return a function itself, where a training may pass `Task.compiled`."""
+    return function
 
 
 def frozen_parts(model: nn.Module) -> list[nn.Module]:

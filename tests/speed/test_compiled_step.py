@@ -1,6 +1,8 @@
 """When a step is compiled as a whole, that it follows its weights, and that a wrong compilation never serves."""
 
+import pickle
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from purify_fast.protocols import CompilesSteps
 from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.graphs import compiled_step as compiling
 from purify_fast.speed.graphs.compiled_step import agrees, compiled_step
-from purify_fast.speed.graphs.step_loop import parts_of
+from purify_fast.speed.graphs.step_loop import eager_steps, parts_of
 from purify_fast.zoo import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +56,12 @@ def inference_copy(dtype: torch.dtype = torch.float32, compile: bool = True) -> 
     return InferenceCopy(network(), (3, 8, 8), dtype, compile=compile)
 
 
+def compiled(copy: nn.Module) -> list:
+    """The compiled steps of a copy."""
+    every = [part.compiled_steps() for part in parts_of(copy, CompilesSteps)]
+    return [step for steps in every if steps is not None for step, _ in steps.by_key.values() if callable(step)]
+
+
 def different(got: Tensor, want: Tensor) -> float:
     """The share of the pixels that differ."""
     return float(((got - want).abs() > 1e-6).float().mean())
@@ -67,11 +75,10 @@ def test_a_step_is_compiled_once_for_each_batch_size_when_it_begins_again(dtype)
     for images in (8, 8, 6, 8, 6):
         found = attack(model, images=images)
         assert different(found, wanted[:images]) < 0.05
-    steps = model.compiled_steps()
-    assert len(steps) == 2 and all(map(callable, steps.values()))
-    before = dict(steps)
+    before = compiled(model)
+    assert len(before) == 2
     attack(model)
-    assert steps == before and attack(inference_copy(compile=False)) is not None
+    assert compiled(model) == before and attack(inference_copy(compile=False)) is not None
 
 
 def test_a_compiled_step_uses_weights_that_change_in_place():
@@ -101,11 +108,50 @@ def test_a_step_is_compiled_anew_for_a_model_with_other_settings():
     model = Signed().eval()
     copy = frozen_copy(model, torch.rand(2, 3, 8, 8), dtype=torch.float32, compile=True)
     attack(copy), attack(copy)
-    assert any(map(callable, copy.compiled_steps().values()))
+    assert compiled(copy)
     model.sign = -1.0
     for _ in range(2):
         assert different(attack(copy), attack(model)) < 0.05
-    assert any(map(callable, copy.compiled_steps().values()))
+    assert compiled(copy)
+
+
+def test_a_step_is_compiled_anew_for_a_weight_that_was_replaced():
+    """In a copy of a defence for its training, the purifier is that of the defence itself."""
+    defence = carso_task("pipeline").defence.eval()
+    copy = defence.computing_in(torch.float32, compile=True)
+    given, steps = batch(1), 4
+
+    def attacked(model: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        return pgd(model, given.x, given.y, 0.1, alpha=0.02, steps=steps, random_start=False)
+
+    attacked(copy), attacked(copy)
+    assert len(compiled(copy)) == 1
+    bias = defence.condition_encoder.get_parameter(next(iter(dict(defence.condition_encoder.named_parameters()))))
+    bias.data = -2 * bias.data
+    for _ in range(2):
+        assert different(attacked(copy), attacked(defence)) < 0.05
+    assert len(compiled(copy)) == 2
+
+
+def test_the_steps_of_a_training_are_compiled_at_once_and_each_failure_is_an_error():
+    copy = inference_copy()
+    copy.steps.at_once = True
+    attack(copy)
+    assert len(compiled(copy)) == 1
+    with eager_steps():
+        attack(copy, images=6)
+    assert len(compiled(copy)) == 1
+    other = pickle.loads(pickle.dumps(copy))
+    assert other.steps.at_once and not compiled(other) and len(compiled(copy)) == 1
+    copy.steps.by_key.clear()
+    text = r"InferenceCopy is not compiled: .*no compiler.* Train with compile=False"
+    fails = mock.patch.object(compiling, "_traced", side_effect=ValueError("no compiler here"))
+    with fails, pytest.raises(RuntimeError, match=text):
+        attack(copy)
+    none_left = mock.patch("purify_fast.speed.graphs.step_loop.MOST_COMPILED", 0)
+    with none_left, pytest.raises(RuntimeError, match="0 others of its copy are compiled"):
+        attack(copy)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "fails"])
@@ -126,7 +172,7 @@ def test_a_wrong_compiled_step_never_serves(monkeypatch, caplog, fault):
     monkeypatch.setattr(compiling, "_traced", traced)
     model = inference_copy()
     first, second = attack(model), attack(model)
-    assert torch.equal(first, second) and not any(model.compiled_steps().values())
+    assert torch.equal(first, second) and not compiled(model)
     reason = "ValueError: no compiler here" if fault == "fails" else "it gives another result"
     assert f"a step of InferenceCopy is not compiled: {reason}" in caplog.text
 
@@ -158,9 +204,9 @@ class Noisy:
         return {"x": self.model(state["x"]) + torch.rand_like(state["x"])}
 
 
-def test_a_step_that_draws_random_numbers_is_not_compiled(caplog):
-    assert compiled_step(Noisy(nn.Identity()), {"x": torch.zeros(3)}) is None
-    assert "draws random numbers in the operator aten" in caplog.text
+def test_a_step_that_draws_random_numbers_is_not_compiled():
+    with pytest.raises(RuntimeError, match="draws random numbers in the operator aten"):
+        compiled_step(Noisy(nn.Identity()), {"x": torch.zeros(3)})
 
 
 @pytest.mark.parametrize(
@@ -222,15 +268,15 @@ def test_the_seeds_of_a_compiled_step_are_drawn_outside_of_it():
 
 
 def test_a_step_is_compiled_once_although_two_of_its_tensors_are_the_same_or_it_is_captured(rerun, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: compiled.append(len(inputs)) or graph.forward)
+    graphs_of = []
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: graphs_of.append(len(inputs)) or graph.forward)
     monkeypatch.setattr(torch, "compile", torch_compile)
     model = inference_copy()
     # Without a random start, the first point is x itself.
     for graphs in (None, None, None, StepGraphs("always", rerun)):
         attack(model, graphs)
     # The capture compiles its own step, once.
-    assert rerun.recorded == 1 and len(compiled) == 2
+    assert rerun.recorded == 1 and len(graphs_of) == 2
 
 
 def test_a_step_compiled_with_fresh_noise_does_not_serve_fixed_noise(monkeypatch):
@@ -244,9 +290,7 @@ def test_a_step_compiled_with_fresh_noise_does_not_serve_fixed_noise(monkeypatch
         return pgd(fast, given.x, given.y, 0.1, steps=3, random_start=False)
 
     fresh = [attacked() for _ in range(3)]
-    assert any(
-        callable(step) for part in parts_of(fast, CompilesSteps) for step in (part.compiled_steps() or {}).values()
-    )
+    assert compiled(fast)
     assert not torch.equal(fresh[1], fresh[2])
     for mode in (fast.fixed_noise(7), fast.deterministic()):
         with mode:

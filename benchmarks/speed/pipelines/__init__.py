@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from purify_fast.speed import InferenceCopy, StepGraphs
+from purify_fast.speed import StepGraphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
 from purify_fast.training.captured_step import CapturedStep
@@ -147,8 +147,10 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def training_step(task: Task, batch: Batch, captured: bool) -> Callable[[], Tensor]:
+def training_step(task: Task, batch: Batch, compiled: bool, captured: bool) -> Callable[[], Tensor]:
     """Return a function that does one training step as `fit` does it on this device, and returns the loss."""
+    task.compiles = compiled
+    task.begin()
     task.graphs = StepGraphs("always") if captured else None
     for optimizer in task.optimizers.values():
         fuse(optimizer, batch.x.device.type == "cuda")
@@ -163,16 +165,6 @@ def training_step(task: Task, batch: Batch, captured: bool) -> Callable[[], Tens
         return loss
 
     return step
-
-
-def compile_classifier(classifier: nn.Module) -> None:
-    """Compile an `InferenceCopy` in place, and whole steps of attacks on it.
-
-    Another classifier stays as it is, because a compiled one would not run the hooks of a `Representation`.
-    """
-    if isinstance(classifier, InferenceCopy):
-        classifier.compile_steps = True
-        classifier.classifier.compile()
 
 
 def registry() -> dict[str, Callable[[bool], dict[str, Case]]]:

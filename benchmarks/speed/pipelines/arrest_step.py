@@ -19,7 +19,7 @@ from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, compile_classifier, expert, precision, random_batch, training_step, update
+from . import Case, Job, columns, expert, precision, random_batch, training_step, update
 from .carso_inference import classifier
 from .carso_training import attack, start_of
 
@@ -153,9 +153,7 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
     now, start, layers = networks(device, quick)
     config = setting(quick, precision(device))
     task, batch = ArrestTask(now, config, (3, 32, 32), layers, start), batch_of(device, quick)
-    if compiled:
-        compile_classifier(task.attacked.now(batch.x))
-    run = training_step(task, batch, captured)
+    run = training_step(task, batch, compiled, captured)
     now.train()
 
     def result() -> Tensor:

@@ -27,7 +27,7 @@ from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, autocast, columns, compile_classifier, expert, precision, random_batch, training_step, update
+from . import Case, Job, autocast, columns, expert, precision, random_batch, training_step, update
 from .carso_training import attack
 
 BATCH, SIDE, EPS, SIGMA, WEIGHT = 4, 128, 8 / 255, 0.25, 0.05
@@ -272,10 +272,7 @@ def _expert(device: torch.device, quick: bool, compiled: bool = False) -> Job:
 def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: bool = False) -> Job:
     made, batch = defence(device, quick), batch_of(device, quick)
     task = AtopTask(made, setting(precision(device)))
-    if compiled:
-        made.purifier.compile()
-        compile_classifier(task.trained.classifier)
-    run = training_step(task, batch, captured)
+    run = training_step(task, batch, compiled, captured)
     task.train()
 
     def result() -> Tensor:

@@ -19,7 +19,7 @@ from purify_fast.ops.sample_latent import sample_latent
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
-from . import Case, Job, columns, compile_classifier, expert, precision, training_step, update
+from . import Case, Job, columns, expert, precision, training_step, update
 from .carso_inference import FrozenCarso, Plain, defence, images
 
 BATCH, OBJECTIVE_STEPS, PIPELINE_STEPS = 64, 40, 10
@@ -219,11 +219,7 @@ def _ours(device: torch.device, quick: bool, target: str, compiled: bool = False
     made = defence(device, quick, samples=1)
     batch = batch_of(made, device, quick)
     task = CarsoTask(made, setting(target, quick, precision(device)))
-    if compiled:
-        made.condition_encoder.compile()
-        made.decoder.compile()
-        compile_classifier(task.trained.classifier)
-    run = training_step(task, batch, captured)
+    run = training_step(task, batch, compiled, captured)
 
     def result() -> Tensor:
         task.train()

@@ -138,7 +138,7 @@ class ArrestTask(MethodTask):
 
     def attack(self, batch: Batch, attack: TrainingAttack, rows: Tensor | None = None) -> Tensor:
         """Attack the images with the indices ``rows``, or all images if ``rows`` is None, by PGD on cross-entropy."""
-        model = self.attacked.now(batch.x)
+        model = self.attacked.now(batch.x, self.compiles)
         adversarial = attack.run(model, batch, graphs=self.graphs if rows is None else None, rows=rows)
         return adversarial if rows is None else batch.x.index_copy(0, rows, adversarial)
 
@@ -179,9 +179,9 @@ class ArrestTask(MethodTask):
         return self.config.replays(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        of_teacher = self.teacher(batch.x)
+        of_teacher = self.compiled(self.teacher)(batch.x)
         x, replayed = self.inputs(batch, of_teacher)
-        loss, metrics = self.loss(x, batch.y, of_teacher)
+        loss, metrics = self.compiled(self.loss)(x, batch.y, of_teacher)
         return loss, {**metrics, "replayed": replayed} if self.config.replay else metrics
 
     # -- methods that `fit` calls -------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ authors' logged run, s is the clean x, and the L1 terms are from a separate pass
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from torch.nn import functional as F
 
 from ...attacks import FGSM, AttackContext
 from ...ops.philox import philox_key
+from ...speed.graphs.step_loop import eager_steps
 from ...training.bank import FrozenAttacks
 from ...training.method_task import cross_entropy_of
 from ...training.schedules import RunLength
-from ...training.task import Batch, Metrics, Update
+from ...training.task import Batch, Metrics, Update, as_written
 from ..purifier_task import PurifierTask, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, patch_depth
@@ -50,7 +51,8 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
         eps, norm = config.attack.numbers(batch)["eps"], config.attack.norm
         x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
         context = AttackContext(eps=eps, norm=norm, graphs=graphs)
-        return FGSM(precision="float32").run(model, x, y, context).images
+        with eager_steps(rows is not None):
+            return FGSM(precision="float32").run(model, x, y, context).images
 
     if batch.bank is not None and not pipeline:
         count = len(batch.x)
@@ -70,7 +72,35 @@ class Passes:
     packed: Tensor
 
 
-def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Passes:
+def losses(
+    defence: Atop, packed: Tensor, target: Tensor, owners: Tensor, labels: Tensor | None, doubled: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Return the L1 terms and the refined images of inputs, and cross-entropy and accuracy if there are labels.
+
+    The L1 terms are those of the first ``len(target)`` inputs, and the cross-entropy that of the last ones.
+    ``doubled``: whether the classifier gets images in [-1, 1].
+    """
+    count, samples = len(target), len(owners)
+    images = defence.stages(packed)
+    # DeepFillv2's loss: the mean absolute difference, summed over the stages
+    apart = ((image[:count] - target).abs().flatten(1).mean(1) for image in images)
+    reconstruction = sum(apart, target.new_zeros(count)).mean()
+    if labels is None:
+        return reconstruction, images[-1][:count], None
+    # `purified` is [S, B, C, H, W]
+    purified = defence.join(images[-1][-count:], owners)
+    purified = 2 * purified - 1 if doubled else purified
+    classified = cross_entropy_of(defence.classify(purified).flatten(0, 1), labels.repeat(samples))
+    return reconstruction, images[-1][:count], classified
+
+
+def passes(
+    defence: Atop,
+    batch: Batch,
+    config: AtopConfig,
+    graphs: StepGraphs | None = None,
+    compiled: Callable[[Any], Any] = as_written,
+) -> Passes:
     """Attack, transform and purify a batch, and compute the losses. While lambda is 0, no cross-entropy is computed."""
     cls_weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
     rebuilds_clean = config.reconstruction_target == "clean"
@@ -83,24 +113,19 @@ def passes(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs |
     if classifies_others:
         # These inputs are for the cross-entropy, and have the noise and the mask of the inputs above.
         packed = torch.cat([packed, defence.draw(adversarial, noise=noise)[0]])
-    images = defence.stages(packed)
     target = (2 * rebuild - 1).to(defence.purifier_dtype)
     # The inputs are ordered by sample, then by image, then by pass.
     target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
-    # DeepFillv2's loss: the mean absolute difference, summed over the stages
-    apart = ((image[:count] - target).abs().flatten(1).mean(1) for image in images)
-    reconstruction = sum(apart, target.new_zeros(len(target))).mean()
+    labels = batch.y if cls_weight > 0 else None
+    given = defence, packed, target, owners, labels, config.classifier_range == "doubled"
+    reconstruction, refined, classified = compiled(losses)(*given)
     loss = config.reconstruction_weight * reconstruction
     metrics = {"reconstruction": reconstruction.detach()}
-    if cls_weight > 0:
-        # `purified` is [S, B, C, H, W]
-        purified = defence.join(images[-1][-count:], owners)
-        if config.classifier_range == "doubled":
-            purified = 2 * purified - 1
-        cross_entropy, accuracy = cross_entropy_of(defence.classify(purified).flatten(0, 1), batch.y.repeat(samples))
+    if classified is not None:
+        cross_entropy, accuracy = classified
         loss = loss + cls_weight * cross_entropy
         metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
-    return Passes(loss, metrics, target, refined=images[-1][:count], packed=packed[:count])
+    return Passes(loss, metrics, target, refined=refined, packed=packed[:count])
 
 
 def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
@@ -165,7 +190,7 @@ class AtopTask(PurifierTask[Atop]):
         return batch.progress_in(self.config.cls_delay_unit) < self.config.cls_delay
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        one_pass, judged = passes(self.trained, batch, self.config, self.graphs), {}
+        one_pass, judged = passes(self.trained, batch, self.config, self.graphs, self.compiled), {}
         if self.discriminator is not None:
             loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
             yield Update("discriminator", loss, {})
@@ -176,7 +201,7 @@ class AtopTask(PurifierTask[Atop]):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the purifier's loss and metrics, without a step of the discriminator."""
-        return self._with_discriminator(passes(self.trained, batch, self.config, self.graphs))
+        return self._with_discriminator(passes(self.trained, batch, self.config, self.graphs, self.compiled))
 
     def _with_discriminator(self, one_pass: Passes) -> tuple[Tensor, Metrics]:
         if self.discriminator is None:

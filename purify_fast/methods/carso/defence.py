@@ -155,8 +155,11 @@ class Carso(Defence):
 
     def condition(self, x: Tensor) -> Tensor:
         """Return the condition c(x), ``[B, cond_dim]``, of images in [0, 1]. The gradient reaches x."""
-        representation = self.read(x)
-        with self._products(x.device):
+        return self.encode(self.read(x))
+
+    def encode(self, representation: list[Tensor]) -> Tensor:
+        """Return the condition, ``[B, cond_dim]``, of the outputs of the classifier's ``layers`` (see `read`)."""
+        with self._products(representation[0].device):
             return self.condition_encoder(representation).to(self.purifier_dtype)
 
     def read(self, x: Tensor) -> list[Tensor]:

@@ -33,10 +33,11 @@ from ...models.representation import evaluation_mode
 from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
+from ...speed.graphs.step_loop import eager_steps
 from ...training.bank import FrozenAttacks
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
-from ...training.task import Batch, Metrics
+from ...training.task import Batch, Metrics, as_written
 from ..purifier_task import PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
@@ -79,8 +80,9 @@ def balanced_batch(
         alpha = numbers["alpha"] if attack.alpha is not None else attack.step_size(eps[slow])
         pgd = PGD(steps=attack.steps, alpha=alpha, keep_best=False, precision="float32")
         context = AttackContext(norm=attack.norm, seed=batch.seed, graphs=graphs)
-        by_pgd = pgd.run(classifier, clean[slow], y[slow], replace(context, eps=eps[slow], sample_ids=ids[slow]))
-        by_fgsm = FGSM(precision="float32").run(classifier, clean[fast], y[fast], replace(context, eps=eps[fast]))
+        with eager_steps(rows is not None):
+            by_pgd = pgd.run(classifier, clean[slow], y[slow], replace(context, eps=eps[slow], sample_ids=ids[slow]))
+            by_fgsm = FGSM(precision="float32").run(classifier, clean[fast], y[fast], replace(context, eps=eps[fast]))
         return torch.cat([by_pgd.images, by_fgsm.images])
 
     if batch.bank is None:
@@ -97,18 +99,30 @@ def numbers_of(defence: Carso, batch: Batch, config: CarsoConfig) -> dict[str, A
     return {"beta": beta, **attack.numbers(batch)}
 
 
+def published_losses(
+    defence: Carso, representation: list[Tensor], perturbed: Tensor, batch: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the means of both terms of the paper's objective, for ``batch``: clean images, seed and sample ids."""
+    clean, seed, ids = batch
+    condition = defence.encode(representation)
+    mean, log_variance = defence.posterior(perturbed, condition)
+    z, kl = sample_latent(mean, log_variance, seed, ids)
+    reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], clean).mean()
+    return reconstruction, kl.mean()
+
+
 def published_step(
-    defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
+    defence: Carso,
+    batch: Batch,
+    config: CarsoConfig,
+    graphs: StepGraphs | None = None,
+    compiled: Callable[[Any], Any] = as_written,
 ) -> tuple[Tensor, Metrics]:
     """Return the loss of a batch with the paper's objective, and the means of its two terms."""
     config = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs)
     perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
-    condition = defence.condition(perturbed)
-    mean, log_variance = defence.posterior(perturbed, condition)
-    seed = philox_key(batch.seed, batch.x.device)
-    z, kl = sample_latent(mean, log_variance, seed, batch.sample_ids)
-    reconstruction = reconstruction_loss(defence.decode(z[:, None], condition)[:, 0], batch.x).mean()
-    kl = kl.mean()
+    named = batch.x, philox_key(batch.seed, batch.x.device), batch.sample_ids
+    reconstruction, kl = compiled(published_losses)(defence, defence.read(perturbed), perturbed, named)
     beta = numbers_of(defence, batch, config)["beta"]
     # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
@@ -123,27 +137,44 @@ def as_trained(defence: Carso, batch: Batch) -> Iterator[None]:
         yield
 
 
-def pipeline_step(
-    defence: Carso, batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
-) -> tuple[Tensor, Metrics]:
-    """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
+def pipeline_losses(
+    defence: Carso, representation: list[Tensor], latents: Tensor, batch: tuple[Tensor, Tensor], wanted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both terms of the loss through the pipeline, and the accuracy, for ``batch``: clean images and labels.
+
+    The first term is the cross-entropy, or the divergence from the log-probabilities ``wanted [B, classes]``.
+    """
     k = defence.samples
-    with as_trained(defence, batch):
-        adversarial = config.attack.run(defence, batch, graphs=graphs)
-        latents = defence.prior_latents(len(adversarial), k, adversarial.device)
-        logits = defence.decode(latents, defence.condition(adversarial))
-        predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
-    labels, targets = batch.y.repeat_interleave(k), batch.x.repeat_interleave(k, 0)
-    if config.targets == "labels":
-        name, distance = "cross_entropy", F.cross_entropy(predictions, labels)
+    logits = defence.decode(latents, defence.encode(representation))
+    predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
+    targets, labels = (part.repeat_interleave(k, 0) for part in batch)
+    if wanted is None:
+        distance = F.cross_entropy(predictions, labels)
     else:
-        with torch.no_grad():
-            wanted = defence.frozen_classifier(batch.x).float().log_softmax(1)
-        wanted = wanted.repeat_interleave(k, 0)
         found = predictions.float().log_softmax(1)
-        name, distance = "divergence", F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        distance = F.kl_div(found, wanted.repeat_interleave(k, 0), reduction="batchmean", log_target=True)
     reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
     accuracy = (predictions.detach().argmax(1) == labels).float().mean()
+    return distance, reconstruction, accuracy
+
+
+def pipeline_step(
+    defence: Carso,
+    batch: Batch,
+    config: CarsoConfig,
+    graphs: StepGraphs | None = None,
+    compiled: Callable[[Any], Any] = as_written,
+) -> tuple[Tensor, Metrics]:
+    """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
+    name, wanted = "cross_entropy", None
+    if config.targets != "labels":
+        with torch.no_grad():
+            name, wanted = "divergence", defence.frozen_classifier(batch.x).float().log_softmax(1)
+    with as_trained(defence, batch):
+        adversarial = config.attack.run(defence, batch, graphs=graphs)
+        latents = defence.prior_latents(len(adversarial), defence.samples, adversarial.device)
+        named = defence, defence.read(adversarial), latents, (batch.x, batch.y), wanted
+        distance, reconstruction, accuracy = compiled(pipeline_losses)(*named)
     metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
     return distance + config.reconstruction_weight * reconstruction, metrics
 
@@ -166,9 +197,6 @@ class CarsoTask(PurifierTask[Carso]):
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
-        #: For the training through the pipeline, a copy that draws as many samples as the training.
-        if config.attack_target == "pipeline":
-            self.trained = with_samples(self.trained, config.train_samples)
         trainable = [p for p in defence.parameters() if p.requires_grad]
         if config.optimizer == "adamw":
             self.optimizer = self.adamw(trainable)
@@ -177,6 +205,12 @@ class CarsoTask(PurifierTask[Carso]):
         inner = torch.optim.RAdam(trainable, rate, weight_decay=decay, decoupled_weight_decay=True, foreach=True)
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
+    def computing(self) -> Carso:
+        made = super().computing()
+        # A step through the pipeline draws other samples than a prediction.
+        piped = self.config.attack_target == "pipeline"
+        return with_samples(made, self.config.train_samples) if piped else made
+
     def captures(self, batch: Batch) -> Hashable:
         return ()
 
@@ -184,7 +218,7 @@ class CarsoTask(PurifierTask[Carso]):
         return numbers_of(self.defence, batch, self.config)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs)
+        return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs, self.compiled)
 
     def frozen_attacks(self) -> FrozenAttacks | None:
         config = self.config

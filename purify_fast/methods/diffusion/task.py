@@ -8,18 +8,19 @@ Here t is uniform over the schedule's times, z ~ N(0, I), and the denoiser D pre
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._tensors import first_tensor, structure_fingerprint
+from ..._validation import Precision
 from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox, philox_key
 from ...speed.layout import autocast_to
 from ...training.method_task import MethodTask
-from ...training.task import Batch, Metrics
+from ...training.task import Batch, Metrics, as_written
 from .config import DiffusionConfig
 from .process import Process
 from .schedule import END, Schedule
@@ -41,21 +42,34 @@ def drawn_for(batch: Batch) -> tuple[Tensor, Tensor]:
     return noise.view_as(batch.x), uniform.flatten()
 
 
-def denoising_loss(denoiser: nn.Module, batch: Batch, process: Process, config: DiffusionConfig) -> Tensor:
+def error_of(
+    denoiser: nn.Module, noisy: Tensor, units: Tensor, target: Tensor, precision: Precision = "float32"
+) -> Tensor:
+    """Return the mean squared error of a denoiser's prediction."""
+    with autocast_to(noisy.device, torch.bfloat16 if precision == "bfloat16" else torch.float32):
+        predicted = denoiser(noisy, units)
+    return (predicted.to(noisy.dtype) - target).square().mean()
+
+
+def denoising_loss(
+    denoiser: nn.Module,
+    batch: Batch,
+    process: Process,
+    config: DiffusionConfig,
+    compiled: Callable[[Any], Any] = as_written,
+) -> Tensor:
     """Return the loss of one batch of clean images, float32."""
     clean, schedule = 2 * batch.x - 1, process.schedule
     noise, uniform = drawn_for(batch)
     times = training_times(schedule, uniform, config.last_time)
     kept = schedule.alpha_bar(times).view(-1, 1, 1, 1)
     alpha, sigma = kept.sqrt().to(clean.dtype), (1 - kept).sqrt().to(clean.dtype)
-    with autocast_to(clean.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32):
-        units = schedule.to_denoiser_units(times, process.time_units)
-        predicted = denoiser(alpha * clean + sigma * noise, units.to(clean.dtype))
     if process.prediction == "noise":
         target = noise
     else:
         target = clean if process.prediction == "x0" else alpha * noise - sigma * clean
-    return (predicted.to(clean.dtype) - target).square().mean()
+    units = schedule.to_denoiser_units(times, process.time_units).to(clean.dtype)
+    return compiled(error_of)(denoiser, alpha * clean + sigma * noise, units, target, config.precision)
 
 
 class DiffusionTask(MethodTask):
@@ -80,7 +94,7 @@ class DiffusionTask(MethodTask):
 
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""
-        return denoising_loss(denoiser, batch, self.process, self.config)
+        return denoising_loss(denoiser, batch, self.process, self.config, self.compiled)
 
     def captures(self, batch: Batch) -> Hashable:
         return ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze, memo_of
 from ..draws import same_draws
+from ..graphs.step_loop import CompiledSteps
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..structure import Decisions, Place, Structure
 from ..weights import matrix_weights, tensors_of
@@ -201,13 +201,14 @@ class InferenceCopy(nn.Module):
 
     Attributes:
         classifier: the prepared network.
+        steps: the compiled steps of attacks on the copy; None if they are not to be compiled.
 
     Raises:
         ValueError: the dtype is not allowed.
     """
 
     #: Captured steps read the refreshed weights.
-    not_dependencies = frozenset({"_structure", "_steps", "_place"})
+    not_dependencies = frozenset({"_structure", "steps", "_place"})
     classifier: nn.Module
 
     def __init__(
@@ -222,12 +223,12 @@ class InferenceCopy(nn.Module):
     ):
         super().__init__()
         self.training = False
-        self.image_shape, self.dtype, self.compile_steps = image_shape, dtype, compile
+        self.image_shape, self.dtype, self.compiled = image_shape, dtype, compile
         self.fine, self.plain = fine, plain
         #: The names of modules that the user keeps in training mode in a model in evaluation mode, such as a dropout.
         self._kept = set[str]()
         self._place = Place()
-        self._steps: dict[Hashable, Any] = {}
+        self.steps = CompiledSteps() if compile else None
         self._structure = Structure() if structure is None else structure
         if structure is None:
             self._structure.look(classifier)
@@ -276,8 +277,8 @@ class InferenceCopy(nn.Module):
         with autocast_to(x.device, self.dtype):
             return classifier(x).float()
 
-    def compiled_steps(self) -> dict[Hashable, Any] | None:
-        return self._steps if self.compile_steps else None
+    def compiled_steps(self) -> CompiledSteps | None:
+        return self.steps
 
     def refresh(self, classifier: nn.Module) -> None:
         """Make the copy from the present state of the classifier: its tensors, its attributes and all that it holds."""
@@ -297,7 +298,8 @@ class InferenceCopy(nn.Module):
             prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
             self.classifier = self._place.put(made, self._structure.number, in_place)
             if self.classifier is made:
-                # Compiled steps have the tensors and the settings of the earlier network.
-                self._steps.clear()
-                if self.compile_steps:
+                if self.steps is not None:
+                    # Compiled steps have the tensors and the settings of the earlier network.
+                    self.steps.by_key.clear()
+                if self.compiled:
                     made.compile()

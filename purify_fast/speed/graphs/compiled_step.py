@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..._compiler import traced
 from ..._validation import in_one_line
 from ..agreement import BFLOAT16, COSINE
 from ..draws import same_draws
 
-logger = logging.getLogger("purify_fast")
-
 #: The compiler. Tests replace it by a faster one.
 BACKEND = "inductor"
-#: The largest number of compiled steps of a copy. Steps with further batch sizes are not compiled.
-MOST_STEPS = 8
 
 State = dict[str, Tensor]
 
@@ -35,25 +31,11 @@ State = dict[str, Tensor]
 Compiled = Callable[[Mapping[str, Tensor]], State]
 
 
-def compiled_if_repeated(function: Any, state: State, key: Hashable, steps: dict[Hashable, Any]) -> Any:
-    """Return the compiled form of a step, or the step itself.
-
-    A step is compiled when it begins for the second time, because attacks also begin loops with many batch sizes that
-    never occur again. The result is added to ``steps``, which has None for a step that has begun once, and False for a
-    step that is not compiled.
-    """
-    if key not in steps:
-        steps[key] = None
-    elif steps[key] is None:
-        full = sum(map(callable, steps.values())) >= MOST_STEPS
-        steps[key] = False if full else compiled_step(function, state) or False
-    return steps[key] or function
-
-
-def compiled_step(function: Any, state: State) -> Compiled | None:
+def compiled_step(function: Any, state: State) -> Compiled:
     """Compile a step, and compare the results once, from the same state.
 
-    Return None if tracing or compiling fails, or if the results differ. The log has the reason.
+    Raises:
+        RuntimeError: tracing or compiling fails, or the results differ.
     """
     # The trace would confuse two names of one tensor.
     state = {name: value.detach().clone() for name, value in state.items()}
@@ -65,14 +47,12 @@ def compiled_step(function: Any, state: State) -> Compiled | None:
             got = made(state)
         with same_draws(device=device):
             wanted = function(state)
-        if agrees(got, wanted, state):
-            return made
-        reason = "it gives another result"
     except Exception as error:
         # A user's model may raise any error when it is traced or compiled.
-        reason = in_one_line(error)
-    logger.warning("a step of %s is not compiled: %s", type(function.model).__name__, reason)
-    return None
+        raise RuntimeError(in_one_line(error)) from error
+    if not agrees(got, wanted, state):
+        raise RuntimeError("it gives another result")
+    return made
 
 
 def _traced(function: Any, state: State) -> Compiled:
@@ -83,9 +63,13 @@ def _traced(function: Any, state: State) -> Compiled:
         return result
 
     # A backward pass in another thread would not be traced, and neither would compiled parts of the model.
-    with torch.autograd.set_multithreading_enabled(False), _eager(function.model):
-        traced = make_fx(flat)(*[state[name] for name in names])
-    graph, tensors, draws = _with_inputs(traced)
+    token = traced.set(True)
+    try:
+        with torch.autograd.set_multithreading_enabled(False), _eager(function.model):
+            made = make_fx(flat)(*[state[name] for name in names])
+    finally:
+        traced.reset(token)
+    graph, tensors, draws = _with_inputs(made)
     # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
     called = torch.compile(graph, dynamic=False, fullgraph=True, backend=BACKEND)
 
@@ -116,29 +100,29 @@ def _eager(model: Any) -> Iterator[None]:
             part._compiled_call_impl = call
 
 
-def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Callable[[], Tensor]]]:
+def _with_inputs(step: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Callable[[], Tensor]]]:
     """Make inputs of the tensors in a traced step, such as weights, and of the seeds that it draws.
 
     Returns:
         The new graph, these tensors, and functions that draw the seeds. Its inputs are the tensors, the seeds, and the
-        inputs of ``traced``. The compiler may store the values of constants in its code, but weights may change from
+        inputs of ``step``. The compiler may store the values of constants in its code, but weights may change from
         replay to replay, and compiled code would draw other numbers.
     """
     graph, tensors, inputs = fx.Graph(), dict[str, Tensor](), dict[str, Any]()
     draws = list[Callable[[], Tensor]]()
     known: dict[Any, Any] = {}
-    for node in traced.graph.nodes:
+    for node in step.graph.nodes:
         if node.op == "get_attr" and node.target not in inputs:
-            value = operator.attrgetter(node.target)(traced)
+            value = operator.attrgetter(node.target)(step)
             if not isinstance(value, Tensor):
                 raise RuntimeError(f"the step has the constant {node.target}, which is not a tensor")
             inputs[node.target] = graph.placeholder(f"tensor_{len(inputs)}")
             tensors[node.target] = value.detach()
-    for node in traced.graph.nodes:
+    for node in step.graph.nodes:
         if node.target is torch.ops.aten.randint.default and not node.all_input_nodes:
             draws.append(functools.partial(node.target, *node.args, **node.kwargs))
             known[node] = graph.placeholder(f"seed_{len(draws)}")
-    for node in traced.graph.nodes:
+    for node in step.graph.nodes:
         if node in known:
             continue
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):

@@ -34,12 +34,11 @@ from torch.utils._pytree import tree_leaves
 from ..._compiler import EagerDispatchMode, section
 from ..._validation import CudnnBenchmark, StepMode, check_literal, in_one_line
 from ...model_description import identity_key
-from ...protocols import CompilesSteps, CountsImages, PreparesReplay
+from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
 from ..draws import same_draws
 from ..memory import retry_when_memory_ends, same_draws_again
 from ..precision import raced_convolutions
-from .compiled_step import compiled_step
 from .cuda_capture import CudaCapture
 from .step_loop import (
     CAPTURE_STEPS,
@@ -54,6 +53,7 @@ from .step_loop import (
     parts_of,
     reserved,
     step_key,
+    steps_to_compile,
     weak_key,
 )
 
@@ -254,8 +254,8 @@ class StepGraphs:
                     if _kind(value) != _kind(buffers[name]):
                         raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
                 counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
-                compiles = any(one.compiled_steps() is not None for one in parts_of(function.model, CompilesSteps))
-                compiled = compiled_step(function, buffers) if compiles else None
+                steps = steps_to_compile(function.model)
+                compiled = None if steps is None else steps.compiled(function, buffers)
                 run: Any = function if compiled is None else compiled
                 again = same_draws_again(device)
                 # The step itself comes first, because afterwards the graph keeps the memory of a whole step. A result

@@ -1,0 +1,148 @@
+"""Trainings with ``compile=True``: nearly the weights of a training without it, and the same bits after a resume."""
+
+from contextlib import nullcontext
+
+import pytest
+import small_runs
+import torch
+from captures import Tape
+from small_runs import arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
+from torch import nn
+
+from purify_fast.models import SmallCNN
+from purify_fast.protocols import CompilesSteps
+from purify_fast.speed import StepGraphs
+from purify_fast.speed.graphs import compiled_step
+from purify_fast.speed.graphs.step_loop import parts_of
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training.loop import train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TASKS = {
+    "clean": classifier_task,
+    "PGD": lambda: classifier_task(attack=attack()),
+    "TRADES": lambda: classifier_task(attack=attack(), objective="trades"),
+    "ARREST": arrest_task,
+    "ARREST, bfloat16, no replay": lambda: arrest_task(precision="bfloat16", replay=False),
+    "CARSO": carso_task,
+    "CARSO, pipeline": lambda: carso_task("pipeline"),
+    "CARSO, pipeline, bfloat16": lambda: carso_task("pipeline", precision="bfloat16"),
+    "AToP": atop_task,
+    "AToP, GAN": lambda: atop_task(gan_grad=True),
+    "AToP, pipeline": lambda: atop_task("pipeline"),
+    "diffusion": diffusion_task,
+}
+
+
+class Compiler:
+    """Stands for Inductor, and counts what it compiles."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    made, compile = Compiler(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options | {"backend": made}))
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+def losses(task, compiles: bool, steps: int = 3) -> list[float]:
+    task.compiles = compiles
+    task.begin()
+    found = []
+    for seed in range(steps):
+        torch.manual_seed(seed)
+        found.append(float(train_step(task, batch(seed))["loss"]))
+    return found
+
+
+def compiled_of(task) -> list:
+    """The compiled steps of attacks in a task."""
+    models = [value for value in vars(task).values() if isinstance(value, nn.Module)]
+    models += [] if task.attacked is None or task.attacked._made is None else [task.attacked._made]
+    found = {id(steps): steps for one in models for part in parts_of(one, CompilesSteps) if (steps := part.steps)}
+    return [step for steps in found.values() for step, _ in steps.by_key.values() if callable(step)]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_compiled_training_has_nearly_the_losses_of_an_eager_one(name, compiler):
+    wanted = losses(TASKS[name](), False)
+    assert not compiler.graphs
+    task = TASKS[name]()
+    found = losses(task, True)
+    assert found == pytest.approx(wanted, rel=0.03 if "bfloat16" in name else 0.005)
+    # The objective is one graph, besides the teacher of ARREST, and each compiled step of an attack is another.
+    steps = len(compiled_of(task))
+    assert compiler.graphs == steps + 1 + name.startswith("ARREST")
+    # ARREST attacks other numbers of images in its first half.
+    assert steps == (name not in ("clean", "ARREST", "diffusion"))
+    assert not compiled_of(TASKS[name]())
+
+
+@pytest.mark.parametrize("name", ["ARREST", "CARSO, pipeline", "TRADES"])
+def test_a_compiled_training_that_is_killed_and_resumed_ends_with_the_same_bits(name, compiler, tmp_path):
+    shape = (1, 16, 16)
+    x = torch.randint(0, 256, (40, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    y, config = torch.arange(40) % 10, FitConfig(3, 16, compile=True, checkpoint_seconds=0, drop_last=False)
+
+    def run(folder, *callbacks):
+        torch._dynamo.reset()
+        task = TASKS[name]()
+        stopped = pytest.raises(small_runs.Stopped) if callbacks else nullcontext()
+        with stopped:
+            fit(task, x, y, config, folder, progress=False, callbacks=callbacks)
+        return task
+
+    whole = run(tmp_path / "whole")
+    assert compiled_of(whole)
+    for step in (2, 5):
+        run(tmp_path / "killed", small_runs.StopAt(step))
+    assert small_runs.same(run(tmp_path / "killed"), whole)
+    with pytest.raises(ValueError, match="compile: True, now False"):
+        fit(TASKS[name](), x, y, FitConfig(3, 16, drop_last=False), tmp_path / "killed", progress=False)
+
+
+class Branches(SmallCNN):
+    """Looks at the values of its images."""
+
+    def forward(self, x):
+        return super().forward(x) if float(x.mean()) > 0 else super().forward(-x)
+
+
+def test_a_training_whose_attack_cannot_be_compiled_says_so_before_any_step():
+    torch.manual_seed(0)
+    task = ClassifierTask(Branches(width=4), ClassifierConfig(attack=attack()))
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    x, y = (batch().x * 255).to(torch.uint8), batch().y
+    with pytest.raises(RuntimeError, match=r"a step of FrozenCopy is not compiled: .* Train with compile=False"):
+        fit(task, x, y, FitConfig(1, 16, compile=True), progress=False)
+    assert small_runs.same(task.model.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["PGD", "CARSO, pipeline"])
+def test_a_captured_training_step_is_compiled_before_the_capture(name, compiler):
+    wanted, task = losses(TASKS[name](), False), TASKS[name]()
+    task.graphs = StepGraphs("always", Tape())
+    assert losses(task, True) == pytest.approx(wanted, rel=0.005)
+    assert not task.graphs.refusals and task.graphs.captures == 1
+    before = compiler.graphs
+    losses(task, True)
+    assert compiler.graphs == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PGD", "ARREST, bfloat16, no replay", "CARSO", "CARSO, pipeline", "AToP, pipeline"])
+def test_inductor_compiles_each_training(name):
+    torch._dynamo.reset()
+    assert compiled_step.BACKEND == "inductor"
+    wanted = losses(TASKS[name](), False)
+    assert losses(TASKS[name](), True) == pytest.approx(wanted, rel=0.03 if "bfloat16" in name else 0.01)
+    torch._dynamo.reset()
