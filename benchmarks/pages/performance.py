@@ -86,8 +86,7 @@ ROWS = {
     "expert, compiled": "the expert's code under `torch.compile`: on a CPU in the default mode, on a GPU in the "
     "fastest mode. A step of an attack (forward pass, gradient and new point) is one compiled graph.",
     "ours": "this package: predictions and their gradients on a `frozen_copy`, and trainings in the faster precision.",
-    "ours, compiled": "the same with `frozen_copy(compile=True)`. Trainings compile their networks by "
-    "`torch.nn.Module.compile`.",
+    "ours, compiled": "the same with `frozen_copy(compile=True)`, and trainings with `FitConfig(compile=True)`.",
 }
 
 

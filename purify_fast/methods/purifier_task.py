@@ -44,10 +44,8 @@ class PurifierTask(MethodTask, Generic[D]):
             return self.defence
         made = self.defence.computing_in(self.dtype)
         if self.compiles:
-            from ..speed.graphs.step_loop import CompiledSteps
-
             copied: Any = made.classifier
-            copied.steps = CompiledSteps(at_once=True)
+            copied.compile_steps(at_once=True)
         return made
 
     @property

@@ -22,7 +22,6 @@ from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
 from .frozen_weights import images_only
-from .graphs.step_loop import CompiledSteps
 from .precision import float32_products
 from .processor import fast_bfloat16
 from .products import is_dense
@@ -262,7 +261,7 @@ class FrozenCopy(InferenceCopy):
 
     _read_outside = outside_graphs(prepare_replay)
 
-    def compiled_steps(self) -> CompiledSteps | None:
+    def compiled_steps(self) -> Any:
         self.prepare_replay()
         return super().compiled_steps()
 
@@ -431,8 +430,10 @@ class AttackedCopy:
         if self.dtype == torch.float32 and not compile and matrix_weights(self.model) < FEWEST_WEIGHTS:
             return self.model
         made = self._chosen(x)
-        if isinstance(made, InferenceCopy) and compile != (made.steps is not None):
-            made.steps = CompiledSteps(at_once=True) if compile else None
+        if isinstance(made, InferenceCopy) and not compile:
+            made.steps = None
+        elif isinstance(made, InferenceCopy) and made.steps is None:
+            made.compile_steps(at_once=True)
         return made
 
     def _chosen(self, x: Tensor) -> nn.Module:

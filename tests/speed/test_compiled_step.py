@@ -149,7 +149,7 @@ def test_the_steps_of_a_training_are_compiled_at_once_and_each_failure_is_an_err
     fails = mock.patch.object(compiling, "_traced", side_effect=ValueError("no compiler here"))
     with fails, pytest.raises(RuntimeError, match=text):
         attack(copy)
-    none_left = mock.patch("purify_fast.speed.graphs.step_loop.MOST_COMPILED", 0)
+    none_left = mock.patch("purify_fast.speed.graphs.compiled_steps.MOST_STEPS", 0)
     with none_left, pytest.raises(RuntimeError, match="0 others of its copy are compiled"):
         attack(copy)
 

@@ -16,7 +16,6 @@ from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze, memo_of
 from ..draws import same_draws
-from ..graphs.step_loop import CompiledSteps
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..structure import Decisions, Place, Structure
 from ..weights import matrix_weights, tensors_of
@@ -228,7 +227,9 @@ class InferenceCopy(nn.Module):
         #: The names of modules that the user keeps in training mode in a model in evaluation mode, such as a dropout.
         self._kept = set[str]()
         self._place = Place()
-        self.steps = CompiledSteps() if compile else None
+        self.steps: Any = None
+        if compile:
+            self.compile_steps()
         self._structure = Structure() if structure is None else structure
         if structure is None:
             self._structure.look(classifier)
@@ -277,7 +278,14 @@ class InferenceCopy(nn.Module):
         with autocast_to(x.device, self.dtype):
             return classifier(x).float()
 
-    def compiled_steps(self) -> CompiledSteps | None:
+    def compile_steps(self, at_once: bool = False) -> None:
+        """Let whole steps of attacks on the copy be compiled, see `purify_fast.speed.graphs.compiled_steps`."""
+        # Most copies do not need the compiler, whose import takes seconds.
+        from ..graphs.compiled_steps import CompiledSteps
+
+        self.steps = CompiledSteps(at_once)
+
+    def compiled_steps(self) -> Any:
         return self.steps
 
     def refresh(self, classifier: nn.Module) -> None:
