@@ -35,7 +35,7 @@ from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .captured_step import NotRestored, captured
 from .config import FitConfig
-from .distributed import average_, from_first, synchronized_batchnorm
+from .distributed import average_, exchanges, from_first, synchronized_batchnorm
 from .optimizers import fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import Images, Loader, make_sources, step_seed
@@ -123,6 +123,8 @@ def fit(
     # The caller may be within torch.no_grad() or torch.inference_mode().
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
         stack.enter_context(synchronized_batchnorm(task.model, config.sync_batchnorm))
+        if config.compile and exchanges(task.model):
+            raise ValueError("compile must be False: BatchNorms wait for the other processes, got True")
         # If a folder is locked, all processes raise the error.
         for place in (folder, None if run.bank is None else run.bank.path.parent):
             from_first(partial(stack.enter_context, folder_lock(place)))

@@ -114,7 +114,7 @@ class Branches(SmallCNN):
     """Looks at the values of its images."""
 
     def forward(self, x):
-        return super().forward(x) if float(x.mean()) > 0 else super().forward(-x)
+        return super().forward(x) if float(x.detach().mean()) > 0 else super().forward(-x)
 
 
 def test_a_training_whose_attack_cannot_be_compiled_says_so_before_any_step():

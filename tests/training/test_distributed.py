@@ -100,6 +100,7 @@ def test_what_cannot_be_trained_together_is_refused_in_every_process(two):
     assert first["data"].startswith("ValueError: process 1 trains on other data or settings than the first (data: ")
     # BatchNorm1d uses the images of both processes
     assert first["an image each"] is None
+    assert first["compiled"].startswith("ValueError: compile must be False: BatchNorms wait for the other processes")
     assert first["diverged"].startswith("FloatingPointError: epoch 0: training diverged")
 
 

@@ -144,6 +144,7 @@ def refusals():
         "own batchnorm": said(ClassifierTask(users, ClassifierConfig())),
         "data": said(small_task("convolutional"), x + rank),
         "an image each": said(small_task("classifier"), loop=FitConfig(1, 2, steps_per_epoch=2)),
+        "compiled": said(small_task("classifier"), loop=FitConfig(1, 32, compile=True)),
         "diverged": said(_Diverging(SmallCNN(width=2), ClassifierConfig())),
     }
 
