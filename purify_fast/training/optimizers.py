@@ -55,6 +55,11 @@ def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> None:
         group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
     # Loading the state also moves the counts of steps to the device on which the kernel reads them.
     optimizer.load_state_dict(state)
+    for weight, own in optimizer.state.items():
+        for name, value in own.items():
+            # A fused kernel reads memory in its order, and a checkpoint has contiguous tensors.
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 class Lookahead(torch.optim.Optimizer):

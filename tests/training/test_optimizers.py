@@ -99,6 +99,33 @@ def test_a_fused_optimizer_computes_the_same_and_resumes_either_way(name):
         torch.testing.assert_close(resumed[1].state_dict(), other[1].state_dict(), **close)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_fused_optimizer_goes_on_from_the_contiguous_tensors_of_a_checkpoint(name):
+    def started():
+        torch.manual_seed(0)
+        layer = nn.Conv2d(16, 16, 3).to(memory_format=torch.channels_last)
+        return OPTIMIZERS[name](layer.parameters()), layer, torch.rand(4, 16, 8, 8)
+
+    def steps_of(optimizer, layer, x):
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+
+    whole, resumed = started(), started()
+    fuse(whole[0], True)
+    steps_of(*whole)
+    resumed[1].load_state_dict(whole[1].state_dict())
+    state = copy.deepcopy(whole[0].state_dict())
+    for own in state["state"].values():
+        own |= {key: value.contiguous() for key, value in own.items() if isinstance(value, torch.Tensor)}
+    resumed[0].load_state_dict(state)
+    fuse(resumed[0], True)
+    steps_of(*whole)
+    steps_of(*resumed)
+    assert torch.equal(whole[1].weight, resumed[1].weight)
+
+
 def test_convolutions_are_raced_only_where_it_is_asked_for(monkeypatch):
     cudnn, gpu = torch.backends.cudnn, torch.device("cuda")
     for deterministic, mode, device, raced in (
