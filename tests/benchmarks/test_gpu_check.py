@@ -139,12 +139,14 @@ def test_a_training_that_ends_early_or_drops_its_graphs_says_so(monkeypatch):
 
 def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
     with pytest.raises(RuntimeError, match="the training step was not captured"):
-        pipelines.training_step(classifier_task(attack=attack()), batch(), True)()
+        pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()
     monkeypatch.setattr(pipelines, "StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
-    assert pipelines.training_step(classifier_task(attack=attack()), batch(), True)().isfinite()
+    assert pipelines.training_step(
+        classifier_task(attack=attack()), batch(), compiled=False, captured=True
+    )().isfinite()
     rerun.error = RuntimeError("operation not permitted")
     with pytest.raises(RuntimeError, match="the training step was not captured"), pytest.warns(UserWarning):
-        pipelines.training_step(classifier_task(attack=attack()), batch(), True)()
+        pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()
 
 
 def alive(pid: int) -> bool:
