@@ -56,6 +56,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "methods": methods_table.table,
     "speed_claim": front_page.claim,
     "pipelines": lambda results: performance.explained(results / "cpu"),
+    "pipelines_avx2": lambda results: performance.pipelines(results / "cpu" / sheets.PIPELINES_AVX2),
     "front_attacks": front_page.judges_sentences,
     "zoo": lambda _: pack_zoo.table([packed.card(name) for name in packed.list()]),
     "performance_devices": performance.devices,

@@ -21,13 +21,13 @@ def _measured_on(rows: list[dict]) -> str:
     return "; ".join(dict.fromkeys(made))
 
 
-def pipelines(folder: Path, *wanted: str) -> list[str]:
-    """Return the table of some pipelines, and a line that says what its cells have.
+def pipelines(file: Path, *wanted: str) -> list[str]:
+    """Return the table of some pipelines, or of all, and a line that says what its cells have.
 
     The table has a line for each implementation and a column for each case.
 
     Args:
-        folder: the folder of a device's results.
+        file: the results of a device's pipelines.
         wanted: names of pipelines.
     """
 
@@ -36,7 +36,7 @@ def pipelines(folder: Path, *wanted: str) -> list[str]:
             return ""
         return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
 
-    rows = [row for row in sheets.read_csv(folder / sheets.PIPELINES) if row["pipeline"] in wanted]
+    rows = [row for row in sheets.read_csv(file) if not wanted or row["pipeline"] in wanted]
     rows = [row | {"contestant": _form(row["contestant"])} for row in sheets.fewest_threads(rows)]
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
@@ -95,8 +95,7 @@ def explained(folder: Path) -> list[str]:
     measured = sheets.read_csv(folder / sheets.PIPELINES)
     names = {_form(row["contestant"]) for row in measured}
     meanings = [[gpu_tables.ours(name).strip("*"), text] for name, text in ROWS.items() if name in names]
-    every = dict.fromkeys(row["pipeline"] for row in measured)
-    return [*table(["row", "what it is"], meanings), "", *pipelines(folder, *every)]
+    return [*table(["row", "what it is"], meanings), "", *pipelines(folder / sheets.PIPELINES)]
 
 
 #: The end of the name of the op that computes another op's gradients.
@@ -150,7 +149,7 @@ def chapter(folder: Path) -> list[str]:
         name=folder.name,
         gpu=folder.name != "cpu",
         tables=gpu_tables.tables(folder),
-        pipelines=pipelines(folder, *dict.fromkeys(row["pipeline"] for row in races)) if races else [],
+        pipelines=pipelines(folder / sheets.PIPELINES) if races else [],
         verdicts=lines,
         lost=lost,
         least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),

@@ -23,6 +23,8 @@ from .timing import CONTESTANTS, STYLES
 
 ROWS, TABLE = "ops.csv", "ops.md"
 PIPELINES, PIPELINES_TABLE = "pipelines.csv", "pipelines.md"
+#: The results on a CPU that has AVX2 alone.
+PIPELINES_AVX2 = "pipelines_avx2.csv"
 
 #: The beginnings of the names of the expert's forms, and of those of this package.
 EXPERT, OURS = "expert", "ours"
