@@ -210,9 +210,9 @@ def rows_drawn(monkeypatch):
     """The number of draws of each call, by the places of images."""
     made, counts_of = [], Draws.counts
 
-    def recorded(self, at, first, last):
-        made.append(len(at) * (last - first))
-        return counts_of(self, at, first, last)
+    def recorded(self, job):
+        made.append(len(job[0]) * (job[2] - job[1]))
+        return counts_of(self, job)
 
     monkeypatch.setattr(Draws, "counts", recorded)
     return made
@@ -607,14 +607,13 @@ def test_the_curves_begin_with_all_images_and_step_where_one_ends():
     made = Certificates(np.array([1000, 700, 100]), np.full(3, 1000), sigma=0.5, radii=(), alpha=0.001)
     made.refuted[0.25] = np.array([False, False, True])
     large, small, none = made.radius.tolist()
-    most = 1.05
-    assert large > most > small > none == 0
-    drawn = made._shown(())["drawing"]
-    assert drawn["most"] == pytest.approx(most)
-    np.testing.assert_allclose(drawn["below"][0], [(0, 2 / 3), (small, 2 / 3), (small, 1 / 3), (most, 1 / 3)])
+    assert large > small > none == 0
+    drawn = made._shown(())
+    assert drawn["farthest"] == large
+    np.testing.assert_allclose(drawn["below"][0], [(0, 2 / 3), (small, 1 / 3), (large, 0)])
     upper = made.between(0.25)[1]
     assert 2 / 3 <= upper < 1
-    np.testing.assert_allclose(drawn["above"], [(0, 1), (0.25, 1), (0.25, upper), (most, upper)])
+    np.testing.assert_allclose(drawn["above"], [(0, 1), (0.25, upper)])
 
 
 def test_a_report_is_read_again(tmp_path, digits):
@@ -660,13 +659,20 @@ def test_close_radii_and_their_order_are_kept():
     ("name", "value", "message"),
     [
         ("right", [101, 0], "right must be from 0 to the draws, at most 134217728, got 101"),
-        ("right", [True, 0], "right must be whole numbers"),
-        ("right", [1], "draws must be int64 .1., got int64 .2."),
-        ("right", [2**70, 0], "right must be whole numbers"),
+        ("right", [True, 0], "right must be int64 .2., got .True, 0."),
+        ("right", [1], "draws must be int64 .1., got .100, 100."),
+        ("right", [2**70, 0], "right must be int64 .2., got .1180591620717411303424, 0."),
+        ("right", [1.0, 0], "right must be int64 .2., got .1.0, 0."),
+        ("right", 7, "right must be int64 .1., got 7"),
+        ("draws", [[1], [2, 3]], "draws must be int64 .2., got ..1., .2, 3.."),
+        ("decided", None, "too few or too many: .'decided'."),
+        ("about", [3], "about must be a dict, got .3."),
+        ("notes", "text", "notes must be a list, got 'text'"),
+        ("refuted", [True], "refuted must be a dict, got .True."),
         ("draws", [100, 2**40], "right must be from 0 to the draws, at most 134217728, got 5"),
         ("index", [7, 7], "index must be another number for each image"),
-        ("decided", [[[24, 24]], [[25, 24]]], "decided must be right draws and draws of a look, some"),
-        ("decided", [[[24, 24]], [[20, 24]]], "decided must be right draws and draws of a look, some"),
+        ("decided", [[[24, 24]], [[25, 24]]], "decided must be draws of a look, some of the image's"),
+        ("decided", [[[24, 24]], [[20, 24]]], "decided must be draws of a look, some of the image's"),
         ("decided", [[24, 24]], "decided must be int64"),
         ("sigma", -1, "sigma must be above 0 and finite, got -1"),
         ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
@@ -674,13 +680,13 @@ def test_close_radii_and_their_order_are_kept():
         ("decided", [[[24, 24]], [[5, 24]]], "decided must be after a number of draws of a look, such as .20, 22, 25"),
         ("labels", [-2, 0], "labels must be class numbers, or -1, got -2"),
         ("looks", 0, "looks must be at least 1"),
-        ("radii", 3, "radii must be a list of numbers, got 3"),
+        ("radii", 3, "radii must be a tuple, got 3"),
         ("refuted", {"0.25": [True]}, "refuted.0.25. must be bool .2."),
-        ("refuted", {"0.25": [1, 0]}, "refuted must be lists of true and false by radius"),
+        ("refuted", {"0.25": [1, 0]}, "refuted.0.25. must be bool .2., got .1, 0."),
         ("refuted", {"-1": [True, False]}, "each radius of refuted must be at least 0"),
-        ("about", {"name": 3}, "about must be texts by name"),
-        ("notes", [3], "notes must be a list of texts"),
-        ("more", 1, "too few or too many are .'more'."),
+        ("about", {"name": 3}, "about and notes must have only texts"),
+        ("notes", [3], "about and notes must have only texts"),
+        ("more", 1, "too few or too many: .'more'."),
     ],
 )
 def test_a_file_is_checked_field_by_field(name, value, message):
@@ -689,7 +695,7 @@ def test_a_file_is_checked_field_by_field(name, value, message):
     with pytest.raises(ValueError, match=message):
         Certificates.from_json(json.dumps(content | {name: value}))
     del content["sigma"]
-    with pytest.raises(ValueError, match=r"too few or too many are .'sigma'."):
+    with pytest.raises(ValueError, match=r"too few or too many: .'sigma'."):
         Certificates.from_json(json.dumps(content))
 
 
@@ -740,13 +746,14 @@ def test_a_purifier_of_one_step_is_certified():
     [
         ({"sigma": math.inf}, "sigma must be above 0 and finite"),
         ({"alpha": 0.99}, "alpha must be in"),
-        ({"radius": -0.1}, "radius must be at least 0"),
+        ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
         ({"radius": []}, "radius must be a number or at least one number"),
-        ({"radius": 2.0}, "radius must be at most 1.8868, which 100000 right draws"),
-        ({"radius": True}, "radius must be a number"),
+        ({"radius": 2.0}, r"draws must be in .280000, 134217728. to prove the radius 2.0 at sigma 0.5 and alpha 0.001"),
+        ({"radius": 9.0}, r"draws must be in .134217728, 134217728. to prove the radius 9.0"),
+        ({"radius": True}, "each of radii must be a number, got True"),
         ({"draws": None}, "draws must be a whole number"),
-        ({"draws": 5, "radius": 0.0}, r"draws must be in \[20, 134217728\], got 5"),
-        ({"draws": 9, "radius": None}, r"draws must be in \[10, 134217728\], got 9"),
+        ({"draws": 5, "radius": 0.0}, r"draws must be in \[20, 134217728\) to prove the radius 0.0 .*, got 5"),
+        ({"draws": 9, "radius": None}, r"draws must be in \[10, 134217728\) to prove the radius 0.0 .*, got 9"),
         ({"gain": 0.1}, "gain is only for the largest radius"),
         ({"gain": 1.0, "radius": None}, "gain must be in .0, 1., got 1.0"),
         ({"choosing": 0}, "choosing must be in"),
