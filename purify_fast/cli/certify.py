@@ -43,6 +43,8 @@ class Certify(ModelCommand):
         one_shot: Use a diffusion purifier as a denoiser of a single step, for images with the noise of --sigma.
         batch_size: Largest number of noisy images in a forward pass.
         seed: Seed of the noise, the attacks and the choice of images.
+        seconds: Time after which no further draws begin. The report says how many images are unfinished, and the same
+            command goes on with them. The attacks have no limit.
     """
 
     called: ClassVar[str] = "certify"
@@ -69,6 +71,7 @@ class Certify(ModelCommand):
     one_shot: bool = False
     batch_size: Count = 1000
     seed: Annotated[int, Range(0, 2**31, below=True)] = 0
+    seconds: Annotated[float, Range(0, above=True)] = float("inf")
 
     def noise(self) -> tuple[float, str]:
         """The standard deviation of the noise, and where it is from: from the option or the model's training."""
@@ -123,6 +126,7 @@ class Certify(ModelCommand):
         how: dict[str, Any] = {"draws": self.draws, "batch_size": self.batch_size}
         asked: dict[str, Any] = {"sigma": sigma, "radius": self.radius or None, "alpha": self.alpha, "seed": self.seed}
         asked |= {"choosing": self.choosing, "gain": self.gain, "name": self.title(), "index": index, "out": out}
+        asked["seconds"] = self.seconds
         certificates = certify(model, x, y, **asked, **how)
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         certificates.about.update(dataset=data.name)

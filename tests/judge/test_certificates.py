@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -264,6 +266,33 @@ def test_another_question_draws_only_what_is_missing(tmp_path, digits, rows_draw
     # Other images with these indices have other draws.
     certify(model, x.flip(0), y.flip(0), **settings)
     assert sum(rows_drawn) > 15 * 1100
+
+
+@pytest.mark.parametrize("asked", [{"radius": 0.25}, {}, {"gain": 0.1}])
+def test_a_run_ends_when_its_time_is_over_and_goes_on(tmp_path, digits, monkeypatch, rows_drawn, asked):
+    """The clock counts the questions for the time, so a run makes two parts, whatever the machine is."""
+    digits, settings = (
+        (digits[0], *(each[:16] for each in digits[1:])),
+        QUIET | {"draws": 2000, "batch_size": 30} | asked,
+    )
+    whole, total = certify(*digits, **settings), sum(rows_drawn)
+    rows_drawn.clear()
+    runs = 0
+    while True:
+        runs, clock = runs + 1, itertools.count()
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda clock=clock: next(clock))
+            made = certify(*digits, out=tmp_path, seconds=3, **settings)
+        notes = [note for note in made.notes if "unfinished" in note]
+        if not notes:
+            break
+        unfinished = int((made.draws < whole.draws).sum())
+        assert notes == [f"{unfinished} of 16 images are unfinished after 3 seconds"] and unfinished
+        # What is not finished is not certified, and what is certified stays.
+        assert (made.radius <= whole.radius).all() and "unfinished" in made.to_text()
+    assert runs > 3
+    assert counts(made) == counts(whole) and made.radius.tolist() == whole.radius.tolist()
+    assert made.decided.tolist() == whole.decided.tolist() and sum(rows_drawn) == total
 
 
 def test_two_processes_share_and_keep_the_draws(tmp_path, digits):
@@ -751,7 +780,9 @@ def test_a_purifier_of_one_step_is_certified():
         ({"radius": 2.0}, r"draws must be in .280000, 134217728. to prove the radius 2.0 at sigma 0.5 and alpha 0.001"),
         ({"radius": 9.0}, r"draws must be in .134217728, 134217728. to prove the radius 9.0"),
         ({"radius": True}, "each of radii must be a number, got True"),
-        ({"draws": None}, "draws must be a whole number"),
+        ({"draws": None}, "draws must be a number"),
+        ({"draws": 500.0}, "draws must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a number"),
         ({"draws": 5, "radius": 0.0}, r"draws must be in \[20, 134217728\) to prove the radius 0.0 .*, got 5"),
         ({"draws": 9, "radius": None}, r"draws must be in \[10, 134217728\) to prove the radius 0.0 .*, got 9"),
         ({"gain": 0.1}, "gain is only for the largest radius"),
@@ -761,6 +792,8 @@ def test_a_purifier_of_one_step_is_certified():
         ({"draws": 2**27}, "draws must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"seconds": 0}, "seconds must be above 0, got 0"),
+        ({"seconds": None}, "seconds must be a number"),
         ({"model": None}, "model must be a module or a function"),
         (
             {"model": Halves().half()},

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import time
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -26,6 +28,7 @@ from ..._validation import Range, check_folder, check_number
 from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
+from ...attacks.context import TimeIsOver
 from ...ops import kernels_now
 from ...protocols import Classifier
 from ...speed.followed import read_copies
@@ -63,6 +66,7 @@ def certify(
     gain: float = 0.0,
     batch_size: int = 1000,
     seed: int = 0,
+    seconds: float = math.inf,
     index: Tensor | Sequence[int] | None = None,
     out: str | Path | None = None,
     name: str = "model",
@@ -104,6 +108,8 @@ def certify(
             share ``alpha``. 0: a single look after all draws.
         batch_size: largest number of rows in a forward pass. It is halved when memory runs out.
         seed: seed of the noise, in [0, 2^31).
+        seconds: the time after which no further draws begin, in seconds, above 0. A note says how many images are
+            unfinished. With ``out``, the same call goes on with them.
         index: the images' indices in their data set, integers ``[N]`` in [0, 2^31), all different. An image then has
             the same draws among any other images. Default: 0 to N - 1.
         out: a folder. The counts of the draws are kept in ``out/rows``, and a later call, also with other images, radii
@@ -128,7 +134,8 @@ def certify(
     if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
     numbers = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
-    check_settings(sigma, radii, alpha, gain, **numbers)
+    numbers |= {"gain": gain, "seconds": seconds}
+    check_settings(sigma, radii, alpha, **numbers)
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
     n, data = len(labels), digest(images, labels)
@@ -158,7 +165,7 @@ def certify(
         version, kind = f"purify_fast {__version__}, PyTorch {torch.__version__}", type(model).__name__
         whole.about.update(name=name, predicted_by=kind, precision=noisy.precision, version=version, weights=weights)
         whole.about.update(seed=str(int(seed)), most_draws=str(cuts[-1]), data=data)
-        mark, asked = fingerprint(model, revision), [whole.sigma, radii, whole.alpha, gain, y is None, numbers]
+        mark, asked = fingerprint(model, revision), [whole.sigma, radii, whole.alpha, y is None, numbers]
         same = {"images": [data, whole.index.tolist()], "model": [mark, noisy.classes], "certificate": asked}
         shards.check_same(same)
         if out is not None and mark is None:
@@ -172,11 +179,12 @@ def certify(
             return Certificates.from_json(shards.follow(noisy.counts))  # type: ignore[arg-type]
         extra = int(choosing) if y is None or not radii else 0
         if extra:
-            whole.tested[:] = counted.after(np.arange(n), MOST + extra)[:, :-1].argmax(1)
-        open_ = np.arange(n)
-        with tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress) as bar:
+            whole.tested[:] = counted.after(np.arange(n), MOST + extra, math.inf)[:, :-1].argmax(1)
+        open_, until = np.arange(n), time.monotonic() + seconds
+        bar = tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress)
+        with bar, contextlib.suppress(TimeIsOver):
             for last in cuts:
-                counts = counted.after(open_, last)
+                counts = counted.after(open_, last, until)
                 bar.update(int((last - drawn[open_]).sum()))
                 right[open_], drawn[open_] = counts[np.arange(len(open_)), whole.tested[open_]], last
                 if last in ends:
@@ -185,9 +193,11 @@ def certify(
                     open_ = open_[~known]
                 if not len(open_):
                     break
+        if unfinished := int((drawn[open_] < cuts[-1]).sum()):
+            notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.
-        seconds = counted.seconds / counted.drawn * (drawn.sum() + extra * n)
-        whole.about.update(choosing_draws=str(extra), seconds=f"{seconds:.1f}")
+        took = counted.seconds / counted.drawn * (drawn.sum() + extra * n)
+        whole.about.update(choosing_draws=str(extra), seconds=f"{took:.1f}")
         shards.end(whole.to_json)
     return whole
 
@@ -220,16 +230,13 @@ def _ended(whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64]
     return (answer[:, 0] == 1) | (lead != 0)
 
 
-def check_settings(sigma: Any, radii: tuple[Any, ...], alpha: Any, gain: Any = 0.0, **numbers: Any) -> None:
+def check_settings(sigma: Any, radii: tuple[Any, ...], alpha: Any, **numbers: Any) -> None:
     """Refuse settings of certificates that are not allowed, with TypeError or ValueError.
 
-    ``numbers`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``choosing`` or ``votes``.
+    ``numbers`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``choosing`` or ``votes``, and
+    perhaps ``gain`` and ``seconds``.
     """
-    check_number("gain", gain)
-    Range(0, 1, below=True).check("gain", gain)
-    if gain and radii:
-        raise ValueError(f"gain is only for the largest radius, without radius, got gain {gain} and radius {radii}")
-    # Certificates without draws check the other settings.
+    # Certificates without draws check the first settings.
     none = Certificates(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), sigma, radii, alpha)
     radius = max(radii, default=0.0)
     p = none.threshold(radius)
@@ -241,8 +248,11 @@ def check_settings(sigma: Any, radii: tuple[Any, ...], alpha: Any, gain: Any = 0
     least = next((n for n in (looks(MOST) if radii else range(1, MOST)) if proves(n)), MOST)
     what = f" to prove the radius {radius} at sigma {sigma} and alpha {alpha}"
     allowed = {"draws": Range(least, MOST, below=True, unit=what), "seed": Range(0, LARGEST, below=True)}
-    allowed["choosing"] = Range(1, MOST)
+    allowed |= {"choosing": Range(1, MOST), "gain": Range(0, 1, below=True), "seconds": Range(0, above=True)}
     for name, value in numbers.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
+        check_number(name, value)
+        if name not in ("gain", "seconds") and not isinstance(value, Integral):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         allowed.get(name, Range(1)).check(name, value)
+    if radii and numbers.get("gain"):
+        raise ValueError(f"gain is only for the largest radius, got gain {numbers['gain']} and radius {radii}")

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..._tensors import digest
+from ...attacks.context import TimeIsOver
 from ..run.cache import RowCache
 from ..run.shards import Shards
 from .noisy_draws import Draws, Job
@@ -58,13 +59,16 @@ class Counted:
             while True:
                 self._next_part(None)
 
-    def after(self, places: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+    def after(self, places: NDArray[np.int64], last: int, until: float) -> NDArray[np.int64]:
         """Count the classes of the images at some places after ``last`` draws, ``[n, classes + 1]``.
 
-        The last column counts predictions without a class.
+        The last column counts predictions without a class. `TimeIsOver` is raised before draws that would begin later
+        than ``until``, a time of `time.monotonic`.
         """
         waiting = self._jobs(places, last)
         while jobs := list(itertools.islice(waiting, self.shards.world)):
+            if time.monotonic() >= until:
+                raise TimeIsOver
             while any(last not in self.known[self.marks[place]] for job in jobs for place in job[0]):
                 self._next_part(jobs)
         return np.stack([self.known[self.marks[place]][last] for place in places.tolist()])

@@ -34,10 +34,9 @@ def read_log(path: str | Path) -> dict[str, NDArray[Any]]:
     if tuple(head) not in (COLUMNS, COLUMNS[:PUBLIC]) or any(len(line) != len(head) for line in lines) or not lines:
         raise ValueError(f"{path} must have lines with the columns {', '.join(COLUMNS)}, or the first {PUBLIC}")
     kinds: dict[str, Any] = {"radius": float, "time": _seconds}
+    columns = zip(head, *lines, strict=True)
     try:
-        return {
-            name: np.array([*map(kinds.get(name, int), column)]) for name, *column in zip(head, *lines, strict=True)
-        }
+        return {name: np.array([*map(kinds.get(name, int), column)]) for name, *column in columns}
     except ValueError as error:
         raise ValueError(f"{path} has a value that is not allowed: {error}") from error
 
