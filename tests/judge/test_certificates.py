@@ -678,6 +678,27 @@ def test_an_answer_stays_at_later_looks():
     assert Certificates.from_json(made.to_json()).decisions(0.25) == 1
 
 
+def test_no_probability_is_proved_where_no_radius_is():
+    """The first image is certified at both radii, the second at none, and the third has another class."""
+    made = Certificates(
+        np.array([1000, 500, 1000]),
+        np.full(3, 1000),
+        sigma=0.5,
+        radii=(0.25, 0.5),
+        alpha=0.001,
+        labels=np.array([1, 1, 2]),
+        tested=np.array([1, 1, 1]),
+    )
+    assert made.radius.tolist() == [0.5, 0, 0] and made.predicted.tolist() == [1, -1, 1]
+    assert made.probability.tolist() == [NORMAL.cdf(1.0), 0, 0]
+
+
+def test_an_image_that_is_certified_only_at_radius_0_ends_there():
+    made = Certificates(np.array([600, 1000]), np.full(2, 1000), sigma=0.5, radii=(0.0, 0.5), alpha=0.001)
+    assert made.radius.tolist() == [0, 0.5] and made.certified(0.0).all()
+    assert made._shown(())["below"] == [[(0.0, 1.0), (0.0, 0.5), (0.5, 0.0)]]
+
+
 def test_close_radii_and_their_order_are_kept():
     radii = (0.5, 0.1 + 0.2, 0.3)
     made = Certificates(np.array([99, 60]), np.array([100, 100]), sigma=0.5, radii=radii, alpha=0.001)

@@ -133,7 +133,7 @@ def certify(
     radii = () if radius is None else tuple(np.atleast_1d(radius).tolist())
     if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
-    numbers = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
+    numbers: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
     numbers |= {"gain": gain, "seconds": seconds}
     check_settings(sigma, radii, alpha, **numbers)
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
@@ -191,8 +191,6 @@ def certify(
                     known = _ended(whole, open_, counts, gain)
                     bar.total -= int(known.sum()) * (cuts[-1] - last)
                     open_ = open_[~known]
-                if not len(open_):
-                    break
         if unfinished := int((drawn[open_] < cuts[-1]).sum()):
             notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.

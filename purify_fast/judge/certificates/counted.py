@@ -71,7 +71,8 @@ class Counted:
                 raise TimeIsOver
             while any(last not in self.known[self.marks[place]] for job in jobs for place in job[0]):
                 self._next_part(jobs)
-        return np.stack([self.known[self.marks[place]][last] for place in places.tolist()])
+        counts = [self.known[self.marks[place]][last] for place in places.tolist()]
+        return np.array(counts, dtype=np.int64).reshape(-1, self.noisy.classes + 1)
 
     def _jobs(self, places: NDArray[np.int64], last: int) -> Iterator[Job]:
         """Divide the draws that are missing into jobs."""
