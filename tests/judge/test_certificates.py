@@ -849,6 +849,15 @@ def test_refute_checks_what_it_gets_before_it_attacks():
             refute(made, **{"model": model, "x": x, "y": y, "radius": 0.5, "progress": False} | changes)
 
 
+def test_what_an_attack_finds_in_a_larger_ball_is_moved_into_this_ball():
+    """The attack breaks all images, but only the first within the radius, and the proof is for the moved images."""
+    x, y, model = margins(0.1, 0.8), torch.tensor([1, 1]), Halves()
+    made = certify(model, x, y, radius=0.2, **QUIET)
+    made, report = refute(made, model, x, y, radius=0.2, attacks=[PGD(steps=20, eps=2.0)], votes=51, progress=False)
+    assert len(report.adversarial) == 2
+    assert made.refuted[0.2].tolist() == [True, False] and not made.contradictions(0.2).size
+
+
 def test_hard_labels_can_be_refuted():
     """All few votes of an image agree, and the logits have no slope."""
 
