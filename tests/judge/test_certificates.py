@@ -23,8 +23,7 @@ from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.cli.certify import Certify
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import Certificates, EvaluateConfig, certify, refute
-from purify_fast.judge.certificates.log import read_log
+from purify_fast.evaluation import Certificates, EvaluateConfig, certify, read_log, refute
 from purify_fast.judge.certificates.noisy_draws import DependentDrawsError, Draws
 from purify_fast.judge.certificates.sequences import (
     MOST,

@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 from ..._files import write_text
 from ..._validation import Count, Positive, Range, check_folder, check_types
 from ..show.text import render
-from .log import COLUMNS, write_log
 from .sequences import LARGEST, MOST, Floats, answers, distances, looks, lower_bounds, most_wrong
 
 FORMAT = 3
 #: The columns of the table.
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
 NORMAL = NormalDist()
-
-
+#: The columns of a log, in the format of Cohen et al.'s code (locuslab/smoothing): the index in the data set; the label,
+#: -1 if it is unknown; the proved class, -1 where the classifier abstains; its L2 radius, also of a wrong class; 1 if it
+#: is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws with this
+#: class, and the draws that count.
+COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "tested", "right", "draws")
+PUBLIC = 6
 #: The arrays of whole numbers. `decided` is ``[N, questions, 2]``, and the others are ``[N]``.
 ARRAYS = ("right", "draws", "index", "labels", "tested", "decided")
 
@@ -170,7 +173,7 @@ class Certificates:
 
     @property
     def log(self) -> dict[str, NDArray[Any]]:
-        """The columns of `log.COLUMNS`, each ``[N]``. An image's time is its share of all draws."""
+        """The columns of `COLUMNS`, each ``[N]``. An image's time is its share of all draws."""
         draws, reached = self.draws + int(self.about.get("choosing_draws", 0)), np.maximum(self.reached(), 0.0)
         seconds = float(self.about.get("seconds", 0)) * draws / max(1, draws.sum())
         correct = ((self.predicted == self.labels) & (self.labels >= 0)).astype(int)
@@ -310,4 +313,29 @@ class Certificates:
         write_text(folder / "certificates.json", self.to_json())
         write_text(folder / "certificates.txt", self.to_text(beside) + "\n")
         write_text(folder / "certificates.html", self.to_html(beside))
-        write_log(folder / "log.tsv", self.log)
+        # Radii have all digits of float64.
+        log: dict[str, Any] = {name: map(str, column.tolist()) for name, column in self.log.items()}
+        log["time"] = (f"{s // 3600:.0f}:{s % 3600 // 60:02.0f}:{s % 60:09.6f}" for s in self.log["time"].tolist())
+        lines = [COLUMNS, *zip(*log.values(), strict=True)]
+        write_text(folder / "log.tsv", "\n".join(map("\t".join, lines)) + "\n")
+
+
+def read_log(path: str | Path) -> dict[str, NDArray[Any]]:
+    """Read a log of this package or of another program. Return the columns ``[N]`` by name; times are in seconds.
+
+    Raises:
+        ValueError: the file has other columns, or a value that is not allowed.
+    """
+    head, *lines = (line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    if tuple(head) not in (COLUMNS, COLUMNS[:PUBLIC]) or any(len(line) != len(head) for line in lines) or not lines:
+        raise ValueError(f"{path} must have lines with the columns {', '.join(COLUMNS)}, or the first {PUBLIC}")
+    kinds: dict[str, Any] = {"radius": float, "time": _seconds}
+    columns = zip(head, *lines, strict=True)
+    try:
+        return {name: np.array([*map(kinds.get(name, int), column)]) for name, *column in columns}
+    except ValueError as error:
+        raise ValueError(f"{path} has a value that is not allowed: {error}") from error
+
+
+def _seconds(text: str) -> float:
+    return sum(float(part) * 60**place for place, part in enumerate(reversed(text.split(":"))))
