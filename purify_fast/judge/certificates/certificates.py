@@ -22,10 +22,10 @@ FORMAT = 3
 #: The columns of the table.
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
 NORMAL = NormalDist()
-#: The columns of a log, in the format of Cohen et al.'s code (locuslab/smoothing): the index in the data set; the label,
-#: -1 if it is unknown; the proved class, -1 where the classifier abstains; its L2 radius, also of a wrong class; 1 if it
-#: is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws with this
-#: class, and the draws that count.
+#: The columns of a log, in the format of Cohen et al.'s code (locuslab/smoothing): the index in the data set; the
+#: label, -1 if it is unknown; the proved class, -1 where the classifier abstains; its L2 radius, also of a wrong class;
+#: 1 if it is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws
+#: with this class, and the draws that count.
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "tested", "right", "draws")
 PUBLIC = 6
 #: The arrays of whole numbers. `decided` is ``[N, questions, 2]``, and the others are ``[N]``.
