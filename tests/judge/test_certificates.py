@@ -297,6 +297,8 @@ def test_a_run_ends_when_its_time_is_over_and_goes_on(tmp_path, digits, monkeypa
 def test_two_processes_share_and_keep_the_draws(tmp_path, digits):
     def work():
         torch.set_num_threads(1)
+        late = certify(*digits, radius=0.25, seconds=1e-9, **QUIET)
+        assert late.notes == ["50 of 50 images are unfinished after 1e-09 seconds"] and not late.draws.any()
         made = certify(*digits, out=tmp_path / "kept", draws=300, **QUIET)
         return counts(made), made.predicted.tolist(), made.radius.tolist()
 

@@ -194,7 +194,7 @@ def certify(
         if unfinished := int((drawn[open_] < cuts[-1]).sum()):
             notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.
-        took = counted.seconds / counted.drawn * (drawn.sum() + extra * n)
+        took = counted.seconds / max(1, counted.drawn) * (drawn.sum() + extra * n)
         whole.about.update(choosing_draws=str(extra), seconds=f"{took:.1f}")
         shards.end(whole.to_json)
     return whole
