@@ -43,6 +43,8 @@ class Certify(ModelCommand):
         one_shot: Use a diffusion purifier as a denoiser of a single step, for images with the noise of --sigma.
         batch_size: Largest number of noisy images in a forward pass.
         seed: Seed of the noise, the attacks and the choice of images.
+        seconds: Time after which no further draws begin. The report says how many images are unfinished, and the same
+            command goes on with them. The attacks have no limit.
     """
 
     called: ClassVar[str] = "certify"
@@ -69,6 +71,7 @@ class Certify(ModelCommand):
     one_shot: bool = False
     batch_size: Count = 1000
     seed: Annotated[int, Range(0, 2**31, below=True)] = 0
+    seconds: Annotated[float, Range(0, above=True)] = float("inf")
 
     def noise(self) -> tuple[float, str]:
         """The standard deviation of the noise, and where it is from: from the option or the model's training."""
@@ -105,24 +108,25 @@ class Certify(ModelCommand):
         from ..evaluation import Certificates, EvaluateConfig, certify, refute
         from ..protocols import DenoisesOnce, supports
 
-        (sigma, source), first, radii = self.noise(), processes()[0] == 0, self.radius
+        (sigma, source), first = self.noise(), processes()[0] == 0
         others = [Certificates.from_json(Path(folder, "certificates.json").read_text()) for folder in self.beside]
         data = self.load_data(train=False)
-        attacked = sorted({radius for radius in radii if radius > 0}) if self.attack is not None else []
         model, _ = self.loaded(data)
         if self.one_shot:
             if not supports(model, DenoisesOnce):
                 raise ValueError(f"--one-shot needs a model with a method one_shot(sigma), got {self.folder}")
             model = cast(DenoisesOnce, model).one_shot(sigma)
-        if self.attack is not None and not isinstance(model, nn.Module):
-            raise ValueError(f"--attack is only for modules, but {self.folder} returns a function")
+        attacked = sorted({radius for radius in self.radius if radius > 0 and self.attack is not None})
         if self.attack is not None and not attacked:
-            raise ValueError(f"--attack needs a --radius above 0, got {radii or 'none'}")
+            raise ValueError(f"--attack needs a --radius above 0, got {self.radius or 'none'}")
+        if attacked and not isinstance(model, nn.Module):
+            raise ValueError(f"--attack is only for modules, but {self.folder} returns a function")
         out = self.writes()
         (x, y, index), notes = self.chosen(data, self.seed)
         how: dict[str, Any] = {"draws": self.draws, "batch_size": self.batch_size}
-        asked: dict[str, Any] = {"sigma": sigma, "radius": radii or None, "alpha": self.alpha, "seed": self.seed}
+        asked: dict[str, Any] = {"sigma": sigma, "radius": self.radius or None, "alpha": self.alpha, "seed": self.seed}
         asked |= {"choosing": self.choosing, "gain": self.gain, "name": self.title(), "index": index, "out": out}
+        asked["seconds"] = self.seconds
         certificates = certify(model, x, y, **asked, **how)
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         certificates.about.update(dataset=data.name)
@@ -130,11 +134,10 @@ class Certify(ModelCommand):
             # An interruption of the attacks leaves the report on the certificates.
             certificates.save(out, others)
             write_run_file(replace(self, sigma=sigma), out)
+        how |= {"protocol": self.attack, "votes": self.votes, "config": EvaluateConfig(dataset_name=data.name)}
         for radius in attacked:
             folder = out / f"attacks-{radius}"
-            against: dict[str, Any] = {"protocol": self.attack, "out": folder, **how}
-            against["config"] = EvaluateConfig(dataset_name=data.name)
-            certificates, report = refute(certificates, model, x, y, radius=radius, votes=self.votes, **against)  # type: ignore[arg-type]
+            certificates, report = refute(certificates, model, x, y, radius=radius, out=folder, **how)  # type: ignore[arg-type]
             if first:
                 report.save(folder)
                 certificates.save(out, others)

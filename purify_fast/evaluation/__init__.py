@@ -8,8 +8,8 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from ..judge.certificates.certificates import Certificates as Certificates
+    from ..judge.certificates.certificates import read_log as read_log
     from ..judge.certificates.certification import certify as certify
-    from ..judge.certificates.log import read_log as read_log
     from ..judge.certificates.refute import refute as refute
     from ..judge.request.config import EvaluateConfig as EvaluateConfig
     from ..judge.request.specs import AttackSpec as AttackSpec

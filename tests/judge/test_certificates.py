@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -21,8 +23,7 @@ from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.cli.certify import Certify
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import Certificates, EvaluateConfig, certify, refute
-from purify_fast.judge.certificates.log import read_log
+from purify_fast.evaluation import Certificates, EvaluateConfig, certify, read_log, refute
 from purify_fast.judge.certificates.noisy_draws import DependentDrawsError, Draws
 from purify_fast.judge.certificates.sequences import (
     MOST,
@@ -210,9 +211,9 @@ def rows_drawn(monkeypatch):
     """The number of draws of each call, by the places of images."""
     made, counts_of = [], Draws.counts
 
-    def recorded(self, at, first, last):
-        made.append(len(at) * (last - first))
-        return counts_of(self, at, first, last)
+    def recorded(self, job):
+        made.append(len(job[0]) * (job[2] - job[1]))
+        return counts_of(self, job)
 
     monkeypatch.setattr(Draws, "counts", recorded)
     return made
@@ -266,9 +267,38 @@ def test_another_question_draws_only_what_is_missing(tmp_path, digits, rows_draw
     assert sum(rows_drawn) > 15 * 1100
 
 
+@pytest.mark.parametrize("asked", [{"radius": 0.25}, {}, {"gain": 0.1}])
+def test_a_run_ends_when_its_time_is_over_and_goes_on(tmp_path, digits, monkeypatch, rows_drawn, asked):
+    """The clock counts the questions for the time, so a run makes two parts, whatever the machine is."""
+    digits, settings = (
+        (digits[0], *(each[:16] for each in digits[1:])),
+        QUIET | {"draws": 2000, "batch_size": 30} | asked,
+    )
+    whole, total = certify(*digits, **settings), sum(rows_drawn)
+    rows_drawn.clear()
+    runs = 0
+    while True:
+        runs, clock = runs + 1, itertools.count()
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda clock=clock: next(clock))
+            made = certify(*digits, out=tmp_path, seconds=3, **settings)
+        notes = [note for note in made.notes if "unfinished" in note]
+        if not notes:
+            break
+        unfinished = int((made.draws < whole.draws).sum())
+        assert notes == [f"{unfinished} of 16 images are unfinished after 3 seconds"] and unfinished
+        # What is not finished is not certified, and what is certified stays.
+        assert (made.radius <= whole.radius).all() and "unfinished" in made.to_text()
+    assert runs > 3
+    assert counts(made) == counts(whole) and made.radius.tolist() == whole.radius.tolist()
+    assert made.decided.tolist() == whole.decided.tolist() and sum(rows_drawn) == total
+
+
 def test_two_processes_share_and_keep_the_draws(tmp_path, digits):
     def work():
         torch.set_num_threads(1)
+        late = certify(*digits, radius=0.25, seconds=1e-9, **QUIET)
+        assert late.notes == ["50 of 50 images are unfinished after 1e-09 seconds"] and not late.draws.any()
         made = certify(*digits, out=tmp_path / "kept", draws=300, **QUIET)
         return counts(made), made.predicted.tolist(), made.radius.tolist()
 
@@ -607,14 +637,13 @@ def test_the_curves_begin_with_all_images_and_step_where_one_ends():
     made = Certificates(np.array([1000, 700, 100]), np.full(3, 1000), sigma=0.5, radii=(), alpha=0.001)
     made.refuted[0.25] = np.array([False, False, True])
     large, small, none = made.radius.tolist()
-    most = 1.05
-    assert large > most > small > none == 0
-    drawn = made._shown(())["drawing"]
-    assert drawn["most"] == pytest.approx(most)
-    np.testing.assert_allclose(drawn["below"][0], [(0, 2 / 3), (small, 2 / 3), (small, 1 / 3), (most, 1 / 3)])
+    assert large > small > none == 0
+    drawn = made._shown(())
+    assert drawn["farthest"] == large
+    np.testing.assert_allclose(drawn["below"][0], [(0, 2 / 3), (small, 1 / 3), (large, 0)])
     upper = made.between(0.25)[1]
     assert 2 / 3 <= upper < 1
-    np.testing.assert_allclose(drawn["above"], [(0, 1), (0.25, 1), (0.25, upper), (most, upper)])
+    np.testing.assert_allclose(drawn["above"], [(0, 1), (0.25, upper)])
 
 
 def test_a_report_is_read_again(tmp_path, digits):
@@ -650,6 +679,27 @@ def test_an_answer_stays_at_later_looks():
     assert Certificates.from_json(made.to_json()).decisions(0.25) == 1
 
 
+def test_no_probability_is_proved_where_no_radius_is():
+    """The first image is certified at both radii, the second at none, and the third has another class."""
+    made = Certificates(
+        np.array([1000, 500, 1000]),
+        np.full(3, 1000),
+        sigma=0.5,
+        radii=(0.25, 0.5),
+        alpha=0.001,
+        labels=np.array([1, 1, 2]),
+        tested=np.array([1, 1, 1]),
+    )
+    assert made.radius.tolist() == [0.5, 0, 0] and made.predicted.tolist() == [1, -1, 1]
+    assert made.probability.tolist() == [NORMAL.cdf(1.0), 0, 0]
+
+
+def test_an_image_that_is_certified_only_at_radius_0_ends_there():
+    made = Certificates(np.array([600, 1000]), np.full(2, 1000), sigma=0.5, radii=(0.0, 0.5), alpha=0.001)
+    assert made.radius.tolist() == [0, 0.5] and made.certified(0.0).all()
+    assert made._shown(())["below"] == [[(0.0, 1.0), (0.0, 0.5), (0.5, 0.0)]]
+
+
 def test_close_radii_and_their_order_are_kept():
     radii = (0.5, 0.1 + 0.2, 0.3)
     made = Certificates(np.array([99, 60]), np.array([100, 100]), sigma=0.5, radii=radii, alpha=0.001)
@@ -660,13 +710,20 @@ def test_close_radii_and_their_order_are_kept():
     ("name", "value", "message"),
     [
         ("right", [101, 0], "right must be from 0 to the draws, at most 134217728, got 101"),
-        ("right", [True, 0], "right must be whole numbers"),
-        ("right", [1], "draws must be int64 .1., got int64 .2."),
-        ("right", [2**70, 0], "right must be whole numbers"),
+        ("right", [True, 0], "right must be int64 .2., got .True, 0."),
+        ("right", [1], "draws must be int64 .1., got .100, 100."),
+        ("right", [2**70, 0], "right must be int64 .2., got .1180591620717411303424, 0."),
+        ("right", [1.0, 0], "right must be int64 .2., got .1.0, 0."),
+        ("right", 7, "right must be int64 .1., got 7"),
+        ("draws", [[1], [2, 3]], "draws must be int64 .2., got ..1., .2, 3.."),
+        ("decided", None, "too few or too many: .'decided'."),
+        ("about", [3], "about must be a dict, got .3."),
+        ("notes", "text", "notes must be a list, got 'text'"),
+        ("refuted", [True], "refuted must be a dict, got .True."),
         ("draws", [100, 2**40], "right must be from 0 to the draws, at most 134217728, got 5"),
         ("index", [7, 7], "index must be another number for each image"),
-        ("decided", [[[24, 24]], [[25, 24]]], "decided must be right draws and draws of a look, some"),
-        ("decided", [[[24, 24]], [[20, 24]]], "decided must be right draws and draws of a look, some"),
+        ("decided", [[[24, 24]], [[25, 24]]], "decided must be draws of a look, some of the image's"),
+        ("decided", [[[24, 24]], [[20, 24]]], "decided must be draws of a look, some of the image's"),
         ("decided", [[24, 24]], "decided must be int64"),
         ("sigma", -1, "sigma must be above 0 and finite, got -1"),
         ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
@@ -674,13 +731,13 @@ def test_close_radii_and_their_order_are_kept():
         ("decided", [[[24, 24]], [[5, 24]]], "decided must be after a number of draws of a look, such as .20, 22, 25"),
         ("labels", [-2, 0], "labels must be class numbers, or -1, got -2"),
         ("looks", 0, "looks must be at least 1"),
-        ("radii", 3, "radii must be a list of numbers, got 3"),
+        ("radii", 3, "radii must be a tuple, got 3"),
         ("refuted", {"0.25": [True]}, "refuted.0.25. must be bool .2."),
-        ("refuted", {"0.25": [1, 0]}, "refuted must be lists of true and false by radius"),
+        ("refuted", {"0.25": [1, 0]}, "refuted.0.25. must be bool .2., got .1, 0."),
         ("refuted", {"-1": [True, False]}, "each radius of refuted must be at least 0"),
-        ("about", {"name": 3}, "about must be texts by name"),
-        ("notes", [3], "notes must be a list of texts"),
-        ("more", 1, "too few or too many are .'more'."),
+        ("about", {"name": 3}, "about and notes must have only texts"),
+        ("notes", [3], "about and notes must have only texts"),
+        ("more", 1, "too few or too many: .'more'."),
     ],
 )
 def test_a_file_is_checked_field_by_field(name, value, message):
@@ -689,7 +746,7 @@ def test_a_file_is_checked_field_by_field(name, value, message):
     with pytest.raises(ValueError, match=message):
         Certificates.from_json(json.dumps(content | {name: value}))
     del content["sigma"]
-    with pytest.raises(ValueError, match=r"too few or too many are .'sigma'."):
+    with pytest.raises(ValueError, match=r"too few or too many: .'sigma'."):
         Certificates.from_json(json.dumps(content))
 
 
@@ -740,13 +797,16 @@ def test_a_purifier_of_one_step_is_certified():
     [
         ({"sigma": math.inf}, "sigma must be above 0 and finite"),
         ({"alpha": 0.99}, "alpha must be in"),
-        ({"radius": -0.1}, "radius must be at least 0"),
+        ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
         ({"radius": []}, "radius must be a number or at least one number"),
-        ({"radius": 2.0}, "radius must be at most 1.8868, which 100000 right draws"),
-        ({"radius": True}, "radius must be a number"),
-        ({"draws": None}, "draws must be a whole number"),
-        ({"draws": 5, "radius": 0.0}, r"draws must be in \[20, 134217728\], got 5"),
-        ({"draws": 9, "radius": None}, r"draws must be in \[10, 134217728\], got 9"),
+        ({"radius": 2.0}, r"draws must be in .280000, 134217728. to prove the radius 2.0 at sigma 0.5 and alpha 0.001"),
+        ({"radius": 9.0}, r"draws must be in .134217728, 134217728. to prove the radius 9.0"),
+        ({"radius": True}, "each of radii must be a number, got True"),
+        ({"draws": None}, "draws must be a number"),
+        ({"draws": 500.0}, "draws must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a number"),
+        ({"draws": 5, "radius": 0.0}, r"draws must be in \[20, 134217728\) to prove the radius 0.0 .*, got 5"),
+        ({"draws": 9, "radius": None}, r"draws must be in \[10, 134217728\) to prove the radius 0.0 .*, got 9"),
         ({"gain": 0.1}, "gain is only for the largest radius"),
         ({"gain": 1.0, "radius": None}, "gain must be in .0, 1., got 1.0"),
         ({"choosing": 0}, "choosing must be in"),
@@ -754,6 +814,8 @@ def test_a_purifier_of_one_step_is_certified():
         ({"draws": 2**27}, "draws must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"seconds": 0}, "seconds must be above 0, got 0"),
+        ({"seconds": None}, "seconds must be a number"),
         ({"model": None}, "model must be a module or a function"),
         (
             {"model": Halves().half()},
@@ -786,6 +848,15 @@ def test_refute_checks_what_it_gets_before_it_attacks():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             refute(made, **{"model": model, "x": x, "y": y, "radius": 0.5, "progress": False} | changes)
+
+
+def test_what_an_attack_finds_in_a_larger_ball_is_moved_into_this_ball():
+    """The attack breaks all images, but only the first within the radius, and the proof is for the moved images."""
+    x, y, model = margins(0.1, 0.8), torch.tensor([1, 1]), Halves()
+    made = certify(model, x, y, radius=0.2, **QUIET)
+    made, report = refute(made, model, x, y, radius=0.2, attacks=[PGD(steps=20, eps=2.0)], votes=51, progress=False)
+    assert len(report.adversarial) == 2
+    assert made.refuted[0.2].tolist() == [True, False] and not made.contradictions(0.2).size
 
 
 def test_hard_labels_can_be_refuted():

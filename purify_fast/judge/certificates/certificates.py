@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from statistics import NormalDist
@@ -16,47 +16,28 @@ from numpy.typing import NDArray
 from ..._files import write_text
 from ..._validation import Count, Positive, Range, check_folder, check_types
 from ..show.text import render
-from .log import COLUMNS, write_log
 from .sequences import LARGEST, MOST, Floats, answers, distances, looks, lower_bounds, most_wrong
 
 FORMAT = 3
 #: The columns of the table.
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
 NORMAL = NormalDist()
-Radius = Annotated[float, Range(0, below=True)]
-
-
-def _read(kind: type, values: Any) -> NDArray[Any]:
-    """An array of lists in a file, whose values must all be of a type."""
-    array = np.array(values, dtype=object)
-    if any(type(one) is not kind for one in array.flat):
-        raise TypeError(f"not {kind.__name__}")
-    return array.astype(kind)
-
-
-def _fits(pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.asarray((pairs[..., 0] >= 0) & (pairs[..., 0] <= pairs[..., 1]))
-
-
+#: The columns of a log, in the format of Cohen et al.'s code (locuslab/smoothing): the index in the data set; the
+#: label, -1 if it is unknown; the proved class, -1 where the classifier abstains; its L2 radius, also of a wrong class;
+#: 1 if it is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws
+#: with this class, and the draws that count.
+COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "tested", "right", "draws")
+PUBLIC = 6
 #: The arrays of whole numbers. `decided` is ``[N, questions, 2]``, and the others are ``[N]``.
 ARRAYS = ("right", "draws", "index", "labels", "tested", "decided")
-#: The fields of a file: what each must be, and how it is read. The object's own checks follow.
-FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    **dict.fromkeys(ARRAYS, ("whole numbers in lists of equal lengths", lambda lists: _read(int, lists))),
-    **dict.fromkeys(("sigma", "alpha", "looks"), ("a number", lambda value: value)),
-    "radii": ("a list of numbers", tuple),
-    "refuted": ("lists of true and false by radius", lambda by: {float(at): _read(bool, by[at]) for at in by}),
-    "about": ("texts by name", lambda texts: dict(zip(texts, _read(str, [*texts.values()]).tolist(), strict=True))),
-    "notes": ("a list of texts", lambda texts: _read(str, texts).tolist()),
-}
 
 
-def _stairs(share: float, steps: Iterable[tuple[float, float]], most: float) -> list[tuple[float, float]]:
-    """The corners of a curve with steps, as pairs of a radius and a share."""
-    corners = [(0.0, share)]
-    for at, next_share in steps:
-        corners += [(at, corners[-1][1]), (at, next_share)]
-    return [*corners, (most, corners[-1][1])]
+def _array(name: str, values: Any, kind: type, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Check an array, or make it of lists in a file, whose values must all be of a type."""
+    typed = isinstance(values, np.ndarray) or {type(one) for one in np.array(values, dtype=object).flat} == {kind}
+    if not typed or np.asarray(values).dtype != kind or np.shape(values) != shape or not np.size(values):
+        raise ValueError(f"{name} must be {np.dtype(kind)} {[*shape]}, got {values!r:.200}")
+    return np.asarray(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +69,7 @@ class Certificates:
     right: NDArray[np.int64]
     draws: NDArray[np.int64]
     sigma: Positive
-    radii: tuple[Radius, ...]
+    radii: tuple[Annotated[float, Range(0, below=True)], ...]
     alpha: Annotated[float, Range(0, 0.5, above=True)]
     refuted: dict[float, NDArray[np.bool_]] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
@@ -100,65 +81,70 @@ class Certificates:
     decided: NDArray[np.int64] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        for name, kind in (("about", dict), ("notes", list), ("refuted", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r:.200}")
+        if any(not isinstance(text, str) for text in (*self.about.values(), *self.notes)):
+            raise ValueError(f"about and notes must have only texts, got {self.about} and {self.notes}")
         check_types(self)
-        for radius in self.refuted:
+        n, questions = np.size(self.right), max(1, len(self.radii))
+        later: dict[str, Any] = {"labels": lambda: np.full(n, -1), "tested": lambda: self.labels.copy()}
+        later["index"] = lambda: np.arange(n)
+        later["decided"] = lambda: np.stack([self.right, self.draws], -1)[:, None].repeat(questions, 1)
+        for name in ARRAYS:
+            values = later[name]() if getattr(self, name) is None else getattr(self, name)
+            array = _array(name, values, int, (n, questions, 2) if name == "decided" else (n,))
+            object.__setattr__(self, name, array)
+        refuted = {float(at): _array(f"refuted[{at}]", fallen, bool, (n,)) for at, fallen in self.refuted.items()}
+        for radius in refuted:
             Range(0, below=True).check("each radius of refuted", radius)
-        n, questions = len(self.right), max(1, len(self.radii))
-        arrays = dict[str, Any]({f"refuted[{at}]": each for at, each in self.refuted.items()})
-        later: dict[str, Any] = {"labels": lambda: np.full(n, -1), "tested": lambda: self.labels}
-        later |= {"index": lambda: np.arange(n), "decided": lambda: self._drawn().repeat(questions, 1)}
-        for name in (*arrays, *ARRAYS):
-            if getattr(self, name, name) is None:
-                object.__setattr__(self, name, later[name]())
-            array: Any = arrays.setdefault(name, getattr(self, name, None))
-            shape = (n, questions, 2) if name == "decided" else (n,)
-            kind = np.int64 if name in ARRAYS else np.bool_
-            if array.dtype != kind or array.shape != shape or not array.size:
-                raise ValueError(f"{name} must be {kind.__name__} {[*shape]}, got {array.dtype} {[*array.shape]}")
-        look, rest, first = self.decided, self._drawn() - self.decided, np.unique(self.index, return_index=True)[1]
+        object.__setattr__(self, "refuted", refuted)
+        object.__setattr__(self, "radii", tuple(self.radii))
+        # Right draws and wrong draws, of all draws and of those at the looks.
+        every = np.stack([self.right, self.draws - self.right])[..., None]
+        seen = np.stack([self.decided[..., 0], self.decided[..., 1] - self.decided[..., 0]])
+        first = np.unique(self.index, return_index=True)[1]
         # The draws of a test are looked at after known numbers of draws.
-        timely = np.isin(look[..., 1], [0, *looks(MOST)]) | (not self.radii)
+        timely = np.isin(self.decided[..., 1], [0, *looks(MOST)]) | (not self.radii)
         for name, allowed, good in (
-            ("right", f"from 0 to the draws, at most {MOST}", _fits(self._drawn()[:, 0]) & (self.draws <= MOST)),
+            ("right", f"from 0 to the draws, at most {MOST}", (every >= 0).all((0, 2)) & (self.draws <= MOST)),
             ("index", f"in [0, {LARGEST})", (self.index >= 0) & (self.index < LARGEST)),
             ("index", "another number for each image", np.isin(np.arange(n), first)),
             ("labels", "class numbers, or -1", self.labels >= -1),
             ("tested", "class numbers, or -1", self.tested >= -1),
-            # The draws of a look are some of the image's draws, right ones and wrong ones.
-            ("decided", "right draws and draws of a look, some of the image's", _fits(look) & _fits(rest)),
+            ("decided", "draws of a look, some of the image's", ((seen >= 0) & (seen <= every)).all(0)),
             ("decided", f"after a number of draws of a look, such as {looks(MOST)[:3]}", timely),
         ):
             if not good.all():
-                raise ValueError(f"{name} must be {allowed}, got {arrays[name][~good][0].tolist()}")
-
-    def _drawn(self) -> NDArray[np.int64]:
-        """All right draws and all draws, int64 ``[N, 1, 2]``."""
-        return np.stack([self.right, self.draws], -1)[:, None]
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)[~good][0].tolist()}")
 
     def threshold(self, radius: float) -> float:
         """The probability of the class that a certificate at a radius needs: Phi(radius / sigma)."""
         return NORMAL.cdf(radius / self.sigma)
 
-    def _answers(self) -> NDArray[np.int8]:
-        """The answers at `radii` for the tested class, int8 ``[N, radii]``."""
+    def answers(self) -> NDArray[np.int8]:
+        """The answers at `radii` for the tested class, as `sequences.answers` gives them, int8 ``[N, radii]``."""
         return answers(self.decided, [*map(self.threshold, self.radii)], self.alpha)
 
-    def _reached(self) -> Floats:
+    def reached(self) -> Floats:
         """The largest radius that is proved for the tested class, float64 ``[N]``; below 0 if there is none."""
         if self.radii:
-            return np.asarray(np.where(self._answers() == 1, self.radii, -1.0).max(1))
+            return np.asarray(np.where(self.answers() == 1, self.radii, -np.inf).max(1))
         return self.sigma * distances(lower_bounds(self.decided[:, 0], self.alpha / self.looks))
+
+    def _held(self) -> Floats:
+        """The largest radius that is proved for the label, or for the tested class of an unknown label."""
+        return np.where((self.labels == self.tested) | (self.labels < 0), self.reached(), -np.inf)
 
     @property
     def probability(self) -> Floats:
         """The proved probability (p_A) of the label or of the tested class, float64 ``[N]``; 0 for a wrong class."""
-        proved = np.array([*map(self.threshold, self._reached().tolist())])
-        return np.where((self.labels == self.tested) | (self.labels < 0), proved, 0.0)
+        return np.array([*map(self.threshold, self._held().tolist())])
 
     @property
     def predicted(self) -> NDArray[np.int64]:
         """The class that the smoothed classifier is proved to predict, int64 ``[N]``; -1 where it abstains."""
-        return np.where(self._reached() >= 0, self.tested, -1)
+        return np.where(self.reached() >= 0, self.tested, -1)
 
     @property
     def radius(self) -> Floats:
@@ -167,8 +153,11 @@ class Certificates:
         It is 0 where the classifier abstains or predicts another class than the label; `predicted` tells both apart.
         With `radii`, it is the largest of those that are certified, and its mean is not the average certified radius.
         """
-        known = (self.labels == self.tested) | (self.labels < 0)
-        return np.where(known, np.maximum(self._reached(), 0.0), 0.0)
+        return np.maximum(self._held(), 0.0)
+
+    def certified(self, radius: float) -> NDArray[np.bool_]:
+        """The images that are certified at a radius, bool ``[N]``."""
+        return np.asarray(self._held() >= radius)
 
     def decisions(self, radius: float) -> NDArray[np.int8]:
         """Decide each image at a radius, int8 ``[N]``: 1 if it is certified, -1 if it cannot be, 0 if this is open.
@@ -176,31 +165,19 @@ class Certificates:
         An image cannot be certified if another class than its label is certified, or if the model's probability of the
         tested class is not above the threshold. The smoothed classifier may still be robust there.
         """
-        reached, other = self._reached(), (self.labels != self.tested) & (self.labels >= 0)
-        found = np.where(reached >= radius, np.where(other, -1, 1), np.where(other & (reached >= 0), -1, 0))
-        for asked, answer in zip(self.radii, self._answers().T if self.radii else (), strict=True):
+        absent = (self.predicted >= 0) & ~self.certified(0.0)
+        if self.radii:
             # The absence of a certificate holds also within a larger ball.
-            found = np.where((answer == -1) & (asked <= radius) & (found == 0), -1, found)
-        return found.astype(np.int8)
-
-    def certified(self, radius: float) -> NDArray[np.bool_]:
-        """The images that are certified at a radius, bool ``[N]``."""
-        return np.asarray(self.decisions(radius) == 1)
+            absent |= (self.answers()[:, np.array(self.radii) <= radius] == -1).any(1)
+        return np.where(self.certified(radius), 1, -absent.astype(np.int8)).astype(np.int8)
 
     @property
     def log(self) -> dict[str, NDArray[Any]]:
-        """The columns of `log.COLUMNS`, each ``[N]``. An image's time is its share of all draws."""
-        draws = self.draws + int(self.about.get("choosing_draws", 0))
+        """The columns of `COLUMNS`, each ``[N]``. An image's time is its share of all draws."""
+        draws, reached = self.draws + int(self.about.get("choosing_draws", 0)), np.maximum(self.reached(), 0.0)
         seconds = float(self.about.get("seconds", 0)) * draws / max(1, draws.sum())
-        correct = (self.predicted == self.labels) & (self.labels >= 0)
-        public = (
-            self.index,
-            self.labels,
-            self.predicted,
-            np.maximum(self._reached(), 0.0),
-            correct.astype(int),
-            seconds,
-        )
+        correct = ((self.predicted == self.labels) & (self.labels >= 0)).astype(int)
+        public = (self.index, self.labels, self.predicted, reached, correct, seconds)
         return dict(zip(COLUMNS, (*public, self.tested, self.right, self.draws), strict=True))
 
     @property
@@ -222,11 +199,9 @@ class Certificates:
 
     def _numbers(self, radius: float) -> tuple[int, int, int]:
         """The numbers of images that are certified, that are so for all images together, and that are not refuted."""
-        standing = np.ones(len(self.draws), dtype=bool)
-        for tried, refuted in self.refuted.items():
-            standing &= ~(refuted & (tried <= radius))
-        good = int(self.certified(radius).sum())
-        return good, max(0, good - most_wrong(len(self.draws), self.alpha)), int(standing.sum())
+        fallen = np.any([refuted for tried, refuted in self.refuted.items() if tried <= radius], axis=0)
+        n, good = len(self.draws), int(self.certified(radius).sum())
+        return good, max(0, good - most_wrong(n, self.alpha)), n - int(fallen.sum())
 
     def between(self, radius: float) -> tuple[float, float]:
         """The robust accuracy of the smoothed classifier at a radius, from below and from above, in [0, 1].
@@ -248,7 +223,7 @@ class Certificates:
     def contradictions(self, radius: float) -> NDArray[np.int64]:
         """The places of images that are certified and refuted at a radius up to this one: one of both is wrong."""
         both = [self.certified(tried) & refuted for tried, refuted in self.refuted.items() if tried <= radius]
-        return np.flatnonzero(np.logical_or.reduce(both)) if both else np.array([], dtype=np.int64)
+        return np.flatnonzero(np.any(both, axis=0))
 
     def sentence(self, radius: float, together: bool = False) -> str:
         """The robust accuracy at a radius in words, such as ``between 41.0 and 47.0 %``, rounded outwards.
@@ -264,11 +239,9 @@ class Certificates:
 
     def to_json(self) -> str:
         """The certificates as JSON."""
-        content = {name: getattr(self, name) for name in FIELDS}
-        content |= {name: content[name].tolist() for name in ARRAYS}
-        content["refuted"] = {str(radius): each.tolist() for radius, each in self.refuted.items()}
         accuracy = {str(each): [self.sentence(each), self.sentence(each, together=True)] for each in self.shown}
-        return json.dumps({"format": FORMAT, **content, "accuracy": accuracy}, indent=1, allow_nan=False)
+        content = {"format": FORMAT, **vars(self), "accuracy": accuracy}
+        return json.dumps(content, default=np.ndarray.tolist, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Certificates:
@@ -280,14 +253,11 @@ class Certificates:
         content: Any = json.loads(text)
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"the certificates must have format {FORMAT}: certify again")
-        if other := sorted(content.keys() ^ {*FIELDS, "accuracy"}):
-            raise ValueError(f"the fields must be {', '.join(FIELDS)} and accuracy, too few or too many are {other}")
-        for name, (allowed, read) in FIELDS.items():
-            try:
-                content[name] = read(content[name])
-            except (AttributeError, OverflowError, TypeError, ValueError) as error:
-                raise ValueError(f"{name} must be {allowed}, got {content[name]!r:.200}") from error
-        return cls(**{name: content[name] for name in FIELDS})
+        names = {one.name for one in fields(cls)} | {"accuracy"}
+        if other := sorted(content.keys() ^ names | {name for name in content if content[name] is None}):
+            raise ValueError(f"the fields must be {', '.join(sorted(names))}, got too few or too many: {other}")
+        del content["accuracy"]
+        return cls(**content)
 
     def lines(self) -> list[tuple[str, ...]]:
         """A line of the report's table for each radius: radius, accuracy, and counts of images."""
@@ -303,12 +273,10 @@ class Certificates:
         n, parts = len(self.draws), ["-"] * 4
         if not self.radii and (self.labels >= 0).all():
             parts = [f"{value:.3f}" for value in (self.acr, *np.quantile(self.probability, [0.25, 0.5, 0.75]))]
-        return {
-            **{"model": self.about.get("name", "a model"), "sigma": str(self.sigma), "images": str(n)},
-            **{f"L2 {radius:g}": f"{10_000 * self._numbers(radius)[0] // n / 100:.2f}" for radius in radii},
-            **dict(zip(("ACR", "p_A 25 %", "p_A 50 %", "p_A 75 %"), parts, strict=True)),
-            **{"draws": f"{self.draws.sum():,}", "seconds": self.about.get("seconds", "-")},
-        }
+        row = {"model": self.about.get("name", "a model"), "sigma": str(self.sigma), "images": str(n)}
+        row |= {f"L2 {radius:g}": f"{10_000 * self._numbers(radius)[0] // n / 100:.2f}" for radius in radii}
+        row |= dict(zip(("ACR", "p_A 25 %", "p_A 50 %", "p_A 75 %"), parts, strict=True))
+        return row | {"draws": f"{self.draws.sum():,}", "seconds": self.about.get("seconds", "-")}
 
     def to_text(self, beside: Sequence[Certificates] = ()) -> str:
         """The report as text for a terminal; ``beside``: certificates that share its last table."""
@@ -319,33 +287,55 @@ class Certificates:
 
         ``beside``: certificates of other models or another sigma, which are drawn on the same page.
         """
-        draws = f"{self.draws.sum():,}, in the median {int(np.median(self.draws)):,} for an image"
-        facts = {"draws": draws, **{name.replace("_", " "): value for name, value in self.about.items()}}
-        return render("certificates.html.jinja", **self._shown(beside), facts=facts)
+        return render("certificates.html.jinja", **self._shown(beside))
 
     def _shown(self, beside: Sequence[Certificates]) -> dict[str, Any]:
-        """Return the values that the text and the page show."""
+        """Return the values that the text and the page show. A curve has its corners: radii, and the shares beyond."""
         every = [self, *beside]
         radii = sorted({radius for made in every for radius in made.shown})
-        most, table = 1.05 * (max(radii) or self.sigma), [made.summary(radii) for made in every]
-        above = _stairs(1.0, ((at, self.between(at)[1]) for at in sorted(self.refuted)), most)
-        drawing = {"most": most, "radii": radii, "above": above, "below": [made._below(most) for made in every]}
-        median = int(np.median(self.draws))
-        return {"report": self, "head": HEAD, "median": median, "table": table, "drawing": drawing}
+        above = [(0.0, 1.0), *((radius, self.between(radius)[1]) for radius in sorted(self.refuted))]
+        below, table = [made._curve() for made in every], [made.summary(radii) for made in every]
+        farthest = max([*radii, *(radius for curve in (above, *below) for radius, _ in curve)]) or self.sigma
+        draws = f"{self.draws.sum():,} draws, in the median {int(np.median(self.draws)):,} for an image"
+        shown = {"report": self, "head": HEAD, "draws": draws, "table": table}
+        return shown | {"radii": radii, "above": above, "below": below, "farthest": farthest}
 
-    def _below(self, most: float) -> list[tuple[float, float]]:
-        """The corners of the certified accuracy over the radius."""
-        reached = np.where(self.certified(0.0), self.radius, -1.0)
-        steps = np.unique(reached[(reached > 0) & (reached < most)]).tolist()
-        return _stairs(float((reached >= 0).mean()), ((at, float((reached > at).mean())) for at in steps), most)
+    def _curve(self) -> list[tuple[float, float]]:
+        """The certified accuracy over the radius: each certified image ends at its radius."""
+        ends = np.sort(self.radius[self.certified(0.0)])
+        return [*zip([0.0, *ends.tolist()], np.arange(len(ends), -1, -1) / len(self.draws), strict=True)]
 
     def save(self, folder: str | Path, beside: Sequence[Certificates] = ()) -> None:
         """Write ``certificates.html``, ``.json`` and ``.txt``, and ``log.tsv``, atomically into a folder."""
         folder = Path(folder)
         check_folder("folder", folder)
-        folder.mkdir(parents=True, exist_ok=True)
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(folder / "certificates.json", self.to_json())
         write_text(folder / "certificates.txt", self.to_text(beside) + "\n")
         write_text(folder / "certificates.html", self.to_html(beside))
-        write_log(folder / "log.tsv", self.log)
+        # Radii have all digits of float64.
+        log: dict[str, Any] = {name: map(str, column.tolist()) for name, column in self.log.items()}
+        log["time"] = (f"{s // 3600:.0f}:{s % 3600 // 60:02.0f}:{s % 60:09.6f}" for s in self.log["time"].tolist())
+        lines = [COLUMNS, *zip(*log.values(), strict=True)]
+        write_text(folder / "log.tsv", "\n".join(map("\t".join, lines)) + "\n")
+
+
+def read_log(path: str | Path) -> dict[str, NDArray[Any]]:
+    """Read a log of this package or of another program. Return the columns ``[N]`` by name; times are in seconds.
+
+    Raises:
+        ValueError: the file has other columns, or a value that is not allowed.
+    """
+    head, *lines = (line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    if tuple(head) not in (COLUMNS, COLUMNS[:PUBLIC]) or any(len(line) != len(head) for line in lines) or not lines:
+        raise ValueError(f"{path} must have lines with the columns {', '.join(COLUMNS)}, or the first {PUBLIC}")
+    kinds: dict[str, Any] = {"radius": float, "time": _seconds}
+    columns = zip(head, *lines, strict=True)
+    try:
+        return {name: np.array([*map(kinds.get(name, int), column)]) for name, *column in columns}
+    except ValueError as error:
+        raise ValueError(f"{path} has a value that is not allowed: {error}") from error
+
+
+def _seconds(text: str) -> float:
+    return sum(float(part) * 60**place for place, part in enumerate(reversed(text.split(":"))))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..._validation import Range, check_folder, check_number
 from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
+from ...attacks.context import TimeIsOver
 from ...ops import kernels_now
 from ...protocols import Classifier
 from ...speed.followed import read_copies
@@ -37,16 +39,13 @@ from ..request.preparation import collect, note_of_modes
 from ..request.subject import device_of
 from ..run.cache import RowCache
 from ..run.shards import Shards
-from .certificates import NORMAL, Certificates
+from .certificates import Certificates
 from .counted import Counted
 from .noisy_draws import DependentDrawsError, Draws
-from .sequences import LARGEST, MOST, answers, distances, leads, looks, lower_bounds, spent
+from .sequences import LARGEST, MOST, distances, leads, looks, lower_bounds, spent
 
 logger = logging.getLogger("purify_fast")
 
-
-#: Increase this number after a change of what a part of the table of counts contains.
-PARTS = 3
 #: The most looks at a largest radius, of which each has about twice as many draws as the look before it.
 ENDS, TWICE = 4, 6
 
@@ -67,6 +66,7 @@ def certify(
     gain: float = 0.0,
     batch_size: int = 1000,
     seed: int = 0,
+    seconds: float = math.inf,
     index: Tensor | Sequence[int] | None = None,
     out: str | Path | None = None,
     name: str = "model",
@@ -108,6 +108,8 @@ def certify(
             share ``alpha``. 0: a single look after all draws.
         batch_size: largest number of rows in a forward pass. It is halved when memory runs out.
         seed: seed of the noise, in [0, 2^31).
+        seconds: the time after which no further draws begin, in seconds, above 0. A note says how many images are
+            unfinished. With ``out``, the same call goes on with them.
         index: the images' indices in their data set, integers ``[N]`` in [0, 2^31), all different. An image then has
             the same draws among any other images. Default: 0 to N - 1.
         out: a folder. The counts of the draws are kept in ``out/rows``, and a later call, also with other images, radii
@@ -127,23 +129,27 @@ def certify(
     """
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
-    whole_numbers = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
-    radii = check_settings(sigma, radius, alpha, gain=gain, **whole_numbers)
     check_folder("out", out)
+    radii = () if radius is None else tuple(np.atleast_1d(radius).tolist())
+    if not radii and radius is not None:
+        raise ValueError("radius must be a number or at least one number, got none")
+    numbers: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
+    numbers |= {"gain": gain, "seconds": seconds}
+    check_settings(sigma, radii, alpha, **numbers)
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
     n, data = len(labels), digest(images, labels)
-    numbered = np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy()
     # The counts are kept at all these numbers of draws. An image's draws may end at some of them.
     cuts = looks(draws) if radii else sorted({*looks(draws), int(draws)})
     ends = cuts if radii else cuts[::-TWICE][:ENDS] if gain else cuts[-1:]
     right, drawn = np.zeros((2, n), dtype=np.int64)
-    about: dict[str, Any] = {"notes": notes, "index": numbered, "looks": 1 if radii else len(ends)}
-    about |= {"labels": np.full(n, -1) if y is None else labels.numpy(), "tested": labels.numpy().copy()}
-    whole = Certificates(right, drawn, float(sigma), radii, float(alpha), **about)
+    about: dict[str, Any] = {"notes": notes, "looks": 1 if radii else len(ends)}
+    about["index"] = None if index is None else torch.as_tensor(index).cpu().numpy()
+    about["labels"] = None if y is None else labels.numpy()
+    about["refuted"] = {0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) else {}
+    whole = Certificates(right, drawn, float(sigma), tuple(map(float, radii)), float(alpha), **about)
     if radii and cuts[-1] < draws:
         notes.append(f"the draws end at {cuts[-1]}, the last look within {draws} draws")
-    names = torch.from_numpy(whole.index)
     with Shards(together) as shards, contextlib.ExitStack() as stack:
         notes += note_of_modes(model, name)
         generators = torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
@@ -151,117 +157,100 @@ def certify(
             stack.enter_context(block)
         read_copies(model)
         limit = BatchLimit(int(batch_size), device)
-        asked = Draws(model, images, names, sigma=whole.sigma, seed=int(seed), limit=limit)
+        noisy = Draws(model, images, torch.from_numpy(whole.index), sigma=whole.sigma, seed=int(seed), limit=limit)
         if y is not None:
-            check_labels("y", labels, asked.classes)
-        mark, table = fingerprint(model, revision), [PARTS, whole.sigma, int(seed), asked.classes]
+            check_labels("y", labels, noisy.classes)
         # A function has no weights.
         weights = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
         version, kind = f"purify_fast {__version__}, PyTorch {torch.__version__}", type(model).__name__
-        whole.about.update(name=name, predicted_by=kind, precision=asked.precision, version=version, weights=weights)
+        whole.about.update(name=name, predicted_by=kind, precision=noisy.precision, version=version, weights=weights)
         whole.about.update(seed=str(int(seed)), most_draws=str(cuts[-1]), data=data)
-        question = [radii, whole.alpha, *map(int, (draws, choosing, batch_size)), float(gain), y is None]
-        shards.check_same({"images": [data, names.tolist()], "model": [mark, table], "certificate": question})
+        mark, asked = fingerprint(model, revision), [whole.sigma, radii, whole.alpha, y is None, numbers]
+        same = {"images": [data, whole.index.tolist()], "model": [mark, noisy.classes], "certificate": asked}
+        shards.check_same(same)
         if out is not None and mark is None:
             why = "because it is a function, or holds a value that cannot be compared"
             logger.warning('out: the rows of %s are not kept, %s. certify(..., revision="1") keeps them', name, why)
         cache = RowCache(None if out is None or shards.rank > 0 else Path(out), kernels_now(device), revision)
         cache.register(model, mark)
         stack.push(lambda kind, *_: cache.remove_written() if kind is DependentDrawsError else None)
-        keep = lambda part, make: cache.values(cache.key({"counts": table, "part": part}, model), make)  # noqa: E731
-        counted = Counted(asked, shards, keep)
+        counted = Counted(noisy, shards, cache)
         if shards.rank > 0:
-            return Certificates.from_json(shards.follow(counted.draw))  # type: ignore[arg-type]
+            return Certificates.from_json(shards.follow(noisy.counts))  # type: ignore[arg-type]
         extra = int(choosing) if y is None or not radii else 0
         if extra:
-            whole.tested[:] = counted.after(np.arange(n), MOST + extra)[:, :-1].argmax(1)
-        open_, beaten = np.arange(n), np.zeros(n, dtype=np.bool_)
-        with tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress) as bar:
+            whole.tested[:] = counted.after(np.arange(n), MOST + extra, math.inf)[:, :-1].argmax(1)
+        open_, until = np.arange(n), time.monotonic() + seconds
+        bar = tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress)
+        with bar, contextlib.suppress(TimeIsOver):
             for last in cuts:
-                counts = counted.after(open_, last)
+                counts = counted.after(open_, last, until)
                 bar.update(int((last - drawn[open_]).sum()))
                 right[open_], drawn[open_] = counts[np.arange(len(open_)), whole.tested[open_]], last
                 if last in ends:
-                    known, beaten[open_] = _ended(whole, open_, counts, float(gain))
+                    known = _ended(whole, open_, counts, gain)
                     bar.total -= int(known.sum()) * (cuts[-1] - last)
                     open_ = open_[~known]
-                if not len(open_):
-                    break
-        if radii == (0.0,):
-            whole.refuted[0.0] = beaten
+        if unfinished := int((drawn[open_] < cuts[-1]).sum()):
+            notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.
-        seconds = counted.seconds / counted.drawn * (drawn.sum() + extra * n)
-        whole.about.update(choosing_draws=str(extra), seconds=f"{seconds:.1f}")
+        took = counted.seconds / max(1, counted.drawn) * (drawn.sum() + extra * n)
+        whole.about.update(choosing_draws=str(extra), seconds=f"{took:.1f}")
         shards.end(whole.to_json)
     return whole
 
 
-def _ended(
-    whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64], gain: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Keep the look of images at some places whose counts by class are given, if it proves what no earlier look does.
+def _ended(whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64], gain: float) -> NDArray[np.bool_]:
+    """Look at the draws of images at some places, whose counts by class are given. Return those that end, bool ``[n]``.
 
-    Returns:
-        The images whose draws end, bool ``[n]``, and those of which another class is proved to be more frequent.
+    The look is kept if it proves what no earlier look does.
     """
-    now = np.stack([whole.right[at], whole.draws[at]], -1)[:, None]
+    now, before = np.stack([whole.right[at], whole.draws[at]], -1), whole.decided[at]
     if not whole.radii:
-        level, most = whole.alpha / whole.looks, int(whole.about["most_draws"])
-        bounds = lower_bounds(np.stack([whole.decided[at, 0], now[:, 0]]), level)
-        whole.decided[at] = np.where((bounds[1] >= bounds[0])[:, None, None], now, whole.decided[at])
-        above = 1 - lower_bounds(now[:, 0] * [-1, 1] + now[:, 0, 1:] * [1, 0], level)
-        best = distances(np.minimum(above, level ** (1 / most)))
-        return best <= np.maximum(0, (1 + gain) * distances(bounds.max(0))), np.zeros(len(at), dtype=np.bool_)
-    thresholds, look = [whole.threshold(radius) for radius in whole.radii], whole.decided[at]
-    done = answers(look, thresholds, whole.alpha) != 0
+        earlier = whole.reached()[at]
+        whole.decided[at] = now[:, None]
+        reached = whole.reached()[at]
+        whole.decided[at] = np.where((reached >= earlier)[:, None, None], now[:, None], before)
+        level = whole.alpha / whole.looks
+        above = 1 - lower_bounds(np.stack([now[:, 1] - now[:, 0], now[:, 1]], -1), level)
+        best = whole.sigma * distances(np.minimum(above, level ** (1 / int(whole.about["most_draws"]))))
+        return best <= np.maximum(0, (1 + gain) * np.maximum(reached, earlier))
     # An answer stays.
-    whole.decided[at] = look = np.where(done[..., None], look, now)
-    answer = answers(look, thresholds, whole.alpha)
-    others, its_own = counts.copy(), (np.arange(len(at)), whole.tested[at])
-    others[its_own] = -1
-    lead = leads(counts[its_own], others.max(1), counts.shape[1] - 1, whole.alpha)
+    done = whole.answers()[at] != 0
+    whole.decided[at] = np.where(done[..., None], before, now[:, None])
+    answer = whole.answers()[at]
+    if whole.radii != (0.0,):
+        return (answer != 0).all(1)
     # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
-    known = (answer[:, 0] == 1) | (lead != 0) if whole.radii == (0.0,) else (answer != 0).all(1)
-    return known, lead == -1
+    rivals = np.where(np.arange(counts.shape[1]) == whole.tested[at, None], -1, counts).max(1)
+    lead = leads(now[:, 0], rivals, counts.shape[1] - 1, whole.alpha)
+    whole.refuted[0.0][at] = lead == -1
+    return (answer[:, 0] == 1) | (lead != 0)
 
 
-def check_settings(sigma: Any, radius: Any, alpha: Any, gain: Any = 0.0, **whole: Any) -> tuple[float, ...]:
-    """Refuse settings of certificates that are not allowed, with TypeError or ValueError. Return the radii.
+def check_settings(sigma: Any, radii: tuple[Any, ...], alpha: Any, **numbers: Any) -> None:
+    """Refuse settings of certificates that are not allowed, with TypeError or ValueError.
 
-    ``whole`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``choosing`` or ``votes``.
+    ``numbers`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``choosing`` or ``votes``, and
+    perhaps ``gain`` and ``seconds``.
     """
-    given = radius.tolist() if isinstance(radius, (np.ndarray, Tensor)) else () if radius is None else radius
-    radii = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
-    if not radii and radius is not None:
-        raise ValueError("radius must be a number or at least one number, got none")
-    allowed = {"sigma": Range(0, above=True, below=True), "alpha": Range(0, 0.5, above=True)}
-    allowed |= {
-        "draws": Range(1, MOST, below=True),
-        "radius": Range(0, below=True),
-        "seed": Range(0, LARGEST, below=True),
-    }
-    allowed |= {"gain": Range(0, 1, below=True), "choosing": Range(1, MOST)}
-    numbers = [("sigma", sigma), ("alpha", alpha), ("gain", gain), *(("radius", each) for each in radii)]
-    for name, value in [*numbers, *whole.items()]:
-        if name in whole and (not isinstance(value, Integral) or isinstance(value, bool)):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    # Certificates without draws check the first settings.
+    none = Certificates(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), sigma, radii, alpha)
+    radius = max(radii, default=0.0)
+    p = none.threshold(radius)
+
+    # Right draws alone prove a probability above p if p^draws is at most the alpha that may be spent.
+    def proves(n: int) -> bool:
+        return p < 1 and p**n <= (spent(n, p, alpha) if radii else alpha)
+
+    least = next((n for n in (looks(MOST) if radii else range(1, MOST)) if proves(n)), MOST)
+    what = f" to prove the radius {radius} at sigma {sigma} and alpha {alpha}"
+    allowed = {"draws": Range(least, MOST, below=True, unit=what), "seed": Range(0, LARGEST, below=True)}
+    allowed |= {"choosing": Range(1, MOST), "gain": Range(0, 1, below=True), "seconds": Range(0, above=True)}
+    for name, value in numbers.items():
         check_number(name, value)
+        if name not in ("gain", "seconds") and not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
         allowed.get(name, Range(1)).check(name, value)
-    if gain and radii:
-        raise ValueError(f"gain is only for the largest radius, without radius, got gain {gain} and radius {radius}")
-
-    # Right draws alone prove a probability p if p^draws is at most this.
-    def needed(p: float, n: int) -> float:
-        return spent(n, p, float(alpha)) if radii else float(alpha)
-
-    proving = (n for n in (looks(MOST) if radii else range(1, MOST)) if 0.5**n <= needed(0.5, n))
-    Range(next(proving, MOST), MOST).check("draws", whole["draws"])
-    count, p = looks(whole["draws"])[-1] if radii else whole["draws"], 0.5
-    for _ in range(100):
-        p = needed(p, count) ** (1 / count)
-    most = float(sigma) * NORMAL.inv_cdf(p)
-    if radii and max(radii) > most:
-        text = f"{count} right draws at sigma {sigma} and alpha {alpha} prove, got {max(radii)}"
-        # A bound is rounded down.
-        raise ValueError(f"radius must be at most {math.floor(1e4 * most) / 1e4}, which {text}")
-    return tuple(map(float, radii))
+    if radii and numbers.get("gain"):
+        raise ValueError(f"gain is only for the largest radius, got gain {numbers['gain']} and radius {radii}")

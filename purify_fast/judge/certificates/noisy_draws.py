@@ -27,6 +27,8 @@ from ...speed.memory import BatchLimit
 from ..request.subject import precision_name
 from ..searches.model_tests import check_classes
 
+#: Some images, by their places, and the first draw and the draw after the last that each of them needs.
+Job = tuple[tuple[int, ...], int, int]
 #: The sentinels of a run. A batch has all of them; a batch with fewer than four times as many rows has fewer.
 SENTINELS = 16
 #: The names of a random model's draws begin at this multiple of the image's index (Knuth's multiplicative hash).
@@ -95,17 +97,14 @@ class Draws:
         watched = min(SENTINELS, max(1, most // 4))
         return most, watched, max(1, most - watched)
 
-    def counts(self, at: Tensor, first: int, last: int) -> NDArray[np.int64]:
-        """Count the classes of the draws first to last - 1 of the images at some places, ``[n, classes + 1]``.
+    def counts(self, job: Job) -> NDArray[np.int64]:
+        """Count the classes of the draws of a job, ``[n, classes + 1]``. The last column has those without a class."""
+        return self.limit.within(lambda: self._counts(*job))
 
-        The last column counts predictions without a class.
-        """
-        return self.limit.within(lambda: self._counts(at, first, last))
-
-    def _counts(self, at: Tensor, first: int, last: int) -> NDArray[np.int64]:
+    def _counts(self, places: tuple[int, ...], first: int, last: int) -> NDArray[np.int64]:
         # Passes are full: many draws of an image, or all draws of many images.
         counts, room = [], self._sizes()[2]
-        for part in at.split(max(1, room // (last - first))):
+        for part in torch.tensor(places, device="cpu").split(max(1, room // (last - first))):
             each, total = max(1, room // len(part)), torch.zeros((), dtype=torch.int64, device="cpu")
             for start in range(first, last, each):
                 logits = self._checked(*self._rows(part, start, min(each, last - start)))

@@ -87,7 +87,7 @@ def refute(
     # A larger ball contains every image.
     Range(0, images[0].numel() ** 0.5, above=True).check("radius", radius)
     sigma, alpha = certificates.sigma, certificates.alpha
-    check_settings(sigma, 0.0, alpha, draws=draws, batch_size=batch_size, seed=asked["seed"], votes=votes)
+    check_settings(sigma, (0.0,), alpha, draws=draws, batch_size=batch_size, seed=asked["seed"], votes=votes)
     if digest(images.cpu(), labels.cpu()) != certificates.about["data"]:
         raise ValueError("x and y must be the images and labels of the certificates, got others")
     if weights_fingerprint(model) != certificates.about["weights"]:
@@ -100,9 +100,7 @@ def refute(
     report = evaluate(MajorityVote(smoothed, votes), images, labels, eps=radius, norm="l2", n_eval=1, **asked)
     with Shards(together) as shards:
         # Only the first process has the attacked images.
-        clean, number, adversarial = shards.from_first(lambda: _points(report, images, radius))
-    points = torch.cat([images[clean].cpu(), adversarial.view(-1, *images.shape[1:])])
-    number = np.concatenate([clean, number])
+        number, points = shards.from_first(lambda: _points(report, images.cpu(), radius))
     wrong = np.zeros(len(labels), dtype=bool)
     if len(points):
         # Other draws than those of the certificates. An image may have several points, of which each may err.
@@ -114,17 +112,13 @@ def refute(
     return replace(certificates, refuted={**certificates.refuted, float(radius): wrong}, about=about), report
 
 
-def _points(report: Report, x: Tensor, radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
-    """The numbers of the images that are misclassified clean, those of images that fell, and the attacked images."""
-    row = next(row for row in report.rows if row.kind == "clean")
-    clean, found = np.flatnonzero(~row.robust), report.adversarial
+def _points(report: Report, x: Tensor, radius: float) -> tuple[NDArray[np.int64], Tensor]:
+    """The images that are misclassified clean and the attacked images that fell, and their numbers before them."""
+    clean, found = next(row for row in report.rows if row.kind == "clean"), report.adversarial
     assert found is not None
-    # An attack of a list may have a ball of its own.
-    balls = {row.attack: (row.settings.get("norm"), row.settings.get("eps", 0)) for row in report.rows}
-    known = enumerate(balls[attack] for attack in found.attacks.tolist())
-    mine = [number for number, (norm, eps) in known if norm == "l2" and eps <= radius]
-    numbers = found.indices[mine]
-    start = x[numbers].cpu()
-    moved = torch.from_numpy(found.images[mine]).double() - start.double()
+    wrong = np.flatnonzero(~clean.robust)
+    number = np.concatenate([wrong, found.indices])
+    moved = torch.cat([x[wrong], torch.from_numpy(found.images)]).double() - x[number].double()
+    # An attack of a list may have a larger ball of its own.
     length = moved.flatten(1).norm(dim=1).clamp(min=radius * (1 - INSIDE)).view(-1, 1, 1, 1)
-    return clean, numbers, (start + moved * (radius * (1 - INSIDE) / length)).float()
+    return number, (x[number] + moved * (radius * (1 - INSIDE) / length)).float()

@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
 #: Numbers of draws, as whole numbers or as float64.
 Numbers = NDArray[Any]
 
@@ -112,15 +111,14 @@ def lower_bounds(look: Numbers, alpha: float) -> Floats:
     Each is right for a number of draws that was fixed before, except with the probability ``alpha``, and is rounded
     down. ``look`` has right draws and draws, ``[..., 2]``. Without draws, a bound is 0.
     """
-    pairs, back = np.unique(look.reshape(-1, 2), axis=0, return_inverse=True)
-    k, n = np.maximum(pairs[:, 0], 1).astype(np.float64), np.maximum(pairs[:, 1], 1).astype(np.float64)
-    p, change = np.minimum(k / n, (k + 1) / (n + 3)), np.ones(len(k))
+    k, n = np.moveaxis(np.maximum(look, 1).astype(np.float64), -1, 0)
+    p, change = np.minimum(k / n, (k + 1) / (n + 3)), np.ones_like(k)
     # The logarithm of the probability is concave in p. So Newton's method comes to the bound from below.
     while (np.abs(change) > EXACT * p).any():
         log, slope = _log_beta(k, n - k + 1, p)
         change = np.maximum((math.log(alpha) - log) / slope, -p / 2)
         p = p + change
-    return np.asarray(np.where(pairs[:, 0] > 0, p * (1 - EXACT), 0.0)[back].reshape(look.shape[:-1]))
+    return np.where(look[..., 0] > 0, p * (1 - EXACT), 0.0)
 
 
 def distances(probabilities: Floats) -> Floats:
