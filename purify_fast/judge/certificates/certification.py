@@ -245,6 +245,8 @@ def check_settings(sigma: Any, radii: tuple[Any, ...], alpha: Any, **numbers: An
 
     least = next((n for n in (looks(MOST) if radii else range(1, MOST)) if proves(n)), MOST)
     what = f" to prove the radius {radius} at sigma {sigma} and alpha {alpha}"
+    if least == MOST:
+        raise ValueError(f"radius must be smaller: fewer than {MOST} draws are needed{what}")
     allowed = {"draws": Range(least, MOST, below=True, unit=what), "seed": Range(0, LARGEST, below=True)}
     allowed |= {"choosing": Range(1, MOST), "gain": Range(0, 1, below=True), "seconds": Range(0, above=True)}
     for name, value in numbers.items():
