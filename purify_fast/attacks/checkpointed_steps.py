@@ -95,7 +95,7 @@ def checkpointed_steps(
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 x = _applied(step, x, first, inputs)
             first += 1
-        keep = _room(x.device) // max(1, sum(kept.values()) - before)
+        keep = int(SHARE * free_memory(x.device)) // max(1, sum(kept.values()) - before)
     for i in range(first, n):
         if i < n - keep:
             # Autograd functions take no keyword arguments.
@@ -112,14 +112,6 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
     if x._version != version:
         raise RuntimeError(f"step must not write into its x, but step {i} did: call x = x.clone() before writing")
     return following
-
-
-def _room(device: torch.device) -> int:
-    """Return how many bytes of activations may be kept besides those of the first steps, which were measured."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A CUDA graph would hold the memory for ever, and the free memory cannot be queried during a capture.
-        return 0
-    return int(SHARE * free_memory(device))
 
 
 def check_keep(keep: object) -> None:

@@ -37,7 +37,7 @@ from ...model_description import identity_key
 from ...protocols import CompilesSteps, CountsImages, PreparesReplay
 from ..agreement import FLOAT32
 from ..draws import same_draws
-from ..memory import retry_when_memory_ends, same_draws_again
+from ..memory import memory_of_capture, retry_when_memory_ends, same_draws_again
 from ..precision import raced_convolutions
 from .compiled_step import compiled_step
 from .cuda_capture import CudaCapture
@@ -306,7 +306,7 @@ def leave_no_trace(device: torch.device) -> Iterator[None]:
     token = _tracing.set(True)
     try:
         torch.set_autocast_cache_enabled(False)
-        with section("capture"), same_draws(device=device):
+        with section("capture"), same_draws(device=device), memory_of_capture(device):
             yield
     finally:
         _tracing.reset(token)
