@@ -83,7 +83,7 @@ def _traced(function: Any, state: State) -> Compiled:
         return result
 
     # A backward pass in another thread would not be traced, and neither would compiled parts of the model.
-    with torch.autograd.set_multithreading_enabled(False), _eager(function.model):
+    with torch.autograd.set_multithreading_enabled(False), eager(function.model):
         traced = make_fx(flat)(*[state[name] for name in names])
     graph, tensors, draws = _with_inputs(traced)
     # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
@@ -103,7 +103,7 @@ def _traced(function: Any, state: State) -> Compiled:
 
 
 @contextlib.contextmanager
-def _eager(model: Any) -> Iterator[None]:
+def eager(model: Any) -> Iterator[None]:
     """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
     parts = [part for part in model.modules() if part._compiled_call_impl is not None]
     compiled = [part._compiled_call_impl for part in parts]

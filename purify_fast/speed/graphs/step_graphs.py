@@ -39,7 +39,7 @@ from ..agreement import FLOAT32
 from ..draws import same_draws
 from ..memory import memory_of_capture, retry_when_memory_ends, same_draws_again
 from ..precision import raced_convolutions
-from .compiled_step import compiled_step
+from .compiled_step import compiled_step, eager
 from .cuda_capture import CudaCapture
 from .step_loop import (
     CAPTURE_STEPS,
@@ -244,18 +244,20 @@ class StepGraphs:
         try:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with leave_no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
-                with self.capture.aside(device):
-                    # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
-                    function(buffers)
-                first = [counter.counted() for counter in counters]
-                with self.capture.aside(device), same_draws(device=device):
-                    results, given = run_trial(lambda: function(buffers), device)
-                for name, value in results.items():
-                    if _kind(value) != _kind(buffers[name]):
-                        raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
-                counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                 compiles = any(one.compiled_steps() is not None for one in parts_of(function.model, CompilesSteps))
-                compiled = compiled_step(function, buffers) if compiles else None
+                # The model would be compiled for the trial only, because the step is compiled as a whole.
+                with eager(function.model) if compiles else contextlib.nullcontext():
+                    with self.capture.aside(device):
+                        # The first call verifies kernels and chooses algorithms, and may wait for the device.
+                        function(buffers)
+                    first = [counter.counted() for counter in counters]
+                    with self.capture.aside(device), same_draws(device=device):
+                        results, given = run_trial(lambda: function(buffers), device)
+                    for name, value in results.items():
+                        if _kind(value) != _kind(buffers[name]):
+                            raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
+                    counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
+                    compiled = compiled_step(function, buffers) if compiles else None
                 run: Any = function if compiled is None else compiled
                 again = same_draws_again(device)
                 # The step itself comes first, because afterwards the graph keeps the memory of a whole step. A result
