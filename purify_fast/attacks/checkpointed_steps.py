@@ -125,7 +125,9 @@ class _Repeated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, i: int, draws: bool, count: int, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.step, ctx.i, ctx.count, ctx.modes = step, i, count, _function_modes()
+        # A `DeviceContext` changes no result.
+        ctx.modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+        ctx.step, ctx.i, ctx.count = step, i, count
         ctx.draw_again = same_draws_again(x.device) if draws else None
         kind, ctx.backends = x.device.type, ",".join(forced_backends()) or None
         ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
@@ -174,11 +176,6 @@ def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
     change = (before - x if before.shape == x.shape else before).abs().amax()
     rounding = torch.finfo(before.dtype).eps * before.abs().amax()
     return (again - before).abs().amax() > BFLOAT16 * change + ROUNDED * rounding
-
-
-def _function_modes() -> list[Any]:
-    """The active function modes, the outermost first; `DeviceContext` is omitted, because it changes no result."""
-    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:

@@ -35,10 +35,9 @@ def _memory_of(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """The bytes that this process may still allocate; 0 in a capture outside of `memory_of_capture`."""
     memory, cuda = _measured.get(), device.type == "cuda"
-    if memory is None:
-        if cuda and torch.cuda.is_current_stream_capturing():
-            return 0
-        memory = _memory_of(device)
+    if memory is None and cuda and torch.cuda.is_current_stream_capturing():
+        return 0
+    memory = _memory_of(device) if memory is None else memory
     return memory - (torch.cuda.memory_allocated(device) if cuda else 0)
 
 
@@ -50,6 +49,11 @@ def memory_of_capture(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _measured.reset(token)
+
+
+def in_capture() -> bool:
+    """Return True within `memory_of_capture`."""
+    return _measured.get() is not None
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:

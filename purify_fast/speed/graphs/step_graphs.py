@@ -23,7 +23,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +36,7 @@ from ...model_description import identity_key
 from ...protocols import CompilesSteps, CountsImages, PreparesReplay
 from ..agreement import FLOAT32
 from ..draws import same_draws
-from ..memory import memory_of_capture, retry_when_memory_ends, same_draws_again
+from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
 from .compiled_step import compiled_step, eager
 from .cuda_capture import CudaCapture
@@ -61,8 +60,6 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: True within `leave_no_trace`.
-_tracing = ContextVar("tracing", default=False)
 #: The largest number of graphs.
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launches are remembered.
@@ -259,14 +256,13 @@ class StepGraphs:
                     counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                     compiled = compiled_step(function, buffers) if compiles else None
                 run: Any = function if compiled is None else compiled
-                again = same_draws_again(device)
                 # The step itself comes first, because afterwards the graph keeps the memory of a whole step. A result
                 # may be a buffer itself, which the replay overwrites.
-                with self.capture.aside(device):
-                    wanted = {name: value.clone() for name, value in run(buffers).items()}
-                # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
-                replay = self.capture.record(lambda: write(run(buffers), buffers), device)
-                again()
+                with same_draws(device=device):
+                    with self.capture.aside(device):
+                        wanted = {name: value.clone() for name, value in run(buffers).items()}
+                    # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
+                    replay = self.capture.record(lambda: write(run(buffers), buffers), device)
                 write(state, buffers)
                 replay()
                 if not all(alike(buffers[name], one) for name, one in wanted.items() if one.is_floating_point()):
@@ -304,20 +300,15 @@ def leave_no_trace(device: torch.device) -> Iterator[None]:
     Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
     are not updated when the weights change.
     """
-    cached = torch.is_autocast_cache_enabled()
-    token = _tracing.set(True)
-    try:
-        torch.set_autocast_cache_enabled(False)
-        with section("capture"), same_draws(device=device), memory_of_capture(device):
-            yield
-    finally:
-        _tracing.reset(token)
-        torch.set_autocast_cache_enabled(cached)
+    kind, enabled = device.type, torch.is_autocast_enabled(device.type)
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled, cache_enabled=False)
+    with section("capture"), same_draws(device=device), memory_of_capture(device), autocast:
+        yield
 
 
 def is_tracing() -> bool:
     """Return True if a step is being tried or captured, so that a call in it must not replay a graph of its own."""
-    return _tracing.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return in_capture() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 class _Trial(EagerDispatchMode):
