@@ -282,9 +282,6 @@ class StepGraphs:
 class InlineSteps(StepGraphs):
     """Takes all steps directly, because a graph of the whole training step is being captured around them."""
 
-    def __init__(self, capture: CudaCapture):
-        super().__init__("always", capture)
-
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop without a graph of its own."""
         return begin_steps(None, function, state)
