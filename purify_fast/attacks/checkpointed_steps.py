@@ -79,7 +79,7 @@ def checkpointed_steps(
         for i in range(n):
             x = step(x, i, *inputs)
         return x
-    first = 0
+    first = min(n, MEASURED) if keep == "auto" else 0
     if keep == "auto":
         # The bytes of each storage that autograd keeps.
         kept: dict[int, int] = {}
@@ -90,11 +90,10 @@ def checkpointed_steps(
             return tensor.detach()
 
         before = 0
-        while first < min(n, MEASURED):
+        for i in range(first):
             before = sum(kept.values())
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                x = _applied(step, x, first, inputs)
-            first += 1
+                x = _applied(step, x, i, inputs)
         keep = int(SHARE * free_memory(x.device)) // max(1, sum(kept.values()) - before)
     for i in range(first, n):
         if i < n - keep:

@@ -245,6 +245,20 @@ def test_a_capture_compiles_no_model_whose_step_is_compiled(rerun, monkeypatch):
     assert len(modules) == 2
 
 
+def test_a_copy_is_compiled_for_its_comparison_and_not_again_for_its_calls(monkeypatch):
+    compiled = []
+    fast = {"backend": lambda graph, inputs: compiled.append(len(inputs)) or graph.forward}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: torch_compile(function, **options | fast))
+    x = torch.rand(2, 3, 8, 8)
+    copy = frozen_copy(network(), x, dtype=torch.float32, compile=True)
+    # With a gradient and without.
+    assert len(compiled) == 2
+    with torch.no_grad():
+        copy(x)
+    torch.autograd.grad(copy(x.requires_grad_()).sum(), x)
+    assert len(compiled) == 2
+
+
 def test_a_step_compiled_with_fresh_noise_does_not_serve_fixed_noise(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: graph.forward)
     monkeypatch.setattr(torch, "compile", torch_compile)

@@ -6,17 +6,17 @@ also fuses operators of the forward pass with others. The weights are inputs of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..._compiler import eager
 from ..._validation import in_one_line
 from ..agreement import BFLOAT16, COSINE
 from ..draws import same_draws
@@ -100,20 +100,6 @@ def _traced(function: Any, state: State) -> Compiled:
         return result
 
     return run
-
-
-@contextlib.contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
-    parts = [part for part in model.modules() if part._compiled_call_impl is not None]
-    compiled = [part._compiled_call_impl for part in parts]
-    try:
-        for part in parts:
-            part._compiled_call_impl = None
-        yield
-    finally:
-        for part, call in zip(parts, compiled, strict=True):
-            part._compiled_call_impl = call
 
 
 def _with_inputs(traced: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Callable[[], Tensor]]]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..._compiler import EagerDispatchMode, section
+from ..._compiler import EagerDispatchMode, eager, section
 from ..._validation import CudnnBenchmark, StepMode, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CompilesSteps, CountsImages, PreparesReplay
@@ -38,7 +38,7 @@ from ..agreement import FLOAT32
 from ..draws import same_draws
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
-from .compiled_step import compiled_step, eager
+from .compiled_step import compiled_step
 from .cuda_capture import CudaCapture
 from .step_loop import (
     CAPTURE_STEPS,
@@ -142,8 +142,7 @@ class StepGraphs:
 
     def free_for(self, device: torch.device) -> bool:
         """Take the lock for a direct attack on a device; False if nothing can be captured now, as in a capture."""
-        possible = self.may_capture(device) and on_usual_stream(device) and not is_tracing()
-        return possible and self.lock.acquire(blocking=False)
+        return self.may_capture(device) and on_usual_stream(device) and not is_tracing() and self.lock.acquire(False)
 
     def may_replay(self, device: torch.device) -> bool:
         """Return True if loops on a device are or may still be captured."""
