@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -42,19 +42,6 @@ def is_compiled(module: Any) -> bool:
     """Return True if a module is the result of `torch.compile`."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-
-
-@contextlib.contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
-    compiled = [(part, call) for part in model.modules() if (call := part._compiled_call_impl) is not None]
-    try:
-        for part, _ in compiled:
-            part._compiled_call_impl = None
-        yield
-    finally:
-        for part, call in compiled:
-            part._compiled_call_impl = call
 
 
 class EagerDispatchMode(TorchDispatchMode):

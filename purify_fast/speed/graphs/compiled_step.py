@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..._compiler import eager
 from ..._validation import in_one_line
 from ..agreement import BFLOAT16, COSINE
 from ..draws import same_draws
+from ..frozen_weights import eager
 
 logger = logging.getLogger("purify_fast")
 

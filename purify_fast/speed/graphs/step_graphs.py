@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..._compiler import EagerDispatchMode, eager, section
+from ..._compiler import EagerDispatchMode, section
 from ..._validation import CudnnBenchmark, StepMode, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CompilesSteps, CountsImages, PreparesReplay
 from ..agreement import FLOAT32
 from ..draws import same_draws
+from ..frozen_weights import eager
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
 from .compiled_step import compiled_step
