@@ -159,7 +159,7 @@ class _Repeated(torch.autograd.Function):
             raise RuntimeError(f"{fault}: {advice}")
         if not result.requires_grad and not needed[0]:
             return (None,) * (4 + len(needed))
-        wanted = [one for one, need in zip([*leaves, *others[ctx.count :]], needed, strict=True) if need]
+        wanted = [tensor for tensor, need in zip([*leaves, *others[ctx.count :]], needed, strict=True) if need]
         found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
         gradients = [next(found) if need else None for need in needed]
         if differs.is_cuda:
