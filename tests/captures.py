@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 #: Functions that raise an error, or end the capture, while CUDA captures a graph. None of them is an operator. On a CPU
-#: the generator of the host is that of the device. `torch.random.fork_rng` calls two of these functions.
+#: the generator of the host is that of the device, and so is its memory. `torch.random.fork_rng` calls two of these.
 REFUSED = {
     "torch": ("get_rng_state", "set_rng_state"),
     "torch.random": ("get_rng_state", "set_rng_state"),
     "torch.cuda": ("get_rng_state", "set_rng_state", "synchronize", "mem_get_info", "empty_cache"),
+    "purify_fast.speed.memory": ("available_memory",),
     "torch.Tensor": ("numpy", "__array__", "tolist", "cpu", "pin_memory"),
 }
 

@@ -79,7 +79,7 @@ def checkpointed_steps(
         for i in range(n):
             x = step(x, i, *inputs)
         return x
-    first = 0
+    first = min(n, MEASURED) if keep == "auto" else 0
     if keep == "auto":
         # The bytes of each storage that autograd keeps.
         kept: dict[int, int] = {}
@@ -90,12 +90,11 @@ def checkpointed_steps(
             return tensor.detach()
 
         before = 0
-        while first < min(n, MEASURED):
+        for i in range(first):
             before = sum(kept.values())
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                x = _applied(step, x, first, inputs)
-            first += 1
-        keep = _room(x.device) // max(1, sum(kept.values()) - before)
+                x = _applied(step, x, i, inputs)
+        keep = int(SHARE * free_memory(x.device)) // max(1, sum(kept.values()) - before)
     for i in range(first, n):
         if i < n - keep:
             # Autograd functions take no keyword arguments.
@@ -114,14 +113,6 @@ def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
     return following
 
 
-def _room(device: torch.device) -> int:
-    """Return how many bytes of activations may be kept besides those of the first steps, which were measured."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A CUDA graph would hold the memory for ever, and the free memory cannot be queried during a capture.
-        return 0
-    return int(SHARE * free_memory(device))
-
-
 def check_keep(keep: object) -> None:
     """Raise ValueError if ``keep`` is neither "auto" nor a number of steps."""
     if keep != "auto" and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
@@ -133,7 +124,9 @@ class _Repeated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, i: int, draws: bool, count: int, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.step, ctx.i, ctx.count, ctx.modes = step, i, count, _function_modes()
+        # A `DeviceContext` changes no result.
+        ctx.modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+        ctx.step, ctx.i, ctx.count = step, i, count
         ctx.draw_again = same_draws_again(x.device) if draws else None
         kind, ctx.backends = x.device.type, ",".join(forced_backends()) or None
         ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
@@ -166,8 +159,7 @@ class _Repeated(torch.autograd.Function):
             raise RuntimeError(f"{fault}: {advice}")
         if not result.requires_grad and not needed[0]:
             return (None,) * (4 + len(needed))
-        tensors = [*leaves, *others[ctx.count :]]
-        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        wanted = [tensor for tensor, need in zip([*leaves, *others[ctx.count :]], needed, strict=True) if need]
         found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
         gradients = [next(found) if need else None for need in needed]
         if differs.is_cuda:
@@ -182,11 +174,6 @@ def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
     change = (before - x if before.shape == x.shape else before).abs().amax()
     rounding = torch.finfo(before.dtype).eps * before.abs().amax()
     return (again - before).abs().amax() > BFLOAT16 * change + ROUNDED * rounding
-
-
-def _function_modes() -> list[Any]:
-    """The active function modes, the outermost first; `DeviceContext` is omitted, because it changes no result."""
-    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 
 def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:

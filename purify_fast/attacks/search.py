@@ -23,18 +23,13 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
 
 
-def zero_is_no_fault(objective: Objective, gradient: Gradient) -> Tensor | None:
-    """Tell for which images a zero gradient is no fault, bool ``[B]``; None: for no image."""
-    # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the third
-    # highest logit.
-    return None if objective.loss == "ce" else gradient.wrong == 1
-
-
 def record_point(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
     """The new values of `Search.memory` after one more point, computed without waiting for the device."""
     new: State = {}
     if "nonfinite" in memory:
-        counts = faults(gradient.image, zero_is_no_fault(objective, gradient)).sum(1)
+        # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the
+        # third highest logit. So a zero is no fault there.
+        counts = faults(gradient.image, None if objective.loss == "ce" else gradient.wrong == 1).sum(1)
         new = {name: memory[name] + count for name, count in zip(FAULTS, counts, strict=True)}
     if "best" in memory:
         new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, gradient.score)

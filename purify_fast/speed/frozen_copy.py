@@ -21,7 +21,7 @@ from .copying import deep_copy, freeze
 from .draws import same_draws
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
-from .frozen_weights import images_only
+from .frozen_weights import eager, images_only
 from .precision import float32_products
 from .processor import fast_bfloat16
 from .products import is_dense
@@ -68,9 +68,8 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
     if not same:
         text = f"{type(model).__name__} and its plain copy give other logits for the same images and random numbers"
         warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
-    copied: Any = made
     # A race of cuDNN's algorithms takes a second for each batch size, and changes the last bits in the middle of a run.
-    copied._followed.graphs = StepGraphs(cudnn_benchmark="off")
+    made._followed.graphs = StepGraphs(cudnn_benchmark="off")  # type: ignore[union-attr]
     return made
 
 
@@ -102,17 +101,22 @@ def _compared(
     x, name = x[:COMPARED].detach(), type(model).__name__
     # The copies are made outside inference mode even if the caller is in it, because attacks differentiate them. The
     # caller's autocast does not decide either.
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device), _not_run(model):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
         x = x.clone()
-        original = _evaluated(model)
-        # An error of the model itself leaves this function.
-        want = _answers(original, x if dtype_of(original) == dtype_of(model) else x.float())
+        with _not_run(model):
+            # An error of the model itself leaves this function.
+            want = _wanted(model, x)
         first = Form(dtype, fine=fine and dtype == torch.bfloat16)
         forms = list(dict.fromkeys([first, Form(torch.float32), Form(torch.float32, plain=True)]))
         for form, following in zip(forms, [*forms[1:], None], strict=True):
             try:
-                made = made_in(form, model, x, compile)
-                if _agree(_answers(made, x.float()), want, form.dtype) and _folds_rightly(model, x, form):
+                with _not_run(model):
+                    made = made_in(form, model, x, compile)
+                    # The compiler would compile again after this block, because of its hook.
+                    with eager(made):
+                        got = _answers(made, x.float())
+                got = _answers(made, x.float()) if compile else got
+                if _agree(got, want, form.dtype) and _folds_rightly(model, x, form):
                     # A call may have filled caches or moved counters of the copy.
                     with same_draws(model):
                         made.update()
@@ -143,12 +147,14 @@ def made_in(form: Form, model: Any, x: Tensor, compile: bool = False) -> Any:
         return FrozenCopy(model, tuple(x.shape[1:]), form, compile)
 
 
-def _evaluated(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in evaluation mode, in float32 if it is in half precision."""
+def _wanted(model: nn.Module, x: Tensor) -> _Answers:
+    """Return the answers of a model in evaluation mode, in float32 if it is in half precision. A copy of it is run."""
     copied = deep_copy(model).requires_grad_(False)
     if copied.training:
         freeze(copied)
-    return copied.float() if dtype_of(copied) in (torch.float16, torch.bfloat16) else copied
+    if dtype_of(copied) in (torch.float16, torch.bfloat16):
+        copied, x = copied.float(), x.float()
+    return _answers(copied, x)
 
 
 def _folds_rightly(model: nn.Module, x: Tensor, form: Form) -> bool:
@@ -172,8 +178,7 @@ def _folds_rightly(model: nn.Module, x: Tensor, form: Form) -> bool:
                 norm.running_var.mul_(
                     torch.rand(norm.running_var.shape, generator=source, device="cpu").to(x.device) + 0.5
                 )
-    original = _evaluated(other)
-    want = _answers(original, x if dtype_of(original) == dtype_of(other) else x.float())
+    want = _wanted(other, x)
     got = _answers(made_in(Form(torch.float32), other, x), x.float())
     # The gradients of random networks may be so small that their direction is rounding.
     return _agree(got._replace(gradient=want.gradient), want, torch.float32)

@@ -1,9 +1,10 @@
-"""A block in which the weights of models need no gradients."""
+"""Blocks in which the weights of models need no gradients, or in which the parts of a model are not compiled."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +25,16 @@ def images_only(*models: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
+    compiled = [(part, call) for part in model.modules() if (call := part._compiled_call_impl) is not None]
+    try:
+        for part, _ in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call

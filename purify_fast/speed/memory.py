@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -14,18 +16,44 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
+#: The memory of the device within `memory_of_capture`, see `_memory_of`; None outside of it.
+_measured = ContextVar[int | None]("measured", default=None)
+
 
 def peak_so_far(device: torch.device) -> int:
     """The largest memory of this process so far, in bytes: that of the process on a CPU, or of tensors on a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
 
 
-def free_memory(device: torch.device) -> int:
-    """The bytes that this process may still allocate."""
+def _memory_of(device: torch.device) -> int:
+    """The bytes that this process may still allocate, and on a GPU also the bytes of its tensors."""
     if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return available_memory()
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that this process may still allocate; 0 in a capture outside of `memory_of_capture`."""
+    memory, cuda = _measured.get(), device.type == "cuda"
+    if memory is None and cuda and torch.cuda.is_current_stream_capturing():
+        return 0
+    memory = _memory_of(device) if memory is None else memory
+    return memory - (torch.cuda.memory_allocated(device) if cuda else 0)
+
+
+@contextmanager
+def memory_of_capture(device: torch.device) -> Iterator[None]:
+    """Within the block, `free_memory` does not query the device, which a capture refuses. It subtracts the tensors."""
+    token = _measured.set(_memory_of(device))
+    try:
+        yield
+    finally:
+        _measured.reset(token)
+
+
+def in_capture() -> bool:
+    """Return True within `memory_of_capture`."""
+    return _measured.get() is not None
 
 
 def same_draws_again(device: torch.device) -> Callable[[], None]:

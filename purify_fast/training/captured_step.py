@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import UserDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,7 +203,7 @@ def captured(task: Task, batch: Batch, gradients: Gradients) -> CapturedStep | N
 def inline(task: Task) -> Iterator[None]:
     """Within the block, attacks take their steps without graphs of their own."""
     before = task.graphs
-    task.graphs = None if before is None else InlineSteps(before.capture)
+    task.graphs = None if before is None else InlineSteps("always", before.capture)
     try:
         yield
     finally:
@@ -250,14 +250,6 @@ def within_repeats(got: list[Tensor], repeats: list[list[Tensor]]) -> bool:
     return bool(apart.isfinite().all() & together & alone.all())
 
 
-def _known_equal(tensor: Tensor, before: Tensor) -> bool:
-    """Return True if two tensors are equal; False if memory has ended, because a copy needs none."""
-    try:
-        return tensor.equal(before)
-    except RuntimeError:
-        return False
-
-
 @contextmanager
 def undone(task: Task, device: torch.device) -> Iterator[None]:
     """After the block, restore the random generators, and the modes, weights, buffers and gradients of a training.
@@ -279,8 +271,12 @@ def undone(task: Task, device: torch.device) -> Iterator[None]:
                     tensor.copy_(before)
                     tensor.grad = gradient
                 for tensor, before, gradient in kept[1]:
-                    # A change of its version would make copies of a frozen classifier again.
-                    if not _known_equal(tensor, before):
+                    # A change of its version would make copies of a frozen classifier again. If memory has ended, the
+                    # comparison fails, and the copy needs none.
+                    same = False
+                    with suppress(RuntimeError):
+                        same = tensor.equal(before)
+                    if not same:
                         tensor.copy_(before)
                     tensor.grad = gradient
         except Exception as error:

@@ -8,10 +8,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from captures import Rerun
+from denoisers import Tiny, defence, images
+from direct import direct
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from purify_fast.attacks import checkpointed_steps
+from purify_fast.attacks import checkpointed_steps, pgd
+from purify_fast.methods.diffusion import Process
+from purify_fast.speed import StepGraphs, memory
 
 MODULE = sys.modules["purify_fast.attacks.checkpointed_steps"]
 
@@ -166,3 +171,63 @@ def test_as_many_steps_are_kept_as_fit_into_a_quarter_of_the_free_memory(monkeyp
     for room in (5, 11):
         again, taken = measured("auto", int(4 * (room + 0.5) * one))
         assert again == 17 - room and least < taken <= least + room * one < most
+
+
+PASSES = []
+
+
+class Counted(Tiny):
+    def forward(self, x, t):
+        PASSES.append(len(x))
+        return super().forward(x, t)
+
+
+class CountsCaptures(Rerun):
+    """Counts the passes of the denoiser in the capture itself."""
+
+    def record(self, run, device):
+        PASSES.clear()
+        replay = super().record(run, device)
+        self.passes = len(PASSES)
+        return replay
+
+
+class Same:
+    """A comparison that finds no difference, and for which the host does not wait, as on a GPU."""
+
+    is_cuda = False
+
+    def __bool__(self):
+        return False
+
+
+@pytest.mark.parametrize(("free", "passes"), [(0, 38), (10**12, 20), (300_000, 30)])
+def test_a_captured_step_keeps_the_activations_that_an_eager_step_keeps(free, passes, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    monkeypatch.setattr(MODULE, "_differs", lambda again, before, x: Same())
+    made = defence(denoiser=Counted(), process=Process(t_star=0.1, steps=20))
+    x, y = images(2), torch.arange(2)
+    PASSES.clear()
+    direct(pgd, made, x, y, eps=0.1, steps=1)
+    eager, capture = len(PASSES), CountsCaptures()
+    graphs = StepGraphs("always", capture=capture)
+    direct(pgd, made, x, y, eps=0.1, steps=2, graphs=graphs)
+    assert capture.recorded == 1 and not graphs.refusals
+    assert capture.passes == eager == passes
+
+
+def test_a_capture_asks_the_device_for_its_memory_before_it_begins(monkeypatch):
+    cuda, tensors, capturing = torch.device("cuda"), [20], [False]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {False: (100, 1000)}[capturing[0]])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: tensors[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert memory.free_memory(cuda) == 130
+    with memory.memory_of_capture(cuda):
+        capturing[0] = True
+        assert memory.free_memory(cuda) == 130
+        # What the loop has kept is no longer free.
+        tensors[0] = 60
+        assert memory.free_memory(cuda) == 90
+    # The memory was not measured before a capture of the user.
+    assert memory.free_memory(cuda) == 0

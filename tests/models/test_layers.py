@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_cuda import MODE
 from torch import nn
 from torch._dynamo.utils import get_compilation_metrics
 
@@ -24,10 +25,11 @@ def test_they_compute_what_torchs_do(training):
 
 def test_on_cuda_the_statistics_of_all_processes_are_those_of_torchs_function(monkeypatch):
     """The function has a kernel on CUDA only."""
-    layer, x, seen = BatchNorm2d(4).train(), torch.randn(2, 4, 3, 3), []
+    layer, seen = BatchNorm2d(4).train(), []
+    with MODE:
+        x = torch.empty(2, 4, 3, 3, device="cuda")
     apply = staticmethod(lambda *given: seen.extend(given) or given[0])
     monkeypatch.setattr(layers, "SyncBatchNorm", type("SyncBatchNorm", (), {"apply": apply}))
-    monkeypatch.setattr(layers, "BY_TORCH", ("cpu",))
     monkeypatch.setattr(layers, "processes", lambda: (0, 2))
     assert layer(x) is x and layer.num_batches_tracked == 1
     wanted = x, layer.weight, layer.bias, layer.running_mean, layer.running_var

@@ -279,6 +279,32 @@ def test_a_step_is_compiled_once_although_two_of_its_tensors_are_the_same_or_it_
     assert rerun.recorded == 1 and len(graphs_of) == 2
 
 
+def test_a_capture_compiles_no_model_whose_step_is_compiled(rerun, monkeypatch):
+    model, modules = inference_copy(), []
+    fast = {"backend": lambda graph, inputs: modules.append(len(inputs)) or graph.forward}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: torch_compile(function, **options | fast))
+    model.classifier.compile()
+    attack(model, StepGraphs("always", rerun))
+    # The backend of the compiled step is this one, too.
+    assert rerun.recorded == 1 and len(modules) == 1
+    model(torch.rand(8, 3, 8, 8))
+    assert len(modules) == 2
+
+
+def test_a_copy_is_compiled_for_its_comparison_and_not_again_for_its_calls(monkeypatch):
+    compiled = []
+    fast = {"backend": lambda graph, inputs: compiled.append(len(inputs)) or graph.forward}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: torch_compile(function, **options | fast))
+    x = torch.rand(2, 3, 8, 8)
+    copy = frozen_copy(network(), x, dtype=torch.float32, compile=True)
+    # With a gradient and without.
+    assert len(compiled) == 2
+    with torch.no_grad():
+        copy(x)
+    torch.autograd.grad(copy(x.requires_grad_()).sum(), x)
+    assert len(compiled) == 2
+
+
 def test_a_step_compiled_with_fresh_noise_does_not_serve_fixed_noise(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: graph.forward)
     monkeypatch.setattr(torch, "compile", torch_compile)

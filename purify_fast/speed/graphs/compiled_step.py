@@ -6,10 +6,9 @@ also fuses operators of the forward pass with others. The weights are inputs of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..._compiler import traced
 from ..._validation import in_one_line
 from ..agreement import BFLOAT16, COSINE
 from ..draws import same_draws
+from ..frozen_weights import eager
 
 #: The compiler. Tests replace it by a faster one.
 BACKEND = "inductor"
@@ -65,7 +65,7 @@ def _traced(function: Any, state: State) -> Compiled:
     # A backward pass in another thread would not be traced, and neither would compiled parts of the model.
     token = traced.set(True)
     try:
-        with torch.autograd.set_multithreading_enabled(False), _eager(function.model):
+        with torch.autograd.set_multithreading_enabled(False), eager(function.model):
             made = make_fx(flat)(*[state[name] for name in names])
     finally:
         traced.reset(token)
@@ -84,20 +84,6 @@ def _traced(function: Any, state: State) -> Compiled:
         return result
 
     return run
-
-
-@contextlib.contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
-    parts = [part for part in model.modules() if part._compiled_call_impl is not None]
-    compiled = [part._compiled_call_impl for part in parts]
-    try:
-        for part in parts:
-            part._compiled_call_impl = None
-        yield
-    finally:
-        for part, call in zip(parts, compiled, strict=True):
-            part._compiled_call_impl = call
 
 
 def _with_inputs(step: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Callable[[], Tensor]]]:

@@ -23,7 +23,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +36,8 @@ from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
 from ..draws import same_draws
-from ..memory import retry_when_memory_ends, same_draws_again
+from ..frozen_weights import eager
+from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
 from .cuda_capture import CudaCapture
 from .step_loop import (
@@ -61,8 +61,6 @@ logger = logging.getLogger("purify_fast")
 
 Result = TypeVar("Result")
 
-#: True within `leave_no_trace`.
-_tracing = ContextVar("tracing", default=False)
 #: The largest number of graphs.
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launches are remembered.
@@ -145,8 +143,7 @@ class StepGraphs:
 
     def free_for(self, device: torch.device) -> bool:
         """Take the lock for a direct attack on a device; False if nothing can be captured now, as in a capture."""
-        possible = self.may_capture(device) and on_usual_stream(device) and not is_tracing()
-        return possible and self.lock.acquire(blocking=False)
+        return self.may_capture(device) and on_usual_stream(device) and not is_tracing() and self.lock.acquire(False)
 
     def may_replay(self, device: torch.device) -> bool:
         """Return True if loops on a device are or may still be captured."""
@@ -244,27 +241,28 @@ class StepGraphs:
         try:
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with leave_no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
-                with self.capture.aside(device):
-                    # The first call compiles, verifies kernels and chooses algorithms, and may wait for the device.
-                    function(buffers)
-                first = [counter.counted() for counter in counters]
-                with self.capture.aside(device), same_draws(device=device):
-                    results, given = run_trial(lambda: function(buffers), device)
-                for name, value in results.items():
-                    if _kind(value) != _kind(buffers[name]):
-                        raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
-                counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                 steps = steps_to_compile(function.model)
-                compiled = None if steps is None else steps.compiled(function, buffers)
+                # The model would be compiled for the trial only, because the step is compiled as a whole.
+                with contextlib.nullcontext() if steps is None else eager(function.model):
+                    with self.capture.aside(device):
+                        # The first call verifies kernels and chooses algorithms, and may wait for the device.
+                        function(buffers)
+                    first = [counter.counted() for counter in counters]
+                    with self.capture.aside(device), same_draws(device=device):
+                        results, given = run_trial(lambda: function(buffers), device)
+                    for name, value in results.items():
+                        if _kind(value) != _kind(buffers[name]):
+                            raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
+                    counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
+                    compiled = None if steps is None else steps.compiled(function, buffers)
                 run: Any = function if compiled is None else compiled
-                again = same_draws_again(device)
                 # The step itself comes first, because afterwards the graph keeps the memory of a whole step. A result
                 # may be a buffer itself, which the replay overwrites.
-                with self.capture.aside(device):
-                    wanted = {name: value.clone() for name, value in run(buffers).items()}
-                # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
-                replay = self.capture.record(lambda: write(run(buffers), buffers), device)
-                again()
+                with same_draws(device=device):
+                    with self.capture.aside(device):
+                        wanted = {name: value.clone() for name, value in run(buffers).items()}
+                    # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
+                    replay = self.capture.record(lambda: write(run(buffers), buffers), device)
                 write(state, buffers)
                 replay()
                 if not all(alike(buffers[name], one) for name, one in wanted.items() if one.is_floating_point()):
@@ -284,9 +282,6 @@ class StepGraphs:
 class InlineSteps(StepGraphs):
     """Takes all steps directly, because a graph of the whole training step is being captured around them."""
 
-    def __init__(self, capture: CudaCapture):
-        super().__init__("always", capture)
-
     def begin(self, function: StepFunction, state: State) -> Steps:
         """Begin a loop without a graph of its own."""
         return begin_steps(None, function, state)
@@ -302,20 +297,15 @@ def leave_no_trace(device: torch.device) -> Iterator[None]:
     Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
     are not updated when the weights change.
     """
-    cached = torch.is_autocast_cache_enabled()
-    token = _tracing.set(True)
-    try:
-        torch.set_autocast_cache_enabled(False)
-        with section("capture"), same_draws(device=device):
-            yield
-    finally:
-        _tracing.reset(token)
-        torch.set_autocast_cache_enabled(cached)
+    kind, enabled = device.type, torch.is_autocast_enabled(device.type)
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled, cache_enabled=False)
+    with section("capture"), same_draws(device=device), memory_of_capture(device), autocast:
+        yield
 
 
 def is_tracing() -> bool:
     """Return True if a step is being tried or captured, so that a call in it must not replay a graph of its own."""
-    return _tracing.get() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return in_capture() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 class _Trial(EagerDispatchMode):
