@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ..copying import deep_copy
 from ..draws import same_draws
-from .arithmetic import fold, foldable, hooked, is_norm
+from ..weights import copy_all
+from .arithmetic import fold, foldable, hooked, is_norm, scale_into, scales_of
 
 
 def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
@@ -71,6 +73,36 @@ def fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
         for name, child in parent.named_children():
             if child in folded:
                 setattr(parent, name, nn.Identity().eval())
+
+
+@torch.no_grad()
+def read_values(network: nn.Module, model: nn.Module, pairs: list[tuple[str, str]]) -> bool:
+    """Write the values of a model in float32 into its copy, in which the pairs of these names are folded.
+
+    Returns:
+        False, before anything is written, if a tensor of the copy is no tensor of the model in other form.
+    """
+    parts = dict(model.named_modules(remove_duplicate=False))
+    scales = scales_of([(parts[layer], parts[norm]) for layer, norm in pairs])
+    scaled, targets, sources = [], list[Tensor](), list[Tensor]()
+    for name, part in network.named_modules():
+        factor, bias = scales.get(parts[name], (None, None))
+        held = parts[name]._parameters | parts[name]._buffers | ({} if bias is None else {"bias": bias})
+        for key, target in (part._parameters | part._buffers).items():
+            source = held.get(key)
+            if target is None:
+                continue
+            if source is None or source.dtype not in (torch.float32, target.dtype):
+                return False
+            if key == "weight" and factor is not None:
+                scaled.append((target, source, factor))
+            else:
+                targets.append(target)
+                sources.append(source)
+    for each in scaled:
+        scale_into(*each)
+    copy_all(targets, sources)
+    return True
 
 
 def _read(*values: Any) -> None:

@@ -15,13 +15,13 @@ from ..._tensors import first_tensor, without_autocast
 from ...models.layers import Normalize
 from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed
-from ..copying import deep_copy, freeze, memo_of
+from ..copying import deep_copy, freeze
 from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..structure import Decisions, Place, Structure
 from ..weights import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
-from .batchnorm import fold_pairs, foldable_pairs
+from .batchnorm import fold_pairs, foldable_pairs, read_values
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For a model with fewer weights, the conversion of an image to channels_last takes longer than it saves.
@@ -287,17 +287,18 @@ class InferenceCopy(nn.Module):
     @torch.inference_mode(False)
     def _make(self, classifier: nn.Module, in_place: bool = True) -> None:
         with section("a copy reads its model"):
-            decided = self.decisions["classifier"]
-            made = freeze(
-                without_recorders(deep_copy(classifier, memo_of(classifier.modules(), bool(decided.channels_last))))
-            )
             if not classifier.training:
                 self._keep({name for name, part in classifier.named_modules() if part.training})
-            set_modes(made, self._kept)
-            prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
-            self.classifier = self._place.put(made, self._structure.number, in_place)
-            if self.classifier is made:
-                # Compiled steps have the tensors and the settings of the earlier network.
-                self._steps.clear()
-                if self.compile_steps:
-                    made.compile()
+            decided, place, structure = self.decisions["classifier"], self._place, self._structure
+            if not (in_place and place.version == structure.version and place.is_untouched()):
+                made = freeze(without_recorders(deep_copy(classifier)))
+                set_modes(made, self._kept)
+                prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
+                self.classifier = place.put(made, structure.number, in_place)
+                if self.classifier is made:
+                    # Compiled steps have the tensors and the settings of the earlier network.
+                    self._steps.clear()
+                    if self.compile_steps:
+                        made.compile()
+            can_read = structure.only_registered and read_values(self.classifier, classifier, decided.pairs or [])
+            place.version = structure.version if can_read else -1
