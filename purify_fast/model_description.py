@@ -33,7 +33,7 @@ Inside = Callable[[Any], Any]
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_plain(kind: type) -> bool:
+def _is_plain(kind: Any) -> bool:
     """Return True if the objects of a class describe themselves."""
     return issubclass(kind, PLAIN)
 
@@ -51,7 +51,7 @@ class Description:
         self.seen: dict[int, int] = {}
 
     def of(self, value: Any) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         # Most values pass the first test, which is the fastest.
         if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))) or _is_plain(kind):
             return value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model_description import SHARED
 from ..model_state import hidden_modules
 from .draws import own_generators
-from .weights import copied, tensors_of
+from .weights import tensors_of
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
 PLAIN = (Tensor, nn.Parameter)
@@ -37,7 +37,8 @@ def memo_of(parts: Iterable[nn.Module]) -> dict[int, Any]:
                 held[id(value)] = value
     memories = Counter(value.untyped_storage().data_ptr() for value in held.values() if value.numel())
     alone = [one for one in held.values() if not one.is_leaf or memories[one.untyped_storage().data_ptr()] == 1]
-    for old, made in zip(alone, copied(alone), strict=True):
+    for old in alone:
+        made = old.detach().clone()
         memo[id(old)] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
     return memo
 
@@ -61,29 +62,27 @@ def computes_in_modes(part: nn.Module) -> bool:
 
 
 def only_registered(model: nn.Module, values: Iterable[Any]) -> bool:
-    """Return True if copies of a model can differ in the values of its parameters and buffers only.
+    """Return True if copies of a model in the same modes can differ in the values of parameters and buffers only.
 
-    So nothing but PyTorch, Python's containers and functions decides what a copy is.
+    This is so if PyTorch, Python's containers and functions alone decide what a copy is.
 
     Args:
         model: the model.
-        values: all that it holds, from `structure_key`.
+        values: all that it holds, from `purify_fast.model_description.structure_key`.
     """
-    registered = {id(one) for _, one in tensors_of(model)}
-    methods = [(name, getattr(nn.Module, name, None)) for name in COPYING]
-    for value in values:
-        kind = type(value)
-        if isinstance(value, nn.Module):
-            for name, usual in methods:
-                method = getattr(kind, name, None)
-                # Some layers of PyTorch complete the state of objects that were saved by earlier versions.
-                if method is not usual and not str(getattr(method, "__module__", "")).startswith("torch.nn."):
-                    return False
-            if computes_in_modes(value):
-                return False
-        elif kind not in CONTAINERS and not isinstance(value, SHARED) and id(value) not in registered:
-            return False
-    return True
+    kept = {id(one) for _, one in tensors_of(model)} | {id(one) for one in values if isinstance(one, SHARED)}
+    return all(
+        _is_copied_by_pytorch(one) if isinstance(one, nn.Module) else type(one) in CONTAINERS or id(one) in kept
+        for one in values
+    )
+
+
+def _is_copied_by_pytorch(part: nn.Module) -> bool:
+    """Return True if no code outside of PyTorch's layers runs when a module is copied, or changes its mode."""
+    methods = [(getattr(type(part), name, None), getattr(nn.Module, name, None)) for name in COPYING]
+    # Layers of PyTorch complete the state of those that were saved by earlier versions.
+    own = [one for one, usual in methods if one is not usual and not str(one.__module__).startswith("torch.nn.")]
+    return not own and not hasattr(part, "noise_modes") and not computes_in_modes(part)
 
 
 def freeze(copied: nn.Module) -> nn.Module:

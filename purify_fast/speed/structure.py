@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,34 +35,30 @@ class Structure:
     Attributes:
         decisions: the `Decisions` about parts of the model, by name. They are forgotten when the structure changes.
         number: the number of different structures so far.
-        version: the same, where other modes are another structure.
-        only_registered: whether copies can differ in the values of parameters and buffers only.
+        only_registered: whether copies of models with this structure can differ in the values of parameters and buffers
+            only, see `purify_fast.speed.copying.only_registered`.
     """
 
     def __init__(self) -> None:
-        self.number = self.version = 0
+        self.number = 0
         self.decisions = defaultdict[str, Decisions](Decisions)
         self.only_registered = False
         self._key: Any = None
-        self._with_modes: Any = None
 
     def look(self, model: nn.Module, check: Callable[[list[Tensor]], None] | None = None) -> None:
         """Describe the model anew. A new structure is checked before it is kept; ``check`` gets all of its tensors."""
-        with_modes, objects, values = structure_key(model)
-        if with_modes == self._with_modes:
+        key, objects, values = structure_key(model, modes=False)
+        if key == self._key:
             return
-        key, *_ = structure_key(model, modes=False)
-        if key != self._key:
-            if check is not None:
-                check([value for value in values if isinstance(value, Tensor)])
-            self.forget()
-        # The objects in the descriptions are kept alive beside them.
-        self._key, self._with_modes, self._objects = key, with_modes, objects
-        self.version, self.only_registered = self.version + 1, only_registered(model, values)
+        if check is not None:
+            check([value for value in values if isinstance(value, Tensor)])
+        # The objects in the description are kept alive beside it.
+        self._key, self._objects, self.only_registered = key, objects, only_registered(model, values)
+        self.forget()
 
     def forget(self) -> None:
         """Forget all decisions."""
-        self.number, self.version = self.number + 1, self.version + 1
+        self.number += 1
         self.decisions.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,48 +72,40 @@ class Place:
     Captured and compiled steps read the tensors of the first network that was made. So a new network that differs in
     nothing else gives its values to these tensors. Tensors that came from elsewhere, such as images that a forward pass
     has kept in an attribute, are never written to.
-
-    Attributes:
-        network: the network; None before the first `put`.
-        version: that of the original's structure if the network differs from a new one in the values of its parameters
-            and buffers only; or else -1.
     """
 
     def __init__(self) -> None:
         self.network: nn.Module | None = None
-        self.version = self._number = -1
-        self._seen: tuple[Any, ...] = None, [], [], []
+        self._number = -1
+        self._seen: tuple[Any, ...] = ()
 
     def put(self, new: nn.Module, number: int, in_place: bool = True) -> nn.Module:
         """Return the network of this place, which is ``new`` or has its values.
 
         ``number``: that of the original's structure, because a hook of the original is new to the copy, too.
         """
-        key, objects, tensors = _described(new)
-        if in_place and number == self._number and key == self._seen[0] and self.is_untouched():
-            copy_all(self._seen[2], tensors)
+        seen = _described(new)
+        if in_place and self.holds(number) and seen[0] == self._seen[0]:
+            copy_all(zip(self._seen[2], seen[2], strict=True))
             return cast(nn.Module, self.network)
-        self.network, self._number = new, number
-        # The objects in the description are kept alive beside it.
-        self._seen = key, objects, tensors, _addresses(tensors)
+        self.network, self._number, self._seen = new, number, seen
         return new
 
-    def is_untouched(self) -> bool:
-        """Return True if the network holds what it held at first, apart from hooks and the values of its tensors."""
-        key, _, tensors = _described(self.network)
-        before, _, own, addresses = self._seen
-        return key == before and all(map(operator.is_, tensors, own)) and _addresses(tensors) == addresses
+    def holds(self, number: int) -> bool:
+        """Return True if the network was made from this structure, and still holds what it held at first.
+
+        Its hooks and the values of its tensors may be others.
+        """
+        return number == self._number and _described(self.network)[:2] == self._seen[:2]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied network has tensors of its own.
         return Place, ()
 
 
-def _described(network: Any) -> tuple[Any, list[Any], list[Tensor]]:
+def _described(network: Any) -> tuple[Any, list[Any], list[Tensor], list[Any]]:
+    """Return a description, the tensors with their memory, and the tensors and objects, which are to be kept alive."""
     key, objects, values = structure_key(network, hooks=False)
-    return key, objects, [value for value in values if isinstance(value, Tensor)]
-
-
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    """The addresses of tensors. The memory of a tensor is another one after a write to its ``data``."""
-    return [one.data_ptr() for one in tensors if type(one) in PLAIN]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    # The memory of a tensor is another one after a write to its ``data``.
+    return key, [(id(one), type(one) in PLAIN and one.data_ptr()) for one in tensors], tensors, objects

@@ -41,17 +41,8 @@ def hooked(module: nn.Module) -> bool:
 def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
     """Fold BatchNorms into the linear layers or convolutions before them, in place."""
     for layer, (factor, bias) in scales_of(pairs).items():
-        scale_into(layer.weight, layer.weight, factor)
+        layer.weight.copy_(layer.weight * factor)
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
-
-
-def scale_into(new: Tensor, weight: Tensor, factor: Tensor) -> None:
-    """Write the product of a weight and a factor into a tensor. It is rounded only at the end."""
-    if new.dtype == factor.dtype or new.is_cuda:
-        torch.mul(weight, factor, out=new)
-    else:
-        # A CPU is slow to change the dtype and the layout at once.
-        new.copy_(torch.mul(weight, factor, out=torch.empty_like(new, dtype=factor.dtype)))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ..copying import deep_copy
 from ..draws import same_draws
 from ..weights import copy_all
-from .arithmetic import fold, foldable, hooked, is_norm, scale_into, scales_of
+from .arithmetic import fold, foldable, hooked, is_norm, scales_of
 
 
 def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
@@ -77,31 +77,28 @@ def fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
 
 @torch.no_grad()
 def read_values(network: nn.Module, model: nn.Module, pairs: list[tuple[str, str]]) -> bool:
-    """Write the values of a model in float32 into its copy, in which the pairs of these names are folded.
+    """Write the values of a model into its copy, in which the pairs of these names are folded.
 
     Returns:
-        False, before anything is written, if a tensor of the copy is no tensor of the model in other form.
+        False, before anything is written, if a tensor of the copy has no counterpart in the model, or one that is
+        rounded first.
     """
     parts = dict(model.named_modules(remove_duplicate=False))
     scales = scales_of([(parts[layer], parts[norm]) for layer, norm in pairs])
-    scaled, targets, sources = [], list[Tensor](), list[Tensor]()
-    for name, part in network.named_modules():
-        factor, bias = scales.get(parts[name], (None, None))
-        held = parts[name]._parameters | parts[name]._buffers | ({} if bias is None else {"bias": bias})
-        for key, target in (part._parameters | part._buffers).items():
-            source = held.get(key)
-            if target is None:
-                continue
-            if source is None or source.dtype not in (torch.float32, target.dtype):
-                return False
-            if key == "weight" and factor is not None:
-                scaled.append((target, source, factor))
-            else:
-                targets.append(target)
-                sources.append(source)
-    for each in scaled:
-        scale_into(*each)
-    copy_all(targets, sources)
+    found: list[tuple[Tensor, Any, Tensor | None]] = []
+    for path, part in network.named_modules():
+        factor, bias = scales.get(parts[path], (None, None))
+        held = parts[path]._parameters | parts[path]._buffers | ({} if bias is None else {"bias": bias})
+        tensors = [(name, one) for name, one in (part._parameters | part._buffers).items() if one is not None]
+        found += [(one, held.get(name), factor if name == "weight" else None) for name, one in tensors]
+    if any(source is None or source.dtype not in (torch.float32, target.dtype) for target, source, _ in found):
+        return False
+    copy_all((target, source) for target, source, factor in found if factor is None)
+    for target, source, factor in found:
+        if factor is not None:
+            # A CPU is slow to change the dtype and the layout at once.
+            exact = target if target.dtype == factor.dtype else torch.empty_like(target, dtype=factor.dtype)
+            target.copy_(torch.mul(source, factor, out=exact))
     return True
 
 

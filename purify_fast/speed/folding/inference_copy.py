@@ -289,16 +289,20 @@ class InferenceCopy(nn.Module):
         with section("a copy reads its model"):
             if not classifier.training:
                 self._keep({name for name, part in classifier.named_modules() if part.training})
-            decided, place, structure = self.decisions["classifier"], self._place, self._structure
-            if not (in_place and place.version == structure.version and place.is_untouched()):
+            decided, structure = self.decisions["classifier"], self._structure
+            if not (in_place and self._place.holds(structure.number) and self._read_values(classifier)):
                 made = freeze(without_recorders(deep_copy(classifier)))
                 set_modes(made, self._kept)
                 prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
-                self.classifier = place.put(made, structure.number, in_place)
+                self.classifier = self._place.put(made, structure.number, in_place)
+                self._read_values(classifier)
                 if self.classifier is made:
                     # Compiled steps have the tensors and the settings of the earlier network.
                     self._steps.clear()
                     if self.compile_steps:
                         made.compile()
-            can_read = structure.only_registered and read_values(self.classifier, classifier, decided.pairs or [])
-            place.version = structure.version if can_read else -1
+
+    def _read_values(self, classifier: nn.Module) -> bool:
+        """Read the values of tensors alone, if a new copy would differ in nothing else; return True if it was so."""
+        pairs = self.decisions["classifier"].pairs or []
+        return self._structure.only_registered and read_values(self.classifier, classifier, pairs)
