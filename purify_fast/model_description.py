@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import enum
-import functools
 import types
 import weakref
 from collections import deque
@@ -32,12 +31,6 @@ SIMPLE = frozenset(PLAIN)
 Inside = Callable[[Any], Any]
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_plain(kind: Any) -> bool:
-    """Return True if the objects of a class describe themselves."""
-    return issubclass(kind, PLAIN)
-
-
 class Description:
     """Describes a value by nested tuples. ``leaf`` describes tensors, functions and objects.
 
@@ -53,7 +46,7 @@ class Description:
     def of(self, value: Any) -> Any:
         kind: Any = type(value)
         # Most values pass the first test, which is the fastest.
-        if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))) or _is_plain(kind):
+        if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))) or isinstance(value, PLAIN):
             return value
         if isinstance(value, tuple):
             return (kind.__name__, *map(self.of, value))

@@ -18,7 +18,6 @@ from .weights import tensors_of
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
 PLAIN = (Tensor, nn.Parameter)
-CONTAINERS = (list, dict, set, OrderedDict)
 #: The methods by which a class may decide how its objects are copied.
 COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__")
 
@@ -72,7 +71,9 @@ def only_registered(model: nn.Module, values: Iterable[Any]) -> bool:
     """
     kept = {id(one) for _, one in tensors_of(model)} | {id(one) for one in values if isinstance(one, SHARED)}
     return all(
-        _is_copied_by_pytorch(one) if isinstance(one, nn.Module) else type(one) in CONTAINERS or id(one) in kept
+        _is_copied_by_pytorch(one)
+        if isinstance(one, nn.Module)
+        else type(one) in (list, dict, set, OrderedDict) or id(one) in kept
         for one in values
     )
 

@@ -46,9 +46,8 @@ def convert(layers: Sequence[nn.Module], **how: Any) -> None:
     new = dict[int, nn.Parameter]()
     for old in {one: None for layer in layers for one in layer._parameters.values() if one is not None}:
         if old.dim() == 4 or "memory_format" not in how:
-            example = torch.empty_like(old, device="meta", **how)
-            if (example.dtype, example.stride()) != (old.dtype, old.stride()):
-                made = torch.empty_like(old, **how).copy_(old.detach())
-                new[id(old)] = nn.Parameter(made, old.requires_grad)
+            made = torch.empty_like(old, **how)
+            if (made.dtype, made.stride()) != (old.dtype, old.stride()):
+                new[id(old)] = nn.Parameter(made.copy_(old.detach()), old.requires_grad)
     for layer in layers:
         layer._parameters |= {name: new.get(id(one), one) for name, one in layer._parameters.items()}

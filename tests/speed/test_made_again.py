@@ -155,6 +155,27 @@ def test_a_model_of_known_structure_is_not_copied_again(monkeypatch, dtype):
     assert torch.equal(fast(X), new(X)) and fast.about == new.about
 
 
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = conv()
+        self.again = self.net[0]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_folded_layer_with_two_names_is_read():
+    model = TwoNames().eval()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    assert fast.folded == 1
+    with torch.no_grad():
+        for value in (model.net[0].bias, model.net[1].weight, model.net[1].bias, model.net[1].running_mean):
+            value.add_(0.5)
+    fast.update()
+    assert close(model, fast)
+
+
 class Sized(nn.Module):
     """A layer that keeps the size of its weight as a number."""
 

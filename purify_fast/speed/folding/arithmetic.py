@@ -40,19 +40,19 @@ def hooked(module: nn.Module) -> bool:
 @torch.no_grad()
 def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
     """Fold BatchNorms into the linear layers or convolutions before them, in place."""
-    for layer, (factor, bias) in scales_of(pairs).items():
+    for (layer, _), (factor, bias) in zip(pairs, scales_of(pairs), strict=True):
         layer.weight.copy_(layer.weight * factor)
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
 
 
 @torch.no_grad()
-def scales_of(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, tuple[Tensor, Tensor]]:
-    """Return the factors of the weights of layers, and their new biases, with which they need no BatchNorm after them.
+def scales_of(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the factor of each layer's weight, and its new bias, with which it needs no BatchNorm after it.
 
     The computation is in float32 for weights of less precision. On a GPU, it takes few launches.
     """
     if not pairs:
-        return {}
+        return []
     # torch.nn.utils.fuse_conv_bn_weights does not support linear layers, and takes one pair at a time.
     layers, norms = zip(*pairs, strict=True)
 
@@ -72,4 +72,4 @@ def scales_of(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, tuple[Tensor, Tenso
     # The weight of a transposed convolution has the output channels in its second dimension.
     after = [layer.weight.dim() - 1 - int(isinstance(layer, TRANSPOSED)) for layer in layers]
     factors = [scale.view(-1, *[1] * dims) for scale, dims in zip(scales, after, strict=True)]
-    return dict(zip(layers, zip(factors, biases, strict=True), strict=True))
+    return list(zip(factors, biases, strict=True))

@@ -13,11 +13,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..copying import deep_copy
 from ..draws import same_draws
-from ..weights import copy_all
+from ..weights import copy_all, tensors_of
 from .arithmetic import fold, foldable, hooked, is_norm, scales_of
 
 
@@ -83,18 +83,19 @@ def read_values(network: nn.Module, model: nn.Module, pairs: list[tuple[str, str
         False, before anything is written, if a tensor of the copy has no counterpart in the model, or one that is
         rounded first.
     """
-    parts = dict(model.named_modules(remove_duplicate=False))
-    scales = scales_of([(parts[layer], parts[norm]) for layer, norm in pairs])
-    found: list[tuple[Tensor, Any, Tensor | None]] = []
-    for path, part in network.named_modules():
-        factor, bias = scales.get(parts[path], (None, None))
-        held = parts[path]._parameters | parts[path]._buffers | ({} if bias is None else {"bias": bias})
-        tensors = [(name, one) for name, one in (part._parameters | part._buffers).items() if one is not None]
-        found += [(one, held.get(name), factor if name == "weight" else None) for name, one in tensors]
-    if any(source is None or source.dtype not in (torch.float32, target.dtype) for target, source, _ in found):
+    targets, sources = dict(tensors_of(network)), dict(tensors_of(model))
+    # A tensor may have several names, so the values are found by the tensors.
+    found: dict[int, tuple[Any, ...]] = {
+        id(target): (target, sources.get(name), None) for name, target in targets.items()
+    }
+    parts = [(model.get_submodule(layer), model.get_submodule(norm)) for layer, norm in pairs]
+    for (layer, _), (factor, new) in zip(pairs, scales_of(parts), strict=True):
+        weight, bias = targets[f"{layer}.weight"], targets[f"{layer}.bias"]
+        found |= {id(weight): (weight, sources[f"{layer}.weight"], factor), id(bias): (bias, new, None)}
+    if any(source is None or source.dtype not in (torch.float32, target.dtype) for target, source, _ in found.values()):
         return False
-    copy_all((target, source) for target, source, factor in found if factor is None)
-    for target, source, factor in found:
+    copy_all((target, source) for target, source, factor in found.values() if factor is None)
+    for target, source, factor in found.values():
         if factor is not None:
             # A CPU is slow to change the dtype and the layout at once.
             exact = target if target.dtype == factor.dtype else torch.empty_like(target, dtype=factor.dtype)

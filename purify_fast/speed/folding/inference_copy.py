@@ -144,8 +144,8 @@ def prepare_for_inference(
     plain: bool = False,
     *,
     decided: Decisions | None = None,
-) -> Decisions:
-    """Prepare a frozen model for `autocast_to`, in place; return the decisions, which ``decided`` may have already.
+) -> None:
+    """Prepare a frozen model for `autocast_to`, in place; ``decided`` gets the decisions, or has them already.
 
     With ``fine``, the layers that read the images compute in float32, for small radii. With ``plain``, no BatchNorm is
     folded, and the layout of the weights remains. Tiny models, and models in float32 with transposed convolutions, are
@@ -175,7 +175,6 @@ def prepare_for_inference(
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     products = (nn.modules.conv._ConvNd, nn.Linear)
     convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
-    return decided
 
 
 def set_modes(model: nn.Module, kept: set[str]) -> None:
@@ -233,12 +232,6 @@ class InferenceCopy(nn.Module):
             self._structure.look(classifier)
         self._make(classifier)
 
-    def _keep(self, kept: set[str]) -> None:
-        if kept != self._kept:
-            # A BatchNorm in training mode cannot be folded.
-            self._kept = kept
-            self._structure.forget()
-
     @property
     def decisions(self) -> dict[str, Decisions]:
         """The decisions about parts of the classifier, or of the defence around it, by name."""
@@ -287,8 +280,11 @@ class InferenceCopy(nn.Module):
     @torch.inference_mode(False)
     def _make(self, classifier: nn.Module, in_place: bool = True) -> None:
         with section("a copy reads its model"):
-            if not classifier.training:
-                self._keep({name for name, part in classifier.named_modules() if part.training})
+            kept = {name for name, part in classifier.named_modules() if part.training}
+            if not classifier.training and kept != self._kept:
+                # A BatchNorm in training mode cannot be folded.
+                self._kept = kept
+                self._structure.forget()
             decided, structure = self.decisions["classifier"], self._structure
             if not (in_place and self._place.holds(structure.number) and self._read_values(classifier)):
                 made = freeze(without_recorders(deep_copy(classifier)))
