@@ -72,7 +72,7 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know."""
     parts = dict(model.named_modules())
     known = set(map(id, parts.values()))
-    found = [(path, *one) for path, whole in parts.items() for one in _modules(attributes(whole))]
+    found = [(path, *item) for path, whole in parts.items() for item in _modules(attributes(whole))]
     return [(f"{path}.{name}".lstrip("."), part) for path, name, part in found if id(part) not in known]
 
 

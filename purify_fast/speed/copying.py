@@ -60,7 +60,7 @@ def computes_in_modes(part: nn.Module) -> bool:
     return not sets_modes_only or kind.eval is not nn.Module.eval or bool({"train", "eval"} & vars(part).keys())
 
 
-def only_registered(model: nn.Module, values: Iterable[Any]) -> bool:
+def only_registered(model: nn.Module, values: list[Any]) -> bool:
     """Return True if copies of a model in the same modes can differ in the values of parameters and buffers only.
 
     This is so if PyTorch, Python's containers and functions alone decide what a copy is.
@@ -69,21 +69,27 @@ def only_registered(model: nn.Module, values: Iterable[Any]) -> bool:
         model: the model.
         values: all that it holds, from `purify_fast.model_description.structure_key`.
     """
-    kept = {id(one) for _, one in tensors_of(model)} | {id(one) for one in values if isinstance(one, SHARED)}
+    kept = {id(tensor) for _, tensor in tensors_of(model)} | {
+        id(value) for value in values if isinstance(value, SHARED)
+    }
     return all(
-        _is_copied_by_pytorch(one)
-        if isinstance(one, nn.Module)
-        else type(one) in (list, dict, set, OrderedDict) or id(one) in kept
-        for one in values
+        _is_copied_by_pytorch(value)
+        if isinstance(value, nn.Module)
+        else type(value) in (list, dict, set, OrderedDict) or id(value) in kept
+        for value in values
     )
 
 
 def _is_copied_by_pytorch(part: nn.Module) -> bool:
     """Return True if no code outside of PyTorch's layers runs when a module is copied, or changes its mode."""
-    methods = [(getattr(type(part), name, None), getattr(nn.Module, name, None)) for name in COPYING]
-    # Layers of PyTorch complete the state of those that were saved by earlier versions.
-    own = [one for one, usual in methods if one is not usual and not str(one.__module__).startswith("torch.nn.")]
-    return not own and not hasattr(part, "noise_modes") and not computes_in_modes(part)
+    for name in COPYING:
+        method = getattr(type(part), name, None)
+        # Layers of PyTorch complete the state of those that were saved by earlier versions.
+        is_pytorchs = str(getattr(method, "__module__", "")).startswith("torch.nn.")
+        if method is not getattr(nn.Module, name, None) and not is_pytorchs:
+            return False
+    # A copy has the present modes of the noise, which the structure of a model leaves out.
+    return not hasattr(part, "noise_modes") and not computes_in_modes(part)
 
 
 def freeze(copied: nn.Module) -> nn.Module:

@@ -108,4 +108,4 @@ def _described(network: Any) -> tuple[Any, list[Any], list[Tensor], list[Any]]:
     key, objects, values = structure_key(network, hooks=False)
     tensors = [value for value in values if isinstance(value, Tensor)]
     # The memory of a tensor is another one after a write to its ``data``.
-    return key, [(id(one), type(one) in PLAIN and one.data_ptr()) for one in tensors], tensors, objects
+    return key, [(id(tensor), type(tensor) in PLAIN and tensor.data_ptr()) for tensor in tensors], tensors, objects

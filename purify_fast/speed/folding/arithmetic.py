@@ -41,7 +41,7 @@ def hooked(module: nn.Module) -> bool:
 def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
     """Fold BatchNorms into the linear layers or convolutions before them, in place."""
     for (layer, _), (factor, bias) in zip(pairs, scales_of(pairs), strict=True):
-        layer.weight.copy_(layer.weight * factor)
+        layer.weight.mul_(factor)
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
 
 

@@ -187,7 +187,7 @@ class InferenceCopy(nn.Module):
     """A copy of a classifier for inference and for attacks: images ``[B, *image_shape]`` -> float32 logits.
 
     It has no hooks of a `Representation`, and no parameter that needs a gradient. Call `refresh` after the classifier
-    changes: it makes the copy again, by the same function as the first time.
+    changes: it makes the copy again, or writes the values into it if nothing else can differ.
 
     Args:
         classifier: module from images in [0, 1] to logits. It is copied.
