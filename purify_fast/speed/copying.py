@@ -89,7 +89,7 @@ def _is_copied_by_pytorch(part: nn.Module) -> bool:
         if method is not getattr(nn.Module, name, None) and not is_pytorchs:
             return False
     # A copy has the present modes of the noise, which the structure of a model leaves out.
-    return not hasattr(part, "noise_modes") and not computes_in_modes(part)
+    return not getattr(part, "noise_modes", ()) and not computes_in_modes(part)
 
 
 def freeze(copied: nn.Module) -> nn.Module:

@@ -247,6 +247,23 @@ def test_code_of_a_user_runs_again_at_each_read(kind):
     assert close(copy.deepcopy(model).eval(), fast) and not torch.equal(fast(X), model(X))
 
 
+class WithMode(nn.Module):
+    noise_modes = frozenset({"factor"})
+    factor = 1.0
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_modes_of_noise_are_read():
+    model = conv(nn.Linear(32, 32), WithMode())
+    model[6].factor = 2.0
+    fast = InferenceCopy(model, (3, 8, 8), F)
+    model[6].factor = 3.0
+    fast.refresh(model)
+    assert close(model, fast)
+
+
 class Attributed(dict):
     pass
 
