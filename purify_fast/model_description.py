@@ -44,7 +44,7 @@ class Description:
         self.seen: dict[int, int] = {}
 
     def of(self, value: Any) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         # Most values pass the first test, which is the fastest.
         if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))) or isinstance(value, PLAIN):
             return value
@@ -54,6 +54,8 @@ class Description:
             return ("seen", self.seen[id(value)])
         self.seen[id(value)] = len(self.values)
         self.values.append(value)
+        if isinstance(value, Tensor):
+            return self.leaf(value, self.of)
         if isinstance(value, nn.Module):
             held = [item for group in ("_parameters", "_buffers", "_modules") for item in vars(value)[group].items()]
             groups = HOOKS if self.hooks else ()
@@ -96,18 +98,20 @@ def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
     return Description(leaf).of(model), objects, tensors
 
 
-def structure_key(model: nn.Module, *, hooks: bool = True, modes: bool = True) -> tuple[Any, list[Any], list[Tensor]]:
-    """Describe a model without the values of its tensors, and return the objects and the tensors in the description.
+def structure_key(model: nn.Module, *, hooks: bool = True, modes: bool = True) -> tuple[Any, list[Any], list[Any]]:
+    """Describe a model without the values of its tensors.
 
     Two models with equal descriptions differ in the values of these tensors only. An object that cannot be described is
     equal to itself alone, as long as it is kept alive.
+
+    Returns:
+        The description, the objects that must be kept alive beside it, and all that it describes except numbers, texts
+        and tuples.
     """
     objects: list[Any] = []
-    tensors: list[Tensor] = []
 
     def leaf(value: Any, inside: Inside) -> Any:
         if isinstance(value, Tensor):
-            tensors.append(value)
             strided = value.layout == torch.strided
             return type(value), value.shape, value.dtype, value.device, value.stride() if strided else value.layout
         if not isinstance(value, SHARED):
@@ -119,4 +123,5 @@ def structure_key(model: nn.Module, *, hooks: bool = True, modes: bool = True) -
         objects.append(value)
         return id(value)
 
-    return Description(leaf, hooks=hooks, modes=modes).of(model), objects, tensors
+    description = Description(leaf, hooks=hooks, modes=modes)
+    return description.of(model), objects, description.values

@@ -30,8 +30,10 @@ _LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", 
 def attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object by name, without those that PyTorch registers and those in ``not_dependencies``."""
     kind: Any = type(value)
-    named = {name: getattr(value, name, EMPTY) for name in _slots(kind)} | getattr(value, "__dict__", {})
-    return sorted(item for item in named.items() if item[0] not in left_out(kind) and item[1] is not EMPTY)
+    named, without = getattr(value, "__dict__", {}), left_out(kind)
+    if slots := _slots(kind):
+        named = {name: getattr(value, name, EMPTY) for name in slots} | named
+    return [(name, named[name]) for name in sorted(named.keys() - without) if named[name] is not EMPTY]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -68,13 +70,10 @@ def _is_outside(file: str) -> bool:
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know."""
-    named = [
-        (f"{path}.{name}".lstrip("."), part)
-        for path, whole in model.named_modules()
-        for name, part in attributes(whole)
-    ]
-    known = set(map(id, model.modules()))
-    return [(name, part) for name, part in _modules(named) if id(part) not in known]
+    parts = dict(model.named_modules())
+    known = set(map(id, parts.values()))
+    found = [(path, *item) for path, whole in parts.items() for item in _modules(attributes(whole))]
+    return [(f"{path}.{name}".lstrip("."), part) for path, name, part in found if id(part) not in known]
 
 
 def used_modules(function: Any) -> list[tuple[str, nn.Module]]:

@@ -4,46 +4,41 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..model_description import SHARED
 from ..model_state import hidden_modules
 from .draws import own_generators
-from .weights import CONVOLUTIONS, copied
+from .weights import tensors_of
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
 PLAIN = (Tensor, nn.Parameter)
+#: The methods by which a class may decide how its objects are copied.
+COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__")
 
 
-def memo_of(parts: Iterable[nn.Module], channels_last: bool = False) -> dict[int, Any]:
+def memo_of(parts: Iterable[nn.Module]) -> dict[int, Any]:
     """A memo for `copy.deepcopy` with copies of the tensors of modules, and with their random generators themselves.
 
     Tensors with a history, such as the outputs of layers that hooks keep, lose it: PyTorch cannot copy them with it.
-    Tensors that share memory are left to `copy.deepcopy`. With ``channels_last``, the weights of convolutions are
-    copied to this layout.
+    Tensors that share memory are left to `copy.deepcopy`.
     """
-    held, weights, parts = dict[int, Tensor](), dict[int, Tensor](), list(parts)
+    held, parts = dict[int, Tensor](), list(parts)
     memo: dict[int, Any] = {id(one): one for one in own_generators(parts)}
     for part in parts:
         for value in itertools.chain(part._parameters.values(), part._buffers.values(), vars(part).values()):
             if type(value) in PLAIN and value.layout == torch.strided:
                 held[id(value)] = value
-        weight = part._parameters.get("weight") if channels_last and isinstance(part, CONVOLUTIONS) else None
-        if id(weight) in held:
-            weights[id(weight)] = held.pop(id(weight))
-    memories = Counter(value.untyped_storage().data_ptr() for value in (held | weights).values() if value.numel())
-    alone = [
-        {key: one for key, one in each.items() if not one.is_leaf or memories[one.untyped_storage().data_ptr()] == 1}
-        for each in (held, weights)
-    ]
-    held, weights = alone
-    new = [*copied(held.values()), *copied(weights.values(), memory_format=torch.channels_last)]
-    for (key, old), made in zip((held | weights).items(), new, strict=True):
-        memo[key] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
+    memories = Counter(value.untyped_storage().data_ptr() for value in held.values() if value.numel())
+    alone = [one for one in held.values() if not one.is_leaf or memories[one.untyped_storage().data_ptr()] == 1]
+    for old in alone:
+        made = old.detach().clone()
+        memo[id(old)] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
     return memo
 
 
@@ -56,6 +51,45 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         if "deepcopy protocol" in str(error):
             reason = "a tensor with a history in a list or an object: keep value.detach() there"
         raise TypeError(f"{type(model).__name__} holds {reason}") from error
+
+
+def computes_in_modes(part: nn.Module) -> bool:
+    """Return True if a module does more in ``train()`` or ``eval()`` than to set its mode and those of its parts."""
+    kind = type(part)
+    sets_modes_only = getattr(kind.train, "sets_modes_only", kind.train is nn.Module.train)
+    return not sets_modes_only or kind.eval is not nn.Module.eval or bool({"train", "eval"} & vars(part).keys())
+
+
+def only_registered(model: nn.Module, values: list[Any]) -> bool:
+    """Return True if copies of a model in the same modes can differ in the values of parameters and buffers only.
+
+    This is so if PyTorch, Python's containers and functions alone decide what a copy is.
+
+    Args:
+        model: the model.
+        values: all that it holds, from `purify_fast.model_description.structure_key`.
+    """
+    kept = {id(tensor) for _, tensor in tensors_of(model)} | {
+        id(value) for value in values if isinstance(value, SHARED)
+    }
+    return all(
+        _is_copied_by_pytorch(value)
+        if isinstance(value, nn.Module)
+        else type(value) in (list, dict, set, OrderedDict) or id(value) in kept
+        for value in values
+    )
+
+
+def _is_copied_by_pytorch(part: nn.Module) -> bool:
+    """Return True if no code outside of PyTorch's layers runs when a module is copied, or changes its mode."""
+    for name in COPYING:
+        method = getattr(type(part), name, None)
+        # Layers of PyTorch complete the state of those that were saved by earlier versions.
+        is_pytorchs = str(getattr(method, "__module__", "")).startswith("torch.nn.")
+        if method is not getattr(nn.Module, name, None) and not is_pytorchs:
+            return False
+    # A copy has the present modes of the noise, which the structure of a model leaves out.
+    return not getattr(part, "noise_modes", ()) and not computes_in_modes(part)
 
 
 def freeze(copied: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..model_state import hidden_modules
 from ..protocols import CopiesItself, supports
+from .copying import computes_in_modes
 from .structure import Place, Structure
 from .watch import Watch
 from .weights import tensors_of
@@ -170,9 +171,7 @@ def _uncounted(model: nn.Module, tensors: list[Tensor]) -> str:
     ``tensors``: all tensors that the model holds.
     """
     for name, part in model.named_modules():
-        if not getattr(type(part).train, "sets_modes_only", type(part).train is nn.Module.train) or (
-            type(part).eval is not nn.Module.eval or {"train", "eval"} & vars(part).keys()
-        ):
+        if computes_in_modes(part):
             return f"{type(part).__name__} ({name or 'the model'}) computes in train() or eval()"
     if hidden := hidden_modules(model):
         return f"{hidden[0][0]} is no registered part"

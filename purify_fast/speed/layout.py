@@ -10,7 +10,7 @@ from torch import nn
 
 from .._tensors import first_tensor
 from ..models.representation import evaluation_mode
-from .weights import CONVOLUTIONS, copied
+from .weights import CONVOLUTIONS
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -43,16 +43,11 @@ def to_format(model: nn.Module, memory_format: torch.memory_format) -> None:
 
 def convert(layers: Sequence[nn.Module], **how: Any) -> None:
     """Convert the parameters of layers to another dtype or memory format, in place; shared ones stay shared."""
-    found = {id(one): one for layer in layers for one in layer._parameters.values() if one is not None}
-    if "memory_format" in how:
-        found = {key: weight for key, weight in found.items() if weight.dim() == 4}
-    wanted = {key: torch.empty_like(weight, device="meta", **how) for key, weight in found.items()}
-    old = {
-        key: weight
-        for key, weight in found.items()
-        if (weight.dtype, weight.stride()) != (wanted[key].dtype, wanted[key].stride())
-    }
-    new = zip(old.values(), copied(old.values(), **how), strict=True)
-    parameters = {id(weight): nn.Parameter(made, weight.requires_grad) for weight, made in new}
+    new = dict[int, nn.Parameter]()
+    for old in {one: None for layer in layers for one in layer._parameters.values() if one is not None}:
+        if old.dim() == 4 or "memory_format" not in how:
+            made = torch.empty_like(old, **how)
+            if (made.dtype, made.stride()) != (old.dtype, old.stride()):
+                new[id(old)] = nn.Parameter(made.copy_(old.detach()), old.requires_grad)
     for layer in layers:
-        layer._parameters |= {n: parameters[id(p)] for n, p in layer._parameters.items() if id(p) in parameters}
+        layer._parameters |= {name: new.get(id(one), one) for name, one in layer._parameters.items()}

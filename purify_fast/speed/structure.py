@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..model_description import structure_key
+from .copying import PLAIN, only_registered
 from .weights import copy_all
 
 
@@ -35,22 +35,25 @@ class Structure:
     Attributes:
         decisions: the `Decisions` about parts of the model, by name. They are forgotten when the structure changes.
         number: the number of different structures so far.
+        only_registered: whether copies of models with this structure can differ in the values of parameters and buffers
+            only, see `purify_fast.speed.copying.only_registered`.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.decisions = defaultdict[str, Decisions](Decisions)
+        self.only_registered = False
         self._key: Any = None
 
     def look(self, model: nn.Module, check: Callable[[list[Tensor]], None] | None = None) -> None:
         """Describe the model anew. A new structure is checked before it is kept; ``check`` gets all of its tensors."""
-        key, objects, tensors = structure_key(model, modes=False)
+        key, objects, values = structure_key(model, modes=False)
         if key == self._key:
             return
         if check is not None:
-            check(tensors)
+            check([value for value in values if isinstance(value, Tensor)])
         # The objects in the description are kept alive beside it.
-        self._key, self._objects = key, objects
+        self._key, self._objects, self.only_registered = key, objects, only_registered(model, values)
         self.forget()
 
     def forget(self) -> None:
@@ -60,7 +63,7 @@ class Structure:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not hold the objects of the description, so it describes the model anew.
-        return {"decisions": self.decisions.copy(), "number": 0, "_key": None}
+        return vars(Structure()) | {"decisions": self.decisions.copy()}
 
 
 class Place:
@@ -73,23 +76,36 @@ class Place:
 
     def __init__(self) -> None:
         self.network: nn.Module | None = None
-        self._tensors: list[Tensor] = []
         self._number = -1
+        self._seen: tuple[Any, ...] = ()
 
     def put(self, new: nn.Module, number: int, in_place: bool = True) -> nn.Module:
         """Return the network of this place, which is ``new`` or has its values.
 
         ``number``: that of the original's structure, because a hook of the original is new to the copy, too.
         """
-        after, _, theirs = structure_key(new, hooks=False)
-        if self.network is not None and in_place and number == self._number:
-            before, _, mine = structure_key(self.network, hooks=False)
-            if before == after and all(map(operator.is_, mine, self._tensors)):
-                copy_all(mine, theirs)
-                return self.network
-        self.network, self._tensors, self._number = new, theirs, number
+        seen = _described(new)
+        if in_place and self.holds(number) and seen[0] == self._seen[0]:
+            copy_all(zip(self._seen[2], seen[2], strict=True))
+            return cast(nn.Module, self.network)
+        self.network, self._number, self._seen = new, number, seen
         return new
+
+    def holds(self, number: int) -> bool:
+        """Return True if the network was made from this structure, and still holds what it held at first.
+
+        Its hooks and the values of its tensors may be others.
+        """
+        return number == self._number and _described(self.network)[:2] == self._seen[:2]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied network has tensors of its own.
         return Place, ()
+
+
+def _described(network: Any) -> tuple[Any, list[Any], list[Tensor], list[Any]]:
+    """Return a description, the tensors with their memory, and the tensors and objects, which are to be kept alive."""
+    key, objects, values = structure_key(network, hooks=False)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    # The memory of a tensor is another one after a write to its ``data``.
+    return key, [(id(tensor), type(tensor) in PLAIN and tensor.data_ptr()) for tensor in tensors], tensors, objects

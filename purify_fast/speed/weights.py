@@ -1,4 +1,4 @@
-"""The weights of a model: their number and their copies."""
+"""The weights of a model: their number, and copies of their values."""
 
 from __future__ import annotations
 
@@ -29,21 +29,10 @@ def matrix_weights(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def copied(tensors: Iterable[Tensor], **how: Any) -> list[Tensor]:
-    """Copy tensors to new memory, with other arguments of `torch.empty_like` if given; on CUDA in few launches."""
-    old = list(tensors)
-    new = [torch.empty_like(one, **how) for one in old]
-    copy_all(new, old)
-    return new
-
-
-@torch.no_grad()
-def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Copy tensors into others. On CUDA, all of a dtype are copied in a single launch."""
-    groups = defaultdict[Any, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-    for target, source in zip(targets, sources, strict=True):
-        into, of = groups[target.dtype, source.dtype]
-        into.append(target)
-        of.append(source)
-    for into, of in groups.values():
-        torch._foreach_copy_(into, of)
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy into the first tensor of each pair the second. On CUDA, all of a dtype are copied in a single launch."""
+    groups = defaultdict[Any, list[tuple[Tensor, Tensor]]](list)
+    for target, source in pairs:
+        groups[target.dtype, source.dtype].append((target, source))
+    for group in groups.values():
+        torch._foreach_copy_([target for target, _ in group], [source for _, source in group])

@@ -14,6 +14,8 @@ from purify_fast.attacks import pgd
 from purify_fast.defences import MajorityVote, WithAggregation
 from purify_fast.defences.base import Defence
 from purify_fast.defences.stochastic import with_samples
+from purify_fast.models.layers import Normalize
+from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F = torch.float32
@@ -49,9 +51,15 @@ def keeps_weight(self, x):
     return self.net(x)
 
 
-@pytest.mark.parametrize("how", [keeps_input, keeps_output, keeps_weight])
+def gives_memory(self, x):
+    self.kept.data = x
+    return self.net(x)
+
+
+@pytest.mark.parametrize("how", [keeps_input, keeps_output, keeps_weight, gives_memory])
 def test_what_a_forward_pass_keeps_is_never_written_to(how):
     model = Made(how, net=conv()).eval()
+    model.register_buffer("kept", torch.zeros_like(X)) if how is gives_memory else None
     model(torch.rand_like(X))
     fast, images = purify_fast.frozen_copy(model, X, dtype=F), X.clone()
     logits = fast(images)
@@ -108,6 +116,14 @@ def test_modes_that_the_user_keeps_are_those_of_the_copy():
         assert not torch.equal(fast(X), fast(X))
 
 
+def test_a_folded_batchnorm_that_begins_to_train_is_folded_no_more():
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    model[1].train()
+    fast.update()
+    assert close(copy.deepcopy(model), fast)
+
+
 def test_tensors_that_share_memory_share_it_in_the_copy():
     def forward(self, x):
         self.whole.add_(1)
@@ -119,6 +135,148 @@ def test_tensors_that_share_memory_share_it_in_the_copy():
     want = copy.deepcopy(model)(X)
     fast = purify_fast.frozen_copy(model, X, dtype=F)
     assert torch.allclose(fast(X), want, atol=1e-4) and float(model.whole[0]) == 1
+
+
+@pytest.mark.parametrize("dtype", [F, torch.bfloat16])
+def test_a_model_of_known_structure_is_not_copied_again(monkeypatch, dtype):
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=dtype)
+    monkeypatch.setattr("purify_fast.speed.folding.inference_copy.deep_copy", None)
+    tensors = [(value, value.data_ptr()) for value in fast.classifier.state_dict(keep_vars=True).values()]
+    for _ in range(2):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.copy_(value * 1.5)
+        before = copy.deepcopy(model.state_dict())
+        fast.update()
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    assert [(value, value.data_ptr()) for value in fast.classifier.state_dict(keep_vars=True).values()] == tensors
+    monkeypatch.undo()
+    new = purify_fast.frozen_copy(model, X, dtype=dtype)
+    assert torch.equal(fast(X), new(X)) and fast.about == new.about
+
+
+def test_the_normalization_in_bfloat16_is_not_copied_again_either(monkeypatch):
+    model = nn.Sequential(Normalize(0.4, 0.2, 3), conv()).eval()
+    copied = InferenceCopy(model, (3, 8, 8), torch.bfloat16)
+    monkeypatch.setattr("purify_fast.speed.folding.inference_copy.deep_copy", None)
+    before = copied(X)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(1.5)
+        model[0].mean.add_(0.1)
+    copied.refresh(model)
+    monkeypatch.undo()
+    assert torch.equal(copied(X), InferenceCopy(model, (3, 8, 8), torch.bfloat16)(X)) and not copied(X).equal(before)
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = conv()
+        self.again = self.net[0]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_folded_layer_with_two_names_is_read():
+    model = TwoNames().eval()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    assert fast.folded == 1
+    with torch.no_grad():
+        for value in (model.net[0].bias, model.net[1].weight, model.net[1].bias, model.net[1].running_mean):
+            value.add_(0.5)
+    fast.update()
+    assert close(model, fast)
+
+
+class Sized(nn.Module):
+    """A layer that keeps the size of its weight as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.size = nn.Parameter(torch.ones(5)), 1.0
+
+    def sized(self):
+        self.size = float(self.weight.detach().abs().sum())
+        return self
+
+    def forward(self, x):
+        return x * self.weight / self.size
+
+
+class SizedInCopies(Sized):
+    def __deepcopy__(self, memo):
+        other = SizedInCopies()
+        other.weight.data = self.weight.detach().clone()
+        return other.sized()
+
+
+class SizedInStates(Sized):
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.sized()
+
+
+class SizedInModes(Sized):
+    def eval(self):
+        return super().eval().sized()
+
+    def train(self, mode=True):
+        super().train(mode)
+        return self.sized()
+
+
+class Size:
+    """An object that reads a weight when it is copied."""
+
+    def __init__(self, weight):
+        self.weight, self.size = weight, float(weight.detach().abs().sum())
+
+    def __deepcopy__(self, memo):
+        return Size(copy.deepcopy(self.weight, memo))
+
+
+class SizedByObject(Sized):
+    def __init__(self):
+        super().__init__()
+        self.own = Size(self.weight)
+
+    def sized(self):
+        self.own = Size(self.weight)
+        return self
+
+    def forward(self, x):
+        return x * self.weight / self.own.size
+
+
+@pytest.mark.parametrize("kind", [SizedInCopies, SizedInStates, SizedInModes, SizedByObject])
+def test_code_of_a_user_runs_again_at_each_read(kind):
+    model = conv(nn.Linear(32, 32))
+    model.append(kind().sized())
+    fast = InferenceCopy(model, (3, 8, 8), F)
+    with torch.no_grad():
+        model[-1].weight.mul_(torch.arange(5.0))
+    fast.refresh(model)
+    assert close(copy.deepcopy(model).eval(), fast) and not torch.equal(fast(X), model(X))
+
+
+class WithMode(nn.Module):
+    noise_modes = frozenset({"factor"})
+    factor = 1.0
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_modes_of_noise_are_read():
+    model = conv(nn.Linear(32, 32), WithMode())
+    model[6].factor = 2.0
+    fast = InferenceCopy(model, (3, 8, 8), F)
+    model[6].factor = 3.0
+    fast.refresh(model)
+    assert close(model, fast)
 
 
 class Attributed(dict):

@@ -39,12 +39,20 @@ def hooked(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
-    """Fold BatchNorms into the linear layers or convolutions before them, in place; on a GPU in few launches.
+    """Fold BatchNorms into the linear layers or convolutions before them, in place."""
+    for (layer, _), (factor, bias) in zip(pairs, scales_of(pairs), strict=True):
+        layer.weight.mul_(factor)
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
 
-    The computation is in float32 for weights of less precision, which are rounded only at the end.
+
+@torch.no_grad()
+def scales_of(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Return the factor of each layer's weight, and its new bias, with which it needs no BatchNorm after it.
+
+    The computation is in float32 for weights of less precision. On a GPU, it takes few launches.
     """
     if not pairs:
-        return
+        return []
     # torch.nn.utils.fuse_conv_bn_weights does not support linear layers, and takes one pair at a time.
     layers, norms = zip(*pairs, strict=True)
 
@@ -62,12 +70,6 @@ def fold(pairs: Sequence[tuple[Any, Any]]) -> None:
     centered = torch._foreach_sub(numbers(layers, "bias"), numbers(norms, "running_mean"))
     biases = torch._foreach_addcmul(numbers(norms, "bias"), centered, scales)
     # The weight of a transposed convolution has the output channels in its second dimension.
-    outputs = [int(isinstance(layer, TRANSPOSED)) for layer in layers]
-    shapes = [(-1, *[1] * (layer.weight.dim() - 1 - out)) for layer, out in zip(layers, outputs, strict=True)]
-    spread = [scale.view(shape) for scale, shape in zip(scales, shapes, strict=True)]
-    weights = numbers(layers, "weight")
-    torch._foreach_mul_(weights, spread)
-    for layer, weight, bias in zip(layers, weights, biases, strict=True):
-        if weight is not layer.weight:
-            layer.weight.copy_(weight)
-        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), layer.weight.requires_grad)
+    after = [layer.weight.dim() - 1 - int(isinstance(layer, TRANSPOSED)) for layer in layers]
+    factors = [scale.view(-1, *[1] * dims) for scale, dims in zip(scales, after, strict=True)]
+    return list(zip(factors, biases, strict=True))

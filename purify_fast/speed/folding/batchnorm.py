@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ..copying import deep_copy
 from ..draws import same_draws
-from .arithmetic import fold, foldable, hooked, is_norm
+from ..weights import copy_all, tensors_of
+from .arithmetic import fold, foldable, hooked, is_norm, scales_of
 
 
 def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
@@ -71,6 +73,36 @@ def fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
         for name, child in parent.named_children():
             if child in folded:
                 setattr(parent, name, nn.Identity().eval())
+
+
+@torch.no_grad()
+def read_values(network: nn.Module, model: nn.Module, pairs: list[tuple[str, str]], more: dict[str, Tensor]) -> bool:
+    """Write the values of a model into its copy, in which the pairs of these names are folded.
+
+    ``more``: the values of tensors that only the copy has, by name.
+
+    Returns:
+        False, before anything is written, if a tensor of the copy has no counterpart in the model, or one that is
+        rounded first.
+    """
+    targets, sources = dict(tensors_of(network)), dict(tensors_of(model)) | more
+    # A tensor may have several names, so the values are found by the tensors.
+    found: dict[int, tuple[Any, ...]] = {
+        id(target): (target, sources.get(name), None) for name, target in targets.items()
+    }
+    parts = [(model.get_submodule(layer), model.get_submodule(norm)) for layer, norm in pairs]
+    for (layer, _), (factor, new) in zip(pairs, scales_of(parts), strict=True):
+        weight, bias = targets[f"{layer}.weight"], targets[f"{layer}.bias"]
+        found |= {id(weight): (weight, sources[f"{layer}.weight"], factor), id(bias): (bias, new, None)}
+    if any(source is None or source.dtype not in (torch.float32, target.dtype) for target, source, _ in found.values()):
+        return False
+    copy_all((target, source) for target, source, factor in found.values() if factor is None)
+    for target, source, factor in found.values():
+        if factor is not None:
+            # A CPU is slow to change the dtype and the layout at once.
+            exact = target if target.dtype == factor.dtype else torch.empty_like(target, dtype=factor.dtype)
+            target.copy_(torch.mul(source, factor, out=exact))
+    return True
 
 
 def _read(*values: Any) -> None:

@@ -14,13 +14,13 @@ from ..._tensors import first_tensor, without_autocast
 from ...models.layers import Normalize
 from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed
-from ..copying import deep_copy, freeze, memo_of
+from ..copying import deep_copy, freeze
 from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..structure import Decisions, Place, Structure
 from ..weights import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
-from .batchnorm import fold_pairs, foldable_pairs
+from .batchnorm import fold_pairs, foldable_pairs, read_values
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For a model with fewer weights, the conversion of an image to channels_last takes longer than it saves.
@@ -101,8 +101,13 @@ def _normalize_at_once(model: nn.Module) -> None:
     layers: list[Any] = [module for module in model.modules() if type(module) is Normalize]
     for module in layers:
         module.__class__ = _NormalizesAtOnce
-        module.register_buffer("scale", 1 / module.std, persistent=False)
-        module.register_buffer("shift", -module.mean / module.std, persistent=False)
+        for name, value in _scale_and_shift(module).items():
+            module.register_buffer(name, value, persistent=False)
+
+
+def _scale_and_shift(layer: Any) -> dict[str, Tensor]:
+    """The buffers of a `_NormalizesAtOnce` for the mean and the standard deviation of a layer."""
+    return {"scale": 1 / layer.std, "shift": -layer.mean / layer.std}
 
 
 class _SequenceFirst(nn.MultiheadAttention):
@@ -143,8 +148,8 @@ def prepare_for_inference(
     plain: bool = False,
     *,
     decided: Decisions | None = None,
-) -> Decisions:
-    """Prepare a frozen model for `autocast_to`, in place; return the decisions, which ``decided`` may have already.
+) -> None:
+    """Prepare a frozen model for `autocast_to`, in place; ``decided`` gets the decisions, or has them already.
 
     With ``fine``, the layers that read the images compute in float32, for small radii. With ``plain``, no BatchNorm is
     folded, and the layout of the weights remains. Tiny models, and models in float32 with transposed convolutions, are
@@ -174,7 +179,6 @@ def prepare_for_inference(
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     products = (nn.modules.conv._ConvNd, nn.Linear)
     convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
-    return decided
 
 
 def set_modes(model: nn.Module, kept: set[str]) -> None:
@@ -187,7 +191,7 @@ class InferenceCopy(nn.Module):
     """A copy of a classifier for inference and for attacks: images ``[B, *image_shape]`` -> float32 logits.
 
     It has no hooks of a `Representation`, and no parameter that needs a gradient. Call `refresh` after the classifier
-    changes: it makes the copy again, by the same function as the first time.
+    changes: it makes the copy again, or writes the values into it if nothing else can differ.
 
     Args:
         classifier: module from images in [0, 1] to logits. It is copied.
@@ -234,12 +238,6 @@ class InferenceCopy(nn.Module):
         if structure is None:
             self._structure.look(classifier)
         self._make(classifier)
-
-    def _keep(self, kept: set[str]) -> None:
-        if kept != self._kept:
-            # A BatchNorm in training mode cannot be folded.
-            self._kept = kept
-            self._structure.forget()
 
     @property
     def decisions(self) -> dict[str, Decisions]:
@@ -296,18 +294,31 @@ class InferenceCopy(nn.Module):
     @torch.inference_mode(False)
     def _make(self, classifier: nn.Module, in_place: bool = True) -> None:
         with section("a copy reads its model"):
-            decided = self.decisions["classifier"]
-            made = freeze(
-                without_recorders(deep_copy(classifier, memo_of(classifier.modules(), bool(decided.channels_last))))
-            )
-            if not classifier.training:
-                self._keep({name for name, part in classifier.named_modules() if part.training})
-            set_modes(made, self._kept)
-            prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
-            self.classifier = self._place.put(made, self._structure.number, in_place)
-            if self.classifier is made:
-                if self.steps is not None:
-                    # Compiled steps have the tensors and the settings of the earlier network.
-                    self.steps.by_key.clear()
-                if self.compiled:
-                    made.compile()
+            kept = {name for name, part in classifier.named_modules() if part.training}
+            if not classifier.training and kept != self._kept:
+                # A BatchNorm in training mode cannot be folded.
+                self._kept = kept
+                self._structure.forget()
+            decided, structure = self.decisions["classifier"], self._structure
+            if not (in_place and self._place.holds(structure.number) and self._read_values(classifier)):
+                made = freeze(without_recorders(deep_copy(classifier)))
+                set_modes(made, self._kept)
+                prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
+                self.classifier = self._place.put(made, structure.number, in_place)
+                self._read_values(classifier)
+                if self.classifier is made:
+                    if self.steps is not None:
+                        # Compiled steps have the tensors and the settings of the earlier network.
+                        self.steps.by_key.clear()
+                    if self.compiled:
+                        made.compile()
+
+    def _read_values(self, classifier: nn.Module) -> bool:
+        """Read the values of tensors alone, if a new copy would differ in nothing else; return True if it was so."""
+        if not self._structure.only_registered:
+            return False
+        more = dict[str, Tensor]()
+        for name, layer in classifier.named_modules():
+            if type(layer) is Normalize:
+                more |= {f"{name}.{key}".lstrip("."): value for key, value in _scale_and_shift(layer).items()}
+        return read_values(self.classifier, classifier, self.decisions["classifier"].pairs or [], more)
