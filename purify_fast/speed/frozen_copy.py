@@ -228,8 +228,8 @@ class FrozenCopy(InferenceCopy):
 
     Attacks of this package, `evaluate` and `certify` let it read its model when they begin. A plain call reads if
     PyTorch has counted a write to the model's tensors, or an optimizer has stepped, since the last time. To read is to
-    make the copy again, with all that the model holds. The copy keeps its model alive. A copy that was pickled keeps
-    its weights.
+    make the copy again, with all that the model holds; where nothing but the values of parameters and buffers can
+    differ, these are written into the copy. The copy keeps its model alive. A copy that was pickled keeps its weights.
 
     Attributes:
         about: a line that says what the copy is.
