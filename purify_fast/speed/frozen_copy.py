@@ -435,10 +435,12 @@ class AttackedCopy:
         if self.dtype == torch.float32 and not compile and matrix_weights(self.model) < FEWEST_WEIGHTS:
             return self.model
         made = self._chosen(x)
-        if isinstance(made, InferenceCopy) and not compile:
-            made.steps = None
-        elif isinstance(made, InferenceCopy) and made.steps is None:
-            made.compile_steps(at_once=True)
+        # The copy of a defence has its copied classifier.
+        inside = next((part for part in made.modules() if isinstance(part, InferenceCopy)), None)
+        if inside is not None and not compile:
+            inside.steps = None
+        elif inside is not None and inside.steps is None:
+            inside.compile_steps(at_once=True)
         return made
 
     def _chosen(self, x: Tensor) -> nn.Module:

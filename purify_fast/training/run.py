@@ -219,6 +219,9 @@ class Run:
                     stale.unlink()
             path = self.folder / CHECKPOINT
             saved = read_tree(path) if path.is_file() else None
+            if saved is not None:
+                # Earlier versions could not compile a training.
+                saved["facts"] = {"compile": False, **saved["facts"]}
             self.begins_anew = saved is None and (self.folder / "log.jsonl").is_file()
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()

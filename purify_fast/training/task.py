@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from .._compiler import compiled_for_training
 from .._tensors import check_one_device, first_tensor
 from .._validation import Precision
 from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
@@ -121,10 +123,12 @@ class Task:
         """
         if not (self.compiles and torch.is_grad_enabled()):
             return function
+        # A copy of the task has methods of its own, so the functions of methods are compiled.
+        own, bound = getattr(function, "__func__", function), getattr(function, "__self__", None)
         known = vars(self).setdefault("_compiled", {})
-        if function not in known:
-            known[function] = torch.compile(function, dynamic=False)
-        return cast(F, known[function])
+        if own not in known:
+            known[own] = compiled_for_training(own)
+        return cast(F, known[own] if bound is None else partial(known[own], bound))
 
     @property
     def result(self) -> nn.Module:

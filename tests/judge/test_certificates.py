@@ -294,6 +294,12 @@ def test_a_run_ends_when_its_time_is_over_and_goes_on(tmp_path, digits, monkeypa
     assert made.decided.tolist() == whole.decided.tolist() and sum(rows_drawn) == total
 
 
+def test_the_time_also_limits_the_draws_that_choose_the_class(digits):
+    late = certify(*digits, seconds=1e-9, **QUIET)
+    assert not late.draws.any() and (late.tested == -1).all() and (late.predicted == -1).all()
+    assert late.notes == ["50 of 50 images are unfinished after 1e-09 seconds"]
+
+
 def test_two_processes_share_and_keep_the_draws(tmp_path, digits):
     def work():
         torch.set_num_threads(1)

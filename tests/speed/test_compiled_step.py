@@ -1,6 +1,7 @@
 """When a step is compiled as a whole, that it follows its weights, and that a wrong compilation never serves."""
 
 import pickle
+import random
 from dataclasses import dataclass
 from unittest import mock
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from purify_fast import frozen_copy
 from purify_fast.attacks import pgd
+from purify_fast.attacks.context import TimeIsOver
 from purify_fast.attacks.objective import GradientStep, Objective
+from purify_fast.judge.run.progress import counted_model
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.protocols import CompilesSteps
+from purify_fast.protocols import CompilesSteps, Passes
 from purify_fast.speed import InferenceCopy, StepGraphs
 from purify_fast.speed.graphs import compiled_step as compiling
 from purify_fast.speed.graphs.compiled_step import agrees, compiled_step
@@ -59,7 +62,7 @@ def inference_copy(dtype: torch.dtype = torch.float32, compile: bool = True) -> 
 def compiled(copy: nn.Module) -> list:
     """The compiled steps of a copy."""
     every = [part.compiled_steps() for part in parts_of(copy, CompilesSteps)]
-    return [step for steps in every if steps is not None for step, _ in steps.by_key.values() if callable(step)]
+    return [step.compiled[0] for steps in every if steps is not None for step in steps.by_key.values() if step.compiled]
 
 
 def different(got: Tensor, want: Tensor) -> float:
@@ -145,12 +148,12 @@ def test_the_steps_of_a_training_are_compiled_at_once_and_each_failure_is_an_err
     other = pickle.loads(pickle.dumps(copy))
     assert other.steps.at_once and not compiled(other) and len(compiled(copy)) == 1
     copy.steps.by_key.clear()
-    text = r"InferenceCopy is not compiled: .*no compiler.* Train with compile=False"
+    text = r"compile must be False: an attack on InferenceCopy cannot be compiled .*no compiler here\), got True"
     fails = mock.patch.object(compiling, "_traced", side_effect=ValueError("no compiler here"))
-    with fails, pytest.raises(RuntimeError, match=text):
+    with fails, pytest.raises(ValueError, match=text):
         attack(copy)
     none_left = mock.patch("purify_fast.speed.graphs.compiled_steps.MOST_STEPS", 0)
-    with none_left, pytest.raises(RuntimeError, match="0 others of its copy are compiled"):
+    with none_left, pytest.raises(ValueError, match="0 others of its copy are compiled"):
         attack(copy)
 
 
@@ -192,7 +195,7 @@ def test_a_caller_under_autocast_gets_the_compiled_step_in_the_same_precision():
     zeros = torch.zeros(8)
     state = {"point": x, "y": torch.arange(8), "image": torch.zeros_like(x), "loss": zeros, "wrong": zeros}
     with torch.autocast("cpu", torch.bfloat16):
-        wanted, found = step(state), compiled_step(step, state)(state)
+        wanted, found = step(state), compiled_step(step, state)[0](state)
     assert torch.allclose(found["image"], wanted["image"], rtol=1e-4, atol=1e-7)
 
 
@@ -207,6 +210,79 @@ class Noisy:
 def test_a_step_that_draws_random_numbers_is_not_compiled():
     with pytest.raises(RuntimeError, match="draws random numbers in the operator aten"):
         compiled_step(Noisy(nn.Identity()), {"x": torch.zeros(3)})
+
+
+class Reads(nn.Module):
+    """Reads the value of a weight on the host, or draws there."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.scale = how, nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        reads = {
+            "float": lambda: float(self.scale),
+            "item": lambda: self.scale.item(),
+            "list": lambda: self.scale.detach().view(1).tolist()[0],
+            "array": lambda: float(self.scale.detach().numpy()),
+            "branch": lambda: 1.0 if self.scale > 1 else 2.0,
+            "draw": random.random,
+        }
+        return x * reads[self.how]()
+
+
+@dataclass(frozen=True)
+class Applied:
+    model: nn.Module
+
+    def __call__(self, state):
+        return {"x": self.model(state["x"])}
+
+
+@pytest.mark.parametrize("how", ["float", "item", "list", "array", "branch", "draw"])
+def test_a_step_that_reads_or_draws_on_the_host_is_not_compiled(how):
+    with pytest.raises(RuntimeError, match=r"reads the value of a tensor by|draws random numbers on the host"):
+        compiled_step(Applied(Reads(how)), {"x": torch.ones(3)})
+
+
+class Clock:
+    """A count of images that ends after some calls, as a limit of time does."""
+
+    def __init__(self, most):
+        self.images, self.calls, self.most = Passes(), 0, most
+
+    def count(self, images):
+        self.images, self.calls = self.images + images, self.calls + 1
+        if self.calls > self.most:
+            raise TimeIsOver
+
+
+def test_compiled_steps_count_images_and_end_with_the_time():
+    x, y = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+    found = []
+    for compile in (False, True):
+        fast = frozen_copy(network(), x, dtype=torch.float32, compile=compile)
+        counted = counted_model(fast, Clock(100))
+        for _ in range(3):
+            before = counted.counted()
+            pgd(counted, x, y, 0.03, steps=6, alpha=0.01)
+            found.append(counted.counted() - before)
+        assert bool(compiled(fast)) is compile
+    assert len(set(found)) == 1
+    counted.progress.most = counted.progress.calls + 3
+    with pytest.raises(TimeIsOver):
+        pgd(counted, x, y, 0.03, steps=6, alpha=0.01)
+
+
+def test_a_compiled_copy_follows_hooks():
+    model, x = network(), torch.rand(8, 3, 8, 8)
+    fast = frozen_copy(model, x, dtype=torch.float32, compile=True)
+    fast(x)
+    model.conv1.register_forward_hook(lambda module, given, output: 3 * output)
+    fast.update()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-3)
+    for _ in range(3):
+        assert different(attack(fast), attack(model)) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -241,7 +317,7 @@ def test_compiled_steps_agree_on_the_models_of_the_zoo(monkeypatch, name):
     step = GradientStep(Objective(made, "ce"))
     state = {"point": x, "y": y, "image": torch.zeros_like(x), "loss": torch.zeros(16), "wrong": torch.zeros(16)}
     wanted = step(state)
-    got = compiled_step(step, state)(state)
+    got = compiled_step(step, state)[0](state)
     assert agrees(got, wanted, state)
     assert (got["loss"] - wanted["loss"]).abs().max() <= 0.05 * wanted["loss"].abs().max()
 
@@ -258,8 +334,7 @@ class Seeded:
 
 def test_the_seeds_of_a_compiled_step_are_drawn_outside_of_it():
     state, step = {"x": torch.ones(3)}, Seeded(nn.Identity())
-    made = compiled_step(step, state)
-    assert made is not None
+    made, _ = compiled_step(step, state)
     torch.manual_seed(5)
     wanted = [step(state)["x"] for _ in range(2)]
     torch.manual_seed(5)

@@ -1,5 +1,6 @@
 """Trainings with ``compile=True``: nearly the weights of a training without it, and the same bits after a resume."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -69,7 +70,7 @@ def compiled_of(task) -> list:
     models = [value for value in vars(task).values() if isinstance(value, nn.Module)]
     models += [] if task.attacked is None or task.attacked._made is None else [task.attacked._made]
     found = {id(steps): steps for one in models for part in parts_of(one, CompilesSteps) if (steps := part.steps)}
-    return [step for steps in found.values() for step, _ in steps.by_key.values() if callable(step)]
+    return [step for steps in found.values() for step in steps.by_key.values() if step.compiled]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -122,9 +123,56 @@ def test_a_training_whose_attack_cannot_be_compiled_says_so_before_any_step():
     task = ClassifierTask(Branches(width=4), ClassifierConfig(attack=attack()))
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     x, y = (batch().x * 255).to(torch.uint8), batch().y
-    with pytest.raises(RuntimeError, match=r"a step of FrozenCopy is not compiled: .* Train with compile=False"):
+    text = r"compile must be False: an attack on Branches cannot be compiled .*, got True"
+    with pytest.raises(ValueError, match=text):
         fit(task, x, y, FitConfig(1, 16, compile=True), progress=False)
     assert small_runs.same(task.model.state_dict(), before)
+
+
+def triple(module, given, output):
+    return 3 * output
+
+
+def halve(module, given):
+    return (given[0] / 2,)
+
+
+@pytest.mark.parametrize("name", ["clean", "PGD", "ARREST"])
+def test_hooks_count_from_the_step_at_which_they_are_set(name, compiler):
+    """Another training of the same network, without hooks, was compiled before."""
+    losses(TASKS[name](), True, 1)
+    found = {}
+    for compiles in (False, True):
+        task = TASKS[name]()
+        task.model.conv2.register_forward_hook(triple)
+        found[compiles] = losses(task, compiles, 1)
+        task.model.conv1.register_forward_pre_hook(halve)
+        found[compiles] += losses(task, compiles, 1)
+    assert (
+        found[True] == pytest.approx(found[False], rel=0.005) and found[True][0] != losses(TASKS[name](), False, 1)[0]
+    )
+
+
+def test_many_trainings_in_a_process_are_compiled_but_not_many_sizes_in_a_training(compiler):
+    for width in range(2, 12):
+        torch.manual_seed(0)
+        before = compiler.graphs
+        losses(ClassifierTask(SmallCNN(width=width), ClassifierConfig()), True, 1)
+        assert compiler.graphs == before + 1
+    task = classifier_task()
+    task.compiles = True
+    with pytest.raises(ValueError, match="compile must be False: a step has too many forms"):
+        for size in range(2, 16):
+            train_step(task, batch(1, size))
+
+
+@pytest.mark.parametrize("name", ["clean", "ARREST", "CARSO"])
+def test_a_copy_of_a_compiled_training_trains_its_own_weights(name, compiler):
+    task = TASKS[name]()
+    losses(task, True, 1)
+    other, before = copy.deepcopy(task), copy.deepcopy(task.model.state_dict())
+    losses(other, True, 2)
+    assert small_runs.same(task.model.state_dict(), before) and not small_runs.same(other, task)
 
 
 @pytest.mark.parametrize("name", ["PGD", "CARSO, pipeline"])

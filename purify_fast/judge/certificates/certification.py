@@ -136,6 +136,7 @@ def certify(
     numbers: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
     numbers |= {"gain": gain, "seconds": seconds}
     check_settings(sigma, radii, alpha, **numbers)
+    until = time.monotonic() + seconds
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
     n, data = len(labels), digest(images, labels)
@@ -178,11 +179,14 @@ def certify(
         if shards.rank > 0:
             return Certificates.from_json(shards.follow(noisy.counts))  # type: ignore[arg-type]
         extra = int(choosing) if y is None or not radii else 0
+        open_ = np.arange(n)
         if extra:
-            whole.tested[:] = counted.after(np.arange(n), MOST + extra, math.inf)[:, :-1].argmax(1)
-        open_, until = np.arange(n), time.monotonic() + seconds
+            # Until the class is chosen, none is tested.
+            whole.tested[:] = -1
         bar = tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress)
         with bar, contextlib.suppress(TimeIsOver):
+            if extra:
+                whole.tested[:] = counted.after(open_, MOST + extra, until)[:, :-1].argmax(1)
             for last in cuts:
                 counts = counted.after(open_, last, until)
                 bar.update(int((last - drawn[open_]).sum()))

@@ -116,10 +116,10 @@ class ArrestTask(MethodTask):
         with autocast_to(x.device, self.dtype):
             return self.classifier(x), []
 
-    @torch.no_grad()
     def teacher(self, x: Tensor) -> list[Tensor]:
         """Return the teacher's representation h* of images ``[B, C, H, W]``; an empty list if there is no teacher."""
-        return [] if self.teacher_reader is None else self._read(self.teacher_reader, x)[1]
+        with torch.no_grad():
+            return [] if self.teacher_reader is None else self._read(self.teacher_reader, x)[1]
 
     def _read(self, reader: Representation, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         with autocast_to(x.device, self.dtype):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..._compiler import section
+from ..._compiler import compile_calls, section
 from ..._tensors import first_tensor, without_autocast
 from ...models.layers import Normalize
 from ...models.representation import without_recorders
@@ -311,7 +311,7 @@ class InferenceCopy(nn.Module):
                         # Compiled steps have the tensors and the settings of the earlier network.
                         self.steps.by_key.clear()
                     if self.compiled:
-                        made.compile()
+                        compile_calls(made)
 
     def _read_values(self, classifier: nn.Module) -> bool:
         """Read the values of tensors alone, if a new copy would differ in nothing else; return True if it was so."""

@@ -14,25 +14,39 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from ..._compiler import traced
 from ..._validation import in_one_line
+from ...protocols import CountsImages, Passes
 from ..agreement import BFLOAT16, COSINE
 from ..draws import same_draws
 from ..frozen_weights import eager
+from .step_graphs import host_generators
+from .step_loop import parts_of
 
 #: The compiler. Tests replace it by a faster one.
 BACKEND = "inductor"
 
 State = dict[str, Tensor]
-
+#: The methods that read the value of a tensor on the host.
+READS = frozenset({"item", "tolist", "numpy", *(f"__{name}__" for name in ("float", "int", "bool", "index", "array"))})
 
 #: A compiled step.
 Compiled = Callable[[Mapping[str, Tensor]], State]
 
 
-def compiled_step(function: Any, state: State) -> Compiled:
-    """Compile a step, and compare the results once, from the same state.
+class _OnTheDevice(TorchFunctionMode):
+    """Refuses to read the value of a tensor on the host, because every compiled step would have this value."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in READS:
+            raise RuntimeError(f"the step reads the value of a tensor by {function.__name__}()")
+        return function(*args, **(kwargs or {}))
+
+
+def compiled_step(function: Any, state: State) -> tuple[Compiled, list[Passes]]:
+    """Compile a step, and compare the results once, from the same state. Return it with the images that a step counts.
 
     Raises:
         RuntimeError: tracing or compiling fails, or the results differ.
@@ -40,19 +54,27 @@ def compiled_step(function: Any, state: State) -> Compiled:
     # The trace would confuse two names of one tensor.
     state = {name: value.detach().clone() for name, value in state.items()}
     device = next(iter(state.values())).device
+    counters: list[CountsImages] = parts_of(function.model, CountsImages)
+    start = [counter.counted() for counter in counters]
     try:
         with same_draws(device=device):
             made = _traced(function, state)
         with same_draws(device=device):
             got = made(state)
+        before = [counter.counted() for counter in counters]
         with same_draws(device=device):
             wanted = function(state)
+        counts = [counter.counted() - first for counter, first in zip(counters, before, strict=True)]
     except Exception as error:
         # A user's model may raise any error when it is traced or compiled.
         raise RuntimeError(in_one_line(error)) from error
+    finally:
+        # The trials are no steps of the attack.
+        for counter, first in zip(counters, start, strict=True):
+            counter.count(first - counter.counted())
     if not agrees(got, wanted, state):
         raise RuntimeError("it gives another result")
-    return made
+    return made, counts
 
 
 def _traced(function: Any, state: State) -> Compiled:
@@ -63,12 +85,14 @@ def _traced(function: Any, state: State) -> Compiled:
         return result
 
     # A backward pass in another thread would not be traced, and neither would compiled parts of the model.
-    token = traced.set(True)
+    token, before = traced.set(True), host_generators(device)
     try:
-        with torch.autograd.set_multithreading_enabled(False), eager(function.model):
+        with torch.autograd.set_multithreading_enabled(False), eager(function.model), _OnTheDevice():
             made = make_fx(flat)(*[state[name] for name in names])
     finally:
         traced.reset(token)
+    if host_generators(device) != before:
+        raise RuntimeError("the step draws random numbers on the host, which every compiled step would repeat")
     graph, tensors, draws = _with_inputs(made)
     # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
     called = torch.compile(graph, dynamic=False, fullgraph=True, backend=BACKEND)

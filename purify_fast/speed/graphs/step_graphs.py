@@ -255,7 +255,7 @@ class StepGraphs:
                             raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
                     counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                     compiled = None if steps is None else steps.compiled(function, buffers)
-                run: Any = function if compiled is None else compiled
+                run: Any = function if compiled is None else compiled[0]
                 # The step itself comes first, because afterwards the graph keeps the memory of a whole step. A result
                 # may be a buffer itself, which the replay overwrites.
                 with same_draws(device=device):
