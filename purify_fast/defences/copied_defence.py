@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compiler import compile_calls
 from ..speed.copying import deep_copy, memo_of
 from ..speed.folding.batchnorm import fold_pairs, foldable_pairs
 from ..speed.folding.inference_copy import InferenceCopy, prepare_for_inference, set_modes
@@ -109,6 +108,8 @@ def make_frozen_copy(
             decisions[name].pairs = foldable_pairs(part)[0] if alone and not plain else []
         fold_pairs(part, decisions[name].pairs or [])
         if compile:
+            from .._compiling import compile_calls
+
             compile_calls(part)
     if is_first:
         other._followed, followed.is_current = followed, True

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._compiler import compiled_for_training
 from .._tensors import check_one_device, first_tensor
 from .._validation import Precision
 from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
@@ -127,6 +126,9 @@ class Task:
         own, bound = getattr(function, "__func__", function), getattr(function, "__self__", None)
         known = vars(self).setdefault("_compiled", {})
         if own not in known:
+            # Its import is slow.
+            from .._compiling import compiled_for_training
+
             known[own] = compiled_for_training(own)
         return cast(F, known[own] if bound is None else partial(known[own], bound))
 

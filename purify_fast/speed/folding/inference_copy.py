@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..._compiler import compile_calls, section
+from ..._compiler import section
 from ..._tensors import first_tensor, without_autocast
 from ...models.layers import Normalize
 from ...models.representation import without_recorders
@@ -311,6 +311,8 @@ class InferenceCopy(nn.Module):
                         # Compiled steps have the tensors and the settings of the earlier network.
                         self.steps.by_key.clear()
                     if self.compiled:
+                        from ..._compiling import compile_calls
+
                         compile_calls(made)
 
     def _read_values(self, classifier: nn.Module) -> bool:
