@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model_description import SHARED
 from ..model_state import hidden_modules
 from .draws import own_generators
-from .weights import tensors_of
+from .weights import copy_all, tensors_of
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
 PLAIN = (Tensor, nn.Parameter)
@@ -36,8 +36,9 @@ def memo_of(parts: Iterable[nn.Module]) -> dict[int, Any]:
                 held[id(value)] = value
     memories = Counter(value.untyped_storage().data_ptr() for value in held.values() if value.numel())
     alone = [one for one in held.values() if not one.is_leaf or memories[one.untyped_storage().data_ptr()] == 1]
-    for old in alone:
-        made = old.detach().clone()
+    new = [torch.empty_like(one) for one in alone]
+    copy_all(zip(new, alone, strict=True))
+    for old, made in zip(alone, new, strict=True):
         memo[id(old)] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
     return memo
 
