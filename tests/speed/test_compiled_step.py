@@ -185,7 +185,7 @@ def test_the_compiled_step_is_captured(rerun):
     graphs = StepGraphs("always", rerun)
     assert different(attack(inference_copy(), graphs), attack(inference_copy(compile=False))) < 0.05
     (captured,) = graphs._captured.values()
-    assert rerun.recorded == 1 and callable(captured.objects[-1])
+    assert rerun.recorded == 1 and callable(captured.objects[-1][0])
 
 
 def test_a_caller_under_autocast_gets_the_compiled_step_in_the_same_precision():
