@@ -96,14 +96,15 @@ def read_values(network: nn.Module, model: nn.Module, pairs: list[tuple[str, str
         found |= {id(weight): (weight, sources[f"{layer}.weight"], factor), id(bias): (bias, new, None)}
     if any(source is None or source.dtype not in (torch.float32, target.dtype) for target, source, _ in found.values()):
         return False
-    pairs_of = [(target, source) for target, source, factor in found.values() if factor is None]
+    copies = [(target, source) for target, source, factor in found.values() if factor is None]
     for target, source, factor in found.values():
         if factor is not None:
             # A CPU is slow to change the dtype and the layout at once.
             exact = target if target.dtype == factor.dtype else torch.empty_like(target, dtype=factor.dtype)
             torch.mul(source, factor, out=exact)
-            pairs_of += [(target, exact)] * (exact is not target)
-    copy_all(pairs_of)
+            if exact is not target:
+                copies.append((target, exact))
+    copy_all(copies)
     return True
 
 

@@ -23,12 +23,11 @@ from ..agreement import BFLOAT16, COSINE
 from ..draws import same_draws
 from ..frozen_weights import eager
 from .step_graphs import host_generators
-from .step_loop import parts_of
+from .step_loop import State, parts_of
 
 #: The compiler. Tests replace it by a faster one.
 BACKEND = "inductor"
 
-State = dict[str, Tensor]
 #: The methods that read the value of a tensor on the host.
 READS = frozenset({"item", "tolist", "numpy", *(f"__{name}__" for name in ("float", "int", "bool", "index", "array"))})
 
