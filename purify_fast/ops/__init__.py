@@ -4,6 +4,7 @@ import types
 
 from .aggregate import aggregate as aggregate
 from .apgd_step import apgd_step as apgd_step
+from .attack_loss import attack_loss as attack_loss
 from .contextual_attention import contextual_attention as contextual_attention
 from .contextual_attention import key_validity as key_validity
 from .decode_samples import decode_prior as decode_prior
