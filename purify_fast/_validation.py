@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -34,9 +34,9 @@ _KINDS: dict[Any, tuple[type, str]] = {
     float: (Real, "a number"),
     str: (str, "a string"),
 }
-#: The types of the fields, by class. torch.compile may trace a step that makes a config. It can trace a look-up in a
-#: dictionary, but it cannot trace `get_type_hints` or `functools.cache`.
-_types_of: dict[type, dict[str, Any]] = {}
+#: The name, the type and the default of the fields, by class. torch.compile may trace a step that makes a config. It
+#: can trace a look-up in a dictionary, but it cannot trace `get_type_hints` or `functools.cache`.
+_types_of: dict[type, list[tuple[str, Any, Any]]] = {}
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,13 @@ def check_literal(name: str, value: Any, literal: Any) -> None:
 def check_types(config: Any) -> None:
     """Raise a ValueError if a field of a dataclass does not have the type and the `Range` of its annotation."""
     if type(config) not in _types_of:
-        _types_of[type(config)] = get_type_hints(type(config), include_extras=True)
-    for name, kind in _types_of[type(config)].items():
-        _check_type(name, getattr(config, name), kind)
+        hints = get_type_hints(type(config), include_extras=True)
+        _types_of[type(config)] = [(field.name, hints[field.name], field.default) for field in fields(config)]
+    for name, kind, default in _types_of[type(config)]:
+        value = getattr(config, name)
+        # A default needs no check, and most values are defaults.
+        if value is not default:
+            _check_type(name, value, kind)
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:

@@ -21,6 +21,8 @@ BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
 #: Those of a module that `torch.fx` has traced.
 TRACED = frozenset({"_graph", "_tracer_cls", "meta"})
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+#: What may hold a module that PyTorch does not know.
+CONTAINERS = (nn.Module, list, tuple, dict)
 #: The cell of a variable of a closure that has no value yet.
 EMPTY = CellType()
 _PATHS = sysconfig.get_paths()
@@ -70,9 +72,18 @@ def _is_outside(file: str) -> bool:
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know."""
-    parts = dict(model.named_modules())
-    known = set(map(id, parts.values()))
-    found = [(path, *item) for path, whole in parts.items() for item in _modules(attributes(whole))]
+    parts, found = list(model.named_modules()), []
+    for path, whole in parts:
+        kind = type(whole)
+        without = left_out(kind)
+        held = attributes(whole) if _slots(kind) else vars(whole).items()
+        # Every attack runs this loop. Few parts hold a container that PyTorch does not know.
+        inside = [item for item in held if isinstance(item[1], CONTAINERS) and item[0] not in without]
+        if inside:
+            found += [(path, *item) for item in _modules(inside)]
+    if not found:
+        return []
+    known = {id(part) for _, part in parts}
     return [(f"{path}.{name}".lstrip("."), part) for path, name, part in found if id(part) not in known]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,6 @@ from ..protocols import Classifier, CountsImages, Passes, SharesDraws, draws_for
 from ..speed.agreement import differ
 from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
-
-Answer = TypeVar("Answer")
 
 #: `drawn_once_per_call` tests a model on TRIED_IMAGES images. A call has a batch of at most TRIED_ROWS rows, which
 #: contains each image several times. At least TRIED_CALLS calls make at least FEWEST_DRAWS draws. A model that picks
@@ -69,69 +68,63 @@ class WritesToItsInput(ValueError):
         )
 
 
-def call_checked(model: Callable[[Tensor], Answer], x: Tensor) -> Answer:
-    """Call a model on images, and refuse a model that writes to them. Writes through ``x.data`` are not seen."""
-    # torch.compile cannot trace the count of writes, and inference tensors have no such count.
-    if torch.compiler.is_compiling() or x.is_inference():
+#: During a direct call of an attack, until the model has returned its first logits: the name and values of the labels.
+#: With a loss of the user's own the labels are free, so there are no values.
+first_output: ContextVar[tuple[str, Tensor] | None] = ContextVar("first_output", default=None)
+
+
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, images: int | None = None) -> Tensor:
+    """Return the logits of a model for images, ``[B, classes]``, or of as many draws as ``images`` says.
+
+    The output is checked, with the labels of a direct call if it is the first. A model that writes to the images is
+    refused; writes through ``x.data`` are not seen.
+    """
+    if torch.compiler.is_compiling():
         return model(x)
-    writes = x._version
+    # Inference tensors have no count of writes.
+    writes = None if x.is_inference() else x._version
     try:
-        answer = model(x)
+        logits = model(x)
     except RuntimeError as error:
         # PyTorch itself refuses a write to images whose gradient is recorded.
         if x.requires_grad and "a leaf Variable that requires grad" in str(error):
             raise WritesToItsInput from error
         raise
-    if x._version != writes:
+    if writes is not None and x._version != writes:
         raise WritesToItsInput
-    return answer
-
-
-#: During a direct call of an attack, until the model has returned its first logits: the name and values of the labels.
-_first_output: ContextVar[tuple[str, Tensor] | None] = ContextVar("first_output", default=None)
-
-
-def logits_of(model: Classifier, x: Tensor) -> Tensor:
-    """The logits of images, ``[B, classes]``; a model that writes to them (`call_checked`) is refused."""
-    return _at_first(checked_logits(call_checked(model, x), len(x)))
-
-
-def _at_first(logits: Tensor) -> Tensor:
-    """Check and return logits. If they are the first of a direct call, compare the labels with the classes."""
-    if not torch.compiler.is_compiling() and (labels := _first_output.get()) is not None:
-        _first_output.set(None)
-        if logits.device.type == "cpu" and logits.numel() and not is_in_torch_dispatch_mode():
-            if bool(logits.isnan().any()):
-                warnings.warn("the model returns NaN for some images: an attack cannot move them", stacklevel=2)
-            if are_probabilities(logits):
-                warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
-        check_labels(*labels, logits.shape[1])
+    # Every step of an attack runs these lines, so they must be fast.
+    good = type(logits) is Tensor and logits.dim() == 2 and logits.shape[1] > 1 and logits.is_floating_point()
+    if not good or len(logits) != (len(x) if images is None else images):
+        logits = checked_logits(logits, len(x) if images is None else images)
+    if (labels := first_output.get()) is not None:
+        first_output.set(None)
+        _check_first(logits, *labels)
     return logits
 
 
-@contextlib.contextmanager
-def called_directly(name: str, labels: Tensor) -> Iterator[None]:
-    """The context of an attack without an evaluation.
+def _check_first(logits: Tensor, name: str, labels: Tensor) -> None:
+    """Warn of NaN or probabilities as logits, and refuse labels that no class has. The values are read on a CPU."""
+    if logits.device.type == "cpu" and logits.numel() and not is_in_torch_dispatch_mode():
+        least = float(logits.detach().amin())
+        # The smallest number is NaN if any number is.
+        if math.isnan(least):
+            warnings.warn("the model returns NaN for some images: an attack cannot move them", stacklevel=2)
+        if least >= 0 and are_probabilities(logits):
+            warnings.warn(f"the model returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}", stacklevel=2)
+        if len(labels) and int(labels.amax()) < logits.shape[1]:
+            return
+    check_labels(name, labels, logits.shape[1])
 
-    On a CPU it warns of NaN or probabilities as logits, and refuses ``labels``, an argument called ``name``, that no
-    class has. The labels of a loss of the user's own are free, so ``labels`` is then empty.
+
+def gradient_to(leaf: Tensor, value: Tensor, weights: Tensor | None = None) -> Tensor | None:
+    """The gradient of the sum of ``value``, or of ``value * weights``, with respect to ``leaf``.
+
+    None if there is no dependence or no derivative. ``value`` without ``weights`` must be a number.
     """
-    token = _first_output.set((name, labels))
-    try:
-        yield
-    finally:
-        _first_output.reset(token)
-
-
-def gradient_to(leaf: Tensor, value: Tensor) -> Tensor | None:
-    """The gradient of ``value`` with respect to ``leaf``; None if there is no dependence or no derivative."""
     if not value.requires_grad:
         return None
-    # torch.compile cannot trace the `try` block below.
-    if torch.compiler.is_compiling():
-        return torch.autograd.grad(value, leaf, allow_unused=True)[0]
     try:
-        return torch.autograd.grad(value, leaf, allow_unused=True)[0]
+        return torch.autograd.grad(value, leaf, weights, allow_unused=True)[0]
     except RuntimeError as error:
         if "derivative for" in str(error) and "is not implemented" in str(error):
             return None
@@ -142,7 +135,7 @@ def logits_of_draws(model: Classifier, x: Tensor, draws: int) -> Tensor:
     """Logits ``[draws * B, classes]`` of several draws of each image; the first draws of all images come first."""
     if draws > 1 and supports(model, SharesDraws):
         shares = cast(SharesDraws, model)
-        return _at_first(call_checked(lambda images: shares.draw_logits(images, draws), x).flatten(0, 1))
+        return logits_of(lambda images: shares.draw_logits(images, draws).flatten(0, 1), x, draws * len(x))
     return logits_of(model, repeat_batch(x, draws) if draws > 1 else x)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensors import per_sample
 from .._validation import Norm, read_norm
-from ..ops.pgd_step import broadcastable, clamped, per_pixel, pgd_step
-from ..ops.philox import Stream, philox, philox_key
+from ..ops.pgd_step import NORMS, clamped, per_pixel, pgd_step
+from ..ops.philox import DISTRIBUTIONS, Stream, philox, philox_key
+from ..ops.philox import OP as DRAW
 from .arguments import can_read, check_eps, check_tensor, largest_distance
+
+UNIFORM = DISTRIBUTIONS.index("uniform")
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,6 @@ class Ball:
         """The norm and the box, as the arguments of `purify_fast.ops.pgd_step` and `apgd_step`."""
         return {"norm": self.norm, "lo": self.clip_min, "hi": self.clip_max}
 
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The radius, and the ends of the box that are tensors, by the names in `bounds`."""
-        return {"eps": self.eps, **{name: end for name, end in self.bounds.items() if isinstance(end, Tensor)}}
-
-    def without_inputs(self) -> Ball:
-        """Return the ball with a number for each end of the box that is a tensor, so that equal steps are equal."""
-        low, high = (end if not isinstance(end, Tensor) else 0.0 for end in (self.clip_min, self.clip_max))
-        return replace(self, clip_min=low, clip_max=high)
-
     def take(self, index: Tensor | slice) -> Ball:
         """Return the balls of some of the images."""
         return replace(self, eps=self.eps[index])
@@ -50,23 +43,28 @@ def ball_around(
     x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float | Tensor = 0.0, clip_max: float | Tensor = 1.0
 ) -> Ball:
     """Check the radius ``eps``, see `Radius`, and make the balls around images."""
-    width, pixels = clip_max - clip_min, x.shape[1:].numel()
-    of_pixels, norm = isinstance(width, Tensor), read_norm(norm)
+    norm = norm if norm in NORMS else read_norm(norm)
+    if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
+        return Ball(_checked_radii(x, eps, norm, clip_max - clip_min), norm, clip_min, clip_max)
+    if isinstance(eps, Tensor):
+        return Ball(_checked_radii(x, eps, norm, max(1.0, clip_max - clip_min)), norm, clip_min, clip_max)
+    # Most radii pass this test, which takes no time.
+    if type(eps) is not float or not 0 <= eps <= max(1.0, clip_max - clip_min):
+        check_eps(eps, norm, max(1.0, clip_max - clip_min), pixels=x.shape[1:].numel())
+    return Ball(per_sample("eps", eps, x), norm, clip_min, clip_max)
+
+
+def _checked_radii(x: Tensor, eps: float | Tensor, norm: Norm, width: float | Tensor) -> Tensor:
+    """Return radii for a radius or a range that is a tensor. Their values are checked where `can_read` allows it."""
     if not isinstance(eps, Tensor):
-        largest = 1.0 if isinstance(width, Tensor) else max(1.0, width)
-        check_eps(eps, None if of_pixels else norm, largest, pixels=pixels)
+        check_eps(eps, None)
     radii = per_pixel("eps", eps, x)
-    if (isinstance(eps, Tensor) or of_pixels) and can_read(radii):
-        widths = torch.as_tensor(width).clamp_min(0.0 if of_pixels else 1.0)
+    if can_read(radii):
+        widths = torch.as_tensor(width).clamp_min(0.0)
         # A radius for each image is compared with the widest range of a pixel.
-        check_tensor("eps", radii, largest_distance(norm, pixels) * (widths if radii.dim() > 1 else widths.max()))
-    return Ball(radii, norm, clip_min, clip_max)
-
-
-def _numbers(x: Tensor, seed: int | Tensor, sample_ids: Tensor | None) -> Callable[..., Tensor]:
-    """Make a function that returns random numbers for the first points of an attack, ``[B, 1, count]``."""
-    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    return partial(philox, philox_key(seed, x.device), ids, stream=Stream.ATTACK_START)
+        most = largest_distance(norm, x.shape[1:].numel()) * (widths if radii.dim() > 1 else widths.max())
+        check_tensor("eps", radii, most)
+    return radii
 
 
 def projected(x: Tensor, point: Tensor, ball: Ball) -> Tensor:
@@ -79,16 +77,20 @@ def normal_in_ball(
     x: Tensor, ball: Ball, std: float, *, seed: int | Tensor = 0, sample_ids: Tensor | None = None
 ) -> Tensor:
     """Draw a point from a normal distribution around each image, and project it onto the ball and the box."""
-    noise = _numbers(x, seed, sample_ids)(x[0].numel(), distribution="normal")
+    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
+    noise = philox(philox_key(seed, x.device), ids, x[0].numel(), stream=Stream.ATTACK_START, distribution="normal")
     return projected(x, (x + std * noise.view_as(x)).to(x.dtype), ball)
 
 
 def sample_in_ball(x: Tensor, ball: Ball, *, seed: int | Tensor = 0, sample_ids: Tensor | None = None) -> Tensor:
     """Draw a point uniformly from the ball around each image, and clamp it to the box."""
-    draw, size = _numbers(x, seed, sample_ids), x[0].numel()
+    ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
+    key, size, stream = philox_key(seed, x.device), x[0].numel(), Stream.ATTACK_START
     if ball.norm == "linf":
-        noise = 2 * draw(size)[:, 0] - 1
+        # `philox` without its checks.
+        noise = DRAW(key, ids, size, int(stream), UNIFORM, 1, 0)[:, 0].mul_(2).sub_(1)
     else:
+        draw = partial(philox, key, ids, stream=stream)
         if ball.norm == "l2":
             noise = draw(size, distribution="normal")[:, 0]
         else:
@@ -98,5 +100,8 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int | Tensor = 0, sample_ids:
             noise = -middles.sign() * torch.log1p(-middles.abs())
         shrink = draw(1, first_draw=1)[:, 0] ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
-    point = x + noise.view_as(x) * broadcastable("eps", ball.eps, x)
-    return clamped(point, ball.clip_min, ball.clip_max).to(x.dtype)
+    radii = ball.eps if ball.eps.dim() > 1 else ball.eps.view(-1, *[1] * (x.dim() - 1))
+    point = x + noise.view_as(x) * radii
+    if isinstance(ball.clip_min, Tensor) or isinstance(ball.clip_max, Tensor):
+        return clamped(point, ball.clip_min, ball.clip_max).to(x.dtype)
+    return point.clamp_(ball.clip_min, ball.clip_max).to(x.dtype)

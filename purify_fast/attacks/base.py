@@ -16,10 +16,10 @@ from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
-from .attacked_model import called_directly, drawn_once_per_call, frozen
+from .attacked_model import drawn_once_per_call, first_output, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, Radius, chosen_seed, keeping
-from .losses import LOSSES, towards, usable_loss
+from .losses import usable_loss
 from .objective import Objective
 from .search import better_of
 
@@ -62,6 +62,7 @@ class Resolved(NamedTuple):
     """The values with which an attack runs, after `Attack.resolved_for` has replaced every option that is None."""
 
     steps: int
+    #: The number of predictions that a step averages; 1 if the model predicts the same every time.
     eot_iter: int
     loss: Any
     #: The number of wrong classes that are targeted, each in its own run. Auto-PGD has None here if its loss is not
@@ -136,19 +137,17 @@ class Attack(abc.ABC):
     def _norm_and_radius(self, context: AttackContext) -> tuple[Norm, Any]:
         """Return the norm and the radius. The context gives a norm or radius that the attack does not set."""
         own: Any = self
-        return read_norm(own.norm or context.norm, self.norms), context.eps if own.eps is None else own.eps
-
-    def draws(self, context: AttackContext) -> int:
-        """The number of predictions that a step averages; 1 if the model predicts the same every time."""
-        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
+        norm, eps = own.norm or context.norm, context.eps if own.eps is None else own.eps
+        return norm if norm in self.norms else read_norm(norm, self.norms), eps
 
     def resolved_for(self, context: AttackContext) -> Resolved:
         """Replace each option that is None, and choose "margin" if the model has too few classes for the loss."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
-        loss, targets = usable_loss(loss, context.num_classes), min(targets, context.num_classes - 1)
-        return Resolved(steps, self.draws(context), loss, targets)
+        loss = usable_loss(loss, context.num_classes) if context.num_classes else loss
+        draws = (self.eot_iter or context.eot_iter) if context.draws_differ else 1
+        return Resolved(steps, draws, loss, min(targets, context.num_classes - 1))
 
     def may_end_early(self, context: AttackContext) -> bool:
         """Return True if a search may stop before its last step because a success is out of reach."""
@@ -221,11 +220,11 @@ class Attack(abc.ABC):
         # `DistributedDataParallel` would exchange buffers in each forward pass.
         model = self.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
         read_copies(model)
-        targeted = context.loss_function in [towards(loss) for loss in LOSSES]
-        ours = context.loss_function is None or targeted
+        ours = context.loss_function is None
         graphs = graphs_of(model) if context.graphs is None and ours else None
         # With a user's loss, any labels are allowed.
-        with called_directly("targeted" if targeted else "y", y if ours else y[:0]):
+        token = first_output.set(("targeted" if context.toward else "y", y if ours else y[:0]))
+        try:
             if graphs is None or not graphs.free_for(x.device):
                 return self.search(model, x, y, context)
             try:
@@ -233,6 +232,8 @@ class Attack(abc.ABC):
                 return graphs.retry_without_graphs(lambda: self.search(model, x, y, captured), x.device)
             finally:
                 graphs.lock.release()
+        finally:
+            first_output.reset(token)
 
     def revision(self) -> str | None:
         """The version of the attack's code. Cached results need the same version; with None, results are not cached."""
@@ -287,15 +288,20 @@ def worst_of_runs(
     A prediction with NaN is a misclassification with an infinite margin. So no run replaces a success by a failure.
     """
     model, x, y = batch
-    health, most = context.new_health(), context.max_forward_batch
+    health, most = None, context.max_forward_batch
+    if context.counts_health:
+        from .health import GradientHealth
+
+        health = GradientHealth()
     _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
     with frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
-        apart = drawn_once_per_call(model, x, draws, most)
+        apart = draws > 1 and drawn_once_per_call(model, x, draws, most)
         source = context.source(model, x, precision)
         if source is not model:
             stack.enter_context(frozen(source))
-        objective = Objective(source, context.loss_function or loss, draws, most, context.graphs, apart=apart)
+        loss = context.loss_function or loss
+        objective = Objective(source, loss, draws, most, context.graphs, apart, context.toward)
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
             return AttackResult(best, health)

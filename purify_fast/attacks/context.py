@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from .._validation import GradientPrecision, NormName, check_counts
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import CapturesSteps
-
-if TYPE_CHECKING:
-    from .health import GradientHealth
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
 #: can be broadcast over the images, such as ``[C, 1, 1]`` for normalized images.
@@ -72,10 +69,12 @@ class AttackContext:
         sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
             only on the seed and its index. None: 0 .. B - 1.
         loss_function: a loss that replaces the attack's own in PGD, FGSM, Auto-PGD and StAdv.
+        toward: whether y are target classes: the attack then lowers the loss of these classes.
         keep_mode: whether PGD and FGSM leave the model in its mode, so that BatchNorms in training mode take the
             statistics of the batch and update their averages.
         max_forward_batch: the largest number of images in one forward pass, which changes no result. None: no limit.
         graphs: captures the steps of attacks as CUDA graphs, see `purify_fast.speed.StepGraphs`; None: no captures.
+        counts_health: whether the attack counts faulty gradients and unmoved images.
 
     Raises:
         ValueError: a count that is not allowed.
@@ -92,16 +91,15 @@ class AttackContext:
     seed: int | Tensor = 0
     sample_ids: Tensor | None = None
     loss_function: LossFunction | None = None
+    toward: bool = False
     keep_mode: bool = False
     max_forward_batch: int | None = None
     graphs: CapturesSteps | None = None
+    counts_health: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(max_forward_batch=self.max_forward_batch)
-
-    def new_health(self) -> GradientHealth | None:
-        """Return the counts that an attack adds up; None if it counts nothing."""
-        return None
+        if self.max_forward_batch is not None:
+            check_counts(max_forward_batch=self.max_forward_batch)
 
     def source(self, model: Classifier, x: Tensor, precision: GradientPrecision) -> Classifier:
         """Return the model from which an attack takes its gradients: with "bfloat16" a copy, otherwise ``model``."""

@@ -13,7 +13,7 @@ from .arguments import check_labels
 from .base import untraced
 from .context import AttackContext, LossFunction, Radius, chosen_seed
 from .leaving_pgd import LeavingPGD
-from .losses import LOSSES, Loss, towards
+from .losses import LOSSES, Loss
 from .pgd import PGD
 
 #: The mode of a model during an attack: evaluation mode, or the mode in which the model is.
@@ -23,7 +23,7 @@ Mode = Literal["eval", "keep"]
 def goal(
     x: Tensor, y: Tensor | None, loss: str | LossFunction = "ce", targeted: Tensor | None = None
 ) -> tuple[Tensor, LossFunction | None]:
-    """Return the labels of a direct call, and the function that replaces the attack's loss, or None.
+    """Return the labels or target classes of a direct call, and the function that replaces the attack's loss, or None.
 
     Args:
         x: images ``[B, ...]``.
@@ -43,7 +43,7 @@ def goal(
         if targeted.shape != (len(x),) or targeted.dtype != torch.int64:
             raise ValueError(f"targeted must be int64 [B] = [{len(x)}], got {targeted.dtype} {list(targeted.shape)}")
         check_labels("targeted", targeted)
-        return targeted, towards(str(loss))
+        return targeted, None
     if callable(loss):
         if y is None:
             return torch.zeros(len(x), dtype=torch.int64, device=x.device), lambda logits, _: loss(logits, None)
@@ -114,11 +114,12 @@ def pgd(
         ValueError: a shape, dtype, name, count or range that is not allowed, also of the model's output; or a model
             that writes to its input.
     """
-    check_literal("mode", mode, Mode)
+    if mode not in ("eval", "keep"):
+        check_literal("mode", mode, Mode)
     y, function = goal(x, y, loss, targeted)
     options: dict[str, Any] = {"loss": "ce" if callable(loss) else loss, "steps": steps, "alpha": alpha}
     options |= {"random_start": random_start, "start_std": start_std, "eot_iter": eot_iter}
-    if stop_when_fallen and function is not None:
+    if stop_when_fallen and (function is not None or targeted is not None):
         raise ValueError("stop_when_fallen must be False with a function as loss or with targeted, got True")
     attack = LeavingPGD(look_every=1, **options) if stop_when_fallen else PGD(keep_best=keep_best, **options)
     context = AttackContext(
@@ -128,6 +129,7 @@ def pgd(
         clip_max=clip_max,
         seed=chosen_seed(seed),
         loss_function=function,
+        toward=targeted is not None,
         keep_mode=mode == "keep",
     )
     return attack.run(model, x, y, context).images

@@ -12,7 +12,7 @@ from ..speed.graphs.step_loop import State
 from .ball import Ball
 from .context import keeping
 from .objective import Objective
-from .pgd import PGD, ascend
+from .pgd import PGD
 
 if TYPE_CHECKING:
     from .health import GradientHealth
@@ -37,16 +37,26 @@ class LeavingPGD(PGD):
             raise ValueError("keep_best must be True, because LeavingPGD returns the best points, got False")
         super().__post_init__()
 
-    def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
-        whole, state = begin, begin
+    def climb(
+        self,
+        objective: Objective,
+        ball: Ball,
+        state: State,
+        health: GradientHealth | None,
+        *,
+        steps: int,
+        first: int = 0,
+        end: int | None = None,
+    ) -> State:
+        begin = whole = state
         # For each tensor, the dimension that has an entry per image. A tensor without dimensions belongs to all images.
         dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
         with keeping(lambda: whole["best"]):
             for first in range(0, steps, self.look_every):
                 end = min(steps, first + self.look_every)
-                state = ascend(objective, ball.take(index), state, steps=steps, first=first, end=end)
-                # Drop the values that `ascend` has added, such as the length of a step. The next call adds them again.
+                state = super().climb(objective, ball.take(index), state, health, steps=steps, first=first, end=end)
+                # Drop the values that `PGD.climb` has added, such as the radii. The next call adds them again.
                 state = {name: state[name] for name in begin}
                 whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
                 stay = (state["best_score"][0] < 1).nonzero()[:, 0]

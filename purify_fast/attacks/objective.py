@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.attack_loss import KINDS, OP
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.step_loop import CapturesSteps, State, begin_steps
-from .attacked_model import gradient_to, logits_of_draws
+from .attacked_model import gradient_to, logits_of, logits_of_draws
 from .context import LossFunction
-from .losses import LOSSES, TARGETED
+from .losses import FEWEST_CLASSES, check_classes
 
 
 class Gradient(NamedTuple):
@@ -39,7 +39,11 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss that an attack maximizes: a name, or a function, for which no draw counts as misclassified."""
+    """The loss that an attack maximizes: a name, or a function.
+
+    With a function, or with ``toward``, by which y are target classes whose loss is lowered, no draw counts as
+    misclassified.
+    """
 
     model: Classifier
     loss: str | LossFunction = "ce"
@@ -48,15 +52,14 @@ class Objective:
     #: A comparison of objectives ignores `graphs`, because graphs change the result by rounding errors only.
     graphs: CapturesSteps | None = field(default=None, compare=False)
     apart: bool = False
+    toward: bool = False
 
     def gradient(self, x: Tensor, y: Tensor) -> Gradient:
         """The gradient with respect to ``x [B, ...]``, and the score; y is ``[B]``, or with targets ``[B, 2]``."""
+        if self.eot_iter == 1 and (self.max_forward_batch is None or len(x) <= self.max_forward_batch):
+            return Gradient(*self._differentiate(x, y, 1))
         image, loss, wrong = self._over_passes(self._differentiate, x, y)
         return Gradient(image, self._mean(loss), self._mean(wrong))
-
-    def direction(self, x: Tensor, y: Tensor) -> Tensor:
-        """Only the gradient, `Gradient.image`, for a step that compares no points and needs no score."""
-        return self._over_passes(partial(self._differentiate, scored=False), x, y)[0]
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> Tensor:
@@ -67,7 +70,78 @@ class Objective:
     @torch.no_grad()
     def loss_of(self, x: Tensor, y: Tensor) -> Tensor:
         """Only the loss, ``[B]``, for a search that does not need the number of misclassified draws."""
-        return self._mean(self._over_passes(partial(self._judge, counted=False), x, y)[0])
+        return self._mean(self._over_passes(self._judge, x, y)[0])
+
+    # -- one forward pass, with ``draws`` draws of each image ---------------------------------------------------------
+
+    def _differentiate(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, ...]:
+        """Return the sums over the draws of the gradient, the losses and the misclassified draws."""
+        if torch.compiler.is_compiling():
+            return self._traced(x, y, draws)
+        if torch.is_inference_mode_enabled():
+            advice = "call it outside of torch.inference_mode(), which records none, or use torch.no_grad() instead"
+            raise RuntimeError(f"the attack needs gradients: {advice}")
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            logits = logits_of(self.model, leaf) if draws == 1 else logits_of_draws(self.model, leaf, draws)
+            if callable(self.loss):
+                losses = self._own_losses(logits, y, draws)
+                gradient, loss = gradient_to(leaf, losses.sum()), losses.detach()
+                wrong = torch.zeros_like(loss)
+            else:
+                slopes, loss, wrong = self._losses(logits.detach(), y, draws)
+                gradient = gradient_to(leaf, logits, slopes)
+        if gradient is None:
+            gradient = torch.zeros_like(x)
+        return (gradient, loss, wrong) if draws == 1 else (gradient, _summed(loss, draws), _summed(wrong, draws))
+
+    def _traced(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, ...]:
+        """Do the same in a form that the compiler traces as a single graph."""
+        if callable(self.loss):
+
+            def total_of(images: Tensor) -> tuple[Tensor, Tensor]:
+                losses = self._own_losses(logits_of_draws(self.model, images, draws), y, draws)
+                return losses.sum(), losses
+
+            total, pull_back, loss = torch.func.vjp(total_of, x, has_aux=True)
+            loss = _summed(loss, draws)
+            return pull_back(torch.ones_like(total))[0], loss, torch.zeros_like(loss)
+        logits, pull_back = torch.func.vjp(lambda images: logits_of_draws(self.model, images, draws), x)
+        slopes, loss, wrong = self._losses(logits, y, draws)
+        return pull_back(slopes)[0], _summed(loss, draws), _summed(wrong, draws)
+
+    def _judge(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, ...]:
+        """Return the sums over the draws of the losses and of the misclassified draws."""
+        logits = logits_of_draws(self.model, x, draws)
+        if callable(self.loss):
+            loss = self._own_losses(logits, y, draws)
+            return _summed(loss, draws), torch.zeros_like(_summed(loss, draws))
+        _, loss, wrong = self._losses(logits, y, draws)
+        return _summed(loss, draws), _summed(wrong, draws)
+
+    def _losses(self, logits: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient with respect to the logits, the loss, and wrong, of all draws."""
+        if self.loss in FEWEST_CLASSES:
+            check_classes(str(self.loss), logits.shape[1])
+        labels = y.repeat(draws, *[1] * (y.dim() - 1)) if draws > 1 else y
+        slopes, loss, wrong = OP(logits, labels, KINDS.index(str(self.loss)), self.toward)
+        return slopes, loss, torch.zeros_like(wrong) if self.toward else wrong
+
+    def _own_losses(self, logits: Tensor, y: Tensor, draws: int) -> Tensor:
+        """The losses of all draws by a function of the user's own, ``[draws * B]``."""
+        assert callable(self.loss)
+        losses = self.loss(logits, y.repeat(draws, *[1] * (y.dim() - 1)) if draws > 1 else y)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"the loss must return a tensor [B], for each image, got {type(losses).__name__}")
+        if losses.numel() == len(logits) == 1:
+            # The mean over one image is its loss.
+            losses = losses.reshape(1)
+        if losses.shape != logits.shape[:1]:
+            wanted = f"the loss must be a value for each image, [B] = [{len(logits)}]"
+            raise ValueError(f'{wanted}, got {list(losses.shape)}: give reduction="none"')
+        return losses
+
+    # -- several draws, and parts of a batch --------------------------------------------------------------------------
 
     def _mean(self, total: Tensor) -> Tensor:
         """The mean over the draws, from their sum."""
@@ -76,9 +150,6 @@ class Objective:
     def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """Add up what ``one_pass(x, y, draws)`` returns, over as many passes as all images and draws need."""
         images, draws = self._at_once(len(x))
-        if images == len(x) and draws == self.eot_iter == 1:
-            # In this frequent case the sums below would take about as long as the pass of a small model.
-            return one_pass(x, y, 1)
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
             passes = [one_pass(a, b, min(draws, self.eot_iter - first)) for first in range(0, self.eot_iter, draws)]
@@ -96,57 +167,6 @@ class Objective:
             return _even(images, max(1, most // draws)), draws
         images = _even(images, most)
         return images, min(self.eot_iter, max(1, most // images))
-
-    def _differentiate(self, x: Tensor, y: Tensor, draws: int, scored: bool = True) -> tuple[Tensor, ...]:
-        """Return sums over ``draws`` draws: the gradient, and with ``scored`` also what `_scored` returns."""
-        # torch.compile decides whether gradients are recorded, so there is no check while it compiles.
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            advice = "call it outside of torch.inference_mode(), which records none, or use torch.no_grad() instead"
-            raise RuntimeError(f"the attack needs gradients: {advice}")
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            losses, logits, labels = self._losses(leaf, y, draws)
-            gradient = gradient_to(leaf, losses.sum())
-        if gradient is None:
-            gradient = torch.zeros_like(x)
-        return (gradient, *self._scored(logits.detach(), labels, losses.detach(), draws)) if scored else (gradient,)
-
-    def _judge(self, x: Tensor, y: Tensor, draws: int, counted: bool = True) -> tuple[Tensor, ...]:
-        """Return sums over ``draws`` draws: the losses, and with ``counted`` the numbers of misclassified draws."""
-        losses, logits, labels = self._losses(x, y, draws)
-        return self._scored(logits, labels, losses, draws) if counted else (_summed(losses, draws),)
-
-    def _losses(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the logits and the label of every draw, ``[draws * B, ...]``."""
-        logits = logits_of_draws(self.model, x, draws)
-        if callable(self.loss):
-            y = y.repeat(draws, *[1] * (y.dim() - 1)) if draws > 1 else y
-            losses = self.loss(logits, y)
-            if not isinstance(losses, Tensor):
-                raise TypeError(f"the loss must return a tensor [B], for each image, got {type(losses).__name__}")
-            if losses.numel() == len(logits) == 1:
-                # The mean over one image is its loss.
-                losses = losses.reshape(1)
-            if losses.shape != logits.shape[:1]:
-                wanted = f"the loss must be a value for each image, [B] = [{len(logits)}]"
-                raise ValueError(f'{wanted}, got {list(losses.shape)}: give reduction="none"')
-            return losses, logits, y
-        columns = y.view(len(y), -1)
-        labels = (columns.repeat(draws, 1) if draws > 1 else columns).unbind(1)
-        return (LOSSES | TARGETED)[str(self.loss)](logits, *labels), logits, labels[0]
-
-    def _scored(self, logits: Tensor, labels: Tensor, losses: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-        """Sums over the draws, ``[B]``: the losses, and the number of misclassified draws.
-
-        A draw with NaN among its logits counts as misclassified. With the loss "margin", so does a draw in which the
-        true class is only one of several classes with an infinite logit, because the margin is then NaN.
-        """
-        if callable(self.loss):
-            return _summed(losses, draws), torch.zeros_like(_summed(losses, draws))
-        top, decided = logits.max(1)
-        nameless = losses if self.loss == "margin" else top
-        wrong = ((decided != labels) | nameless.isnan()).float()
-        return _summed(losses, draws), _summed(wrong, draws)
 
 
 def _summed(values: Tensor, draws: int) -> Tensor:

@@ -7,14 +7,15 @@ and box (Croce & Hein, ICML 2021). SLIDE moves a constant share of the coordinat
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._validation import AtLeast0, Count, GradientPrecision, Range
-from ..ops.pgd_step import per_pixel, pgd_step
+from .._validation import AtLeast0, Count, GradientPrecision, Norm, Range
+from ..ops.pgd_step import NORMS, per_pixel, pgd_step
+from ..ops.pgd_step import OP as STEP
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
@@ -23,7 +24,7 @@ from .base import AttackResult, InBall, times, worst_of_runs
 from .context import AttackContext, keeping
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
-from .search import Search, record_point
+from .search import Search, count_faults, keep_better
 
 if TYPE_CHECKING:
     from .health import GradientHealth
@@ -64,64 +65,52 @@ def reference(
 class Ascent(ObjectiveStep):
     """One step of PGD as a function of tensors; no branch depends on their values, so a CUDA graph can capture it.
 
-    If ``density`` is None, the share of the coordinates that a step in "l1" moves changes from step to step. The result
-    then has the gradient, and the caller takes the step by `move`.
+    Attributes:
+        norm: norm of the ball.
+        lo: lower end of the box; None: a tensor of the state.
+        hi: upper end of the box, like ``lo``.
+        pixelwise: whether pixels have radii, lengths or ranges of their own.
+        density: the share of the coordinates that a step in "l1" moves. If it is None, the share changes from step to
+            step. The result then has the gradient, and the caller takes the step.
+        counts: whether the state counts faulty gradients.
+        keeps: whether the state has the best points so far.
     """
 
-    ball: Ball
+    norm: Norm
+    lo: float | None
+    hi: float | None
+    pixelwise: bool
     density: float | None
+    counts: bool = False
+    keeps: bool = False
 
     def __call__(self, state: State) -> State:
-        if "nonfinite" in state or "best" in state:
-            now = self.objective.gradient(state["point"], state["y"])
-            new, image = record_point(self.objective, state, state["point"], now), now.image
-        else:
-            # The caller remembers nothing about the points, as in training, so their scores are not computed.
-            new, image = {}, self.objective.direction(state["point"], state["y"])
-        gradient = image.to(state["x"].dtype)
+        # The forward pass, the loss and the backward pass.
+        gradient, new = self.objective.gradient(state["point"], state["y"]), State()
+        if self.counts:
+            new |= count_faults(self.objective, state, gradient)
+        if self.keeps:
+            new |= keep_better(state, state["point"], gradient)
         if self.density is None:
-            return {**new, "gradient": gradient}
-        return {**new, "point": self.move(state, gradient, self.density)}
+            new["gradient"] = gradient.image
+        else:
+            new["point"] = self.step(state, gradient.image, self.density)
+        return new
 
-    def move(self, state: State, gradient: Tensor, density: float) -> Tensor:
-        """The next points, from the gradient at the present points; both have the same shape and dtype."""
-        x, alpha, eps = state["x"], state["alpha"], state["eps"]
-        bounds = {name: state.get(name, value) for name, value in self.ball.bounds.items()}
-        return pgd_step(state["point"], gradient, x, alpha, eps, density=density, **bounds)
-
-
-def ascend(
-    objective: Objective, ball: Ball, state: State, *, steps: int, first: int = 0, end: int | None = None
-) -> State:
-    """Take the steps of PGD."""
-    end = steps if end is None else end
-    changes = ball.norm == "l1" and steps - first > 1
-    ascent = Ascent(objective, ball.without_inputs(), None if changes else density_at(ball.norm, first, steps))
-    falls = "alpha" not in state
-    state = {"alpha": ball.eps, **state, **ball.inputs}
-    if changes:
-        state["gradient"] = torch.zeros_like(state["x"])
-    loop = begin_steps(objective.graphs, ascent, state)
-    with keeping(lambda: loop.values()["best" if "best" in state else "point"]):
-        for i in range(first, end):
-            if falls:
-                loop.put(alpha=ball.eps * fall(i, steps))
-            loop.advance()
-            if changes:
-                point = ascent.move(loop.state, loop.state["gradient"], density_at(ball.norm, i, steps))
-                loop.put(point=point)
-    return loop.values()
+    def step(self, state: State, gradient: Tensor, density: float) -> Tensor:
+        """The next points: a step along the gradient, and the projection onto the ball and the box."""
+        points, lengths = (state["point"], gradient, state["x"]), (state["alpha"], state["eps"])
+        lo = state["lo"] if self.lo is None else self.lo
+        hi = state["hi"] if self.hi is None else self.hi
+        if self.pixelwise:
+            return pgd_step(*points, *lengths, self.norm, lo, hi, density)
+        # The arguments were checked when the attack began.
+        return STEP(*points, *lengths, NORMS.index(self.norm), lo, hi, density, variant=self.norm)
 
 
 def fall(i: int, steps: int) -> float:
     """The factor for the length of step i (counted from 0): 1 at the first step, a hundredth at the last."""
     return 100.0 ** (-i / max(1, steps - 1))
-
-
-def density_at(norm: str, i: int, steps: int) -> float:
-    """The share of the coordinates that step i (counted from 0) moves in l1; for other norms an unused constant."""
-    # For the other norms the number is constant, because torch.compile would compile the step again for a new number.
-    return FIRST_DENSITY * fall(i, steps) if norm == "l1" else FIRST_DENSITY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +150,7 @@ class PGD(InBall):
     def __post_init__(self) -> None:
         if isinstance(self.alpha, Tensor):
             check_tensor("alpha", self.alpha)
-        elif self.alpha is not None:
+        elif self.alpha is not None and not self.alpha >= 0:
             Range(0).check("alpha", self.alpha)
         super().__post_init__()
 
@@ -174,27 +163,64 @@ class PGD(InBall):
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
-        alpha = None if self.alpha is None else per_pixel("alpha", self.alpha, x)
+        lengths = {} if self.alpha is None else {"alpha": per_pixel("alpha", self.alpha, x)}
 
         def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
-            seeds: dict[str, Any] = {"seed": context.seed + run, "sample_ids": context.sample_ids}
-            point = x
+            point, seed, ids = x, context.seed + run, context.sample_ids
             if self.random_start or run > 0:
-                std = self.start_std
-                point = sample_in_ball(x, ball, **seeds) if std is None else normal_in_ball(x, ball, std, **seeds)
+                if self.start_std is None:
+                    point = sample_in_ball(x, ball, seed=seed, sample_ids=ids)
+                else:
+                    point = normal_in_ball(x, ball, self.start_std, seed=seed, sample_ids=ids)
+            begin: State = {"point": point, "x": x, "y": y, **lengths}
+            if not self.keep_best and health is None:
+                return self.climb(objective, ball, begin, health, steps=steps)["point"]
             search = Search(objective, point, y, keep_best=self.keep_best, health=health)
-            begin: State = {"point": point, "x": x, "y": y, **search.memory}
-            if alpha is not None:
-                begin["alpha"] = alpha
-            last = self.climb(objective, ball, begin, steps, health)
+            last = self.climb(objective, ball, begin | search.memory, health, steps=steps)
             search.recall(last, steps)
             return search.result(x, last["point"])
 
         return worst_of_runs(self, attack, (target, x, y), context)
 
-    def climb(self, objective: Objective, ball: Ball, begin: State, steps: int, health: GradientHealth | None) -> State:
-        """Take the steps of one run from the state ``begin``, and return the last state."""
-        return ascend(objective, ball, begin, steps=steps)
+    def climb(
+        self,
+        objective: Objective,
+        ball: Ball,
+        state: State,
+        health: GradientHealth | None,
+        *,
+        steps: int,
+        first: int = 0,
+        end: int | None = None,
+    ) -> State:
+        """Take the steps of a run from ``first`` to ``end`` (None: all), and return the last state.
+
+        ``state`` has the images and labels, "point", "x" and "y"; the length of a step, "alpha", unless it falls; and
+        the memory of a `Search`.
+        """
+        norm, lo, hi = ball.norm, ball.clip_min, ball.clip_max
+        # In l1, every step moves another share of the coordinates.
+        changes, falls = norm == "l1" and steps - first > 1, self.alpha is None
+        state = {"alpha": ball.eps, **state, "eps": ball.eps}
+        if isinstance(lo, Tensor) or isinstance(hi, Tensor):
+            # A captured step is replayed for other ranges too, so they belong to the state.
+            state |= {"lo": torch.as_tensor(lo).to(state["x"]), "hi": torch.as_tensor(hi).to(state["x"])}
+            lo = hi = None
+        pixelwise = lo is None or ball.eps.dim() > 1 or state["alpha"].dim() > 1
+        if changes:
+            state["gradient"] = torch.zeros_like(state["x"])
+        density = None if changes else FIRST_DENSITY * (fall(first, steps) if norm == "l1" else 1.0)
+        ascent = Ascent(objective, norm, lo, hi, pixelwise, density, health is not None, self.keep_best)
+        loop = begin_steps(objective.graphs, ascent, state)
+        with keeping(lambda: loop.values()["best" if self.keep_best else "point"]):
+            for i in range(first, steps if end is None else end):
+                if falls:
+                    loop.put(alpha=ball.eps * fall(i, steps))
+                loop.advance()
+                if changes:
+                    share = FIRST_DENSITY * fall(i, steps)
+                    loop.put(point=ascent.step(loop.state, loop.state["gradient"], share))
+        return loop.values()
 
 
 @dataclass(frozen=True, kw_only=True)

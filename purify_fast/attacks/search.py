@@ -23,24 +23,25 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
 
 
-def record_point(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
-    """The new values of `Search.memory` after one more point, computed without waiting for the device."""
-    new: State = {}
-    if "nonfinite" in memory:
-        # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the
-        # third highest logit. So a zero is no fault there.
-        counts = faults(gradient.image, None if objective.loss == "ce" else gradient.wrong == 1).sum(1)
-        new = {name: memory[name] + count for name, count in zip(FAULTS, counts, strict=True)}
-    if "best" in memory:
-        new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, gradient.score)
-    return new
+def count_faults(objective: Objective, memory: State, gradient: Gradient) -> State:
+    """The counts of faulty gradients in `Search.memory` after one more point, without waiting for the device."""
+    # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the third
+    # highest logit. So a zero is no fault there.
+    counts = faults(gradient.image, None if objective.loss == "ce" else gradient.wrong == 1).sum(1)
+    return {name: memory[name] + count for name, count in zip(FAULTS, counts, strict=True)}
+
+
+def keep_better(memory: State, point: Tensor, gradient: Gradient) -> State:
+    """The best points in `Search.memory`, and their scores, after one more point."""
+    best, score = better_of(memory["best"], memory["best_score"], point, gradient.score)
+    return {"best": best, "best_score": score}
 
 
 class Search:
     """The best point of one run of an attack, and the counts of faulty gradients. No method waits for the device."""
 
     def __init__(self, objective: Objective, begin: Tensor, y: Tensor, keep_best: bool, health: GradientHealth | None):
-        self.objective, self.begin, self.y, self.health = objective, begin, y, health
+        self.objective, self.begin, self.y, self.health, self.keep_best = objective, begin, y, health, keep_best
         self.points = 0
         self.memory: State = {}
         if health is not None:
@@ -53,7 +54,12 @@ class Search:
 
     def see(self, point: Tensor, gradient: Gradient) -> None:
         """Remember the points ``[B, ...]`` that are the best so far, and count the faulty gradients at all points."""
-        self.recall(self.memory | record_point(self.objective, self.memory, point, gradient), 1)
+        new: State = {}
+        if self.health is not None:
+            new |= count_faults(self.objective, self.memory, gradient)
+        if self.keep_best:
+            new |= keep_better(self.memory, point, gradient)
+        self.recall(self.memory | new, 1)
 
     def recall(self, memory: State, points: int) -> None:
         """Store the memory after ``points`` further steps, which another object has taken."""
@@ -68,7 +74,7 @@ class Search:
                 parts = x.split(self.objective.max_forward_batch or max(1, len(x)))
                 correct = torch.cat([logits_of(self.objective.model, part) for part in parts]).argmax(1) == self.y
             self.health.see_move(self.begin, last, correct)
-        if "best" not in self.memory:
+        if not self.keep_best:
             return last
         best, best_score = self.memory["best"], self.memory["best_score"]
         last_score = self.objective.score(last, self.y)

@@ -22,7 +22,7 @@ from ...attacks.context import AttackContext, keeping
 from ...attacks.faults import FAULTS
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Objective, ObjectiveStep
-from ...attacks.search import Search, better_of, record_point
+from ...attacks.search import Search, better_of, count_faults, keep_better
 from ...ops.apgd_step import apgd_step
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
@@ -133,6 +133,7 @@ class AutoPgdStep(ObjectiveStep):
     """A step of Auto-PGD that a CUDA graph can capture. It does not use the ball's radius, which is in the state."""
 
     ball: Ball
+    counts: bool = False
 
     def __call__(self, state: State) -> State:
         """Take the gradient at ``next``, remember the points that are the best so far, and compute the next points."""
@@ -146,16 +147,21 @@ class AutoPgdStep(ObjectiveStep):
         gradient, loss = now.image.to(point.dtype), now.loss
         higher = loss > state["top_loss"]
         wide = per_image(higher, point)
-        return record_point(self.objective, state, point, now) | {
-            "point": point,
-            "previous": state["point"],
-            "gradient": gradient,
-            "top": torch.where(wide, point, state["top"]),
-            "top_gradient": torch.where(wide, gradient, state["top_gradient"]),
-            "top_loss": torch.where(higher, loss, state["top_loss"]),
-            "rises": state["rises"] + (loss > state["last_loss"]),
-            "last_loss": loss,
-        }
+        counts = count_faults(self.objective, state, now) if self.counts else State()
+        return (
+            counts
+            | keep_better(state, point, now)
+            | {
+                "point": point,
+                "previous": state["point"],
+                "gradient": gradient,
+                "top": torch.where(wide, point, state["top"]),
+                "top_gradient": torch.where(wide, gradient, state["top_gradient"]),
+                "top_loss": torch.where(higher, loss, state["top_loss"]),
+                "rises": state["rises"] + (loss > state["last_loss"]),
+                "last_loss": loss,
+            }
+        )
 
     def move(self, state: State, momentum: float = MOMENTUM) -> Tensor:
         """The points after a step from ``point`` along ``gradient`` and along the last move, from ``previous``."""
@@ -183,7 +189,7 @@ class AutoPgd(RowSearch):
         self.rho, self.claims = rho, claims
         self.marks = checkpoints(self.steps)
         self.sighted, self.blind_steps, self.gradients = False, 0, 0
-        self.ascent = self.kind(self.objective, self.rows.ball)
+        self.ascent = self.kind(self.objective, self.rows.ball, counts=self.health is not None)
         state = self.begin_state()
         self.checked_loss = state["top_loss"]
         self.halved = torch.ones_like(self.checked_loss, dtype=torch.bool)

@@ -70,12 +70,13 @@ class FabStep(ObjectiveStep):
     """A step of FAB that a CUDA graph can capture. It does not use the ball's radius."""
 
     ball: Ball
+    counts: bool
 
     def __call__(self, state: State) -> State:
-        """Move every point. If the state has ``faulty``, count the faulty gradients of each row."""
+        """Move every point. With `counts`, count the faulty gradients of each row."""
         point, x, draws, counts = state["point"], state["x"], self.objective.eot_iter, State()
         gradient = self.objective.gradient(point, state["y"])
-        if "faulty" in state:
+        if self.counts:
             counts["faulty"] = state["faulty"] + faults(gradient.image)[:2]
         if draws > 1:
             gradient = gradient._replace(image=gradient.image / draws)
@@ -111,7 +112,7 @@ class _FabSearch(RowSearch):
         """Take all steps, or stop when no row is left."""
         for i in range(self.steps):
             if self.loop is None:
-                step = FabStep(self.objective, self.rows.ball)
+                step = FabStep(self.objective, self.rows.ball, self.health is not None)
                 self.loop = begin_steps(self.objective.graphs, step, self._state())
             self.loop.advance()
             if self.health is not None:

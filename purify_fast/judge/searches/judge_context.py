@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..._validation import GradientPrecision, check_counts
 from ...attacks.context import AttackContext
-from ...attacks.health import GradientHealth
 from ...protocols import Classifier
 
 
@@ -25,7 +24,6 @@ class JudgeContext(AttackContext):
             attacked model still checks every success. With None, the attacked model gives the gradients.
         batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
             the place of an image. None stands for 64, or for the number of images if that is larger.
-        counts_health: whether the attack counts faulty gradients and unmoved images.
         copies: the `Copies` of an evaluation, which an attack with the precision "auto" attacks; None: the model.
 
     Raises:
@@ -37,7 +35,6 @@ class JudgeContext(AttackContext):
     judge_share: float = 1.0
     gradients_from: Classifier | None = None
     batch_size: int | None = None
-    counts_health: bool = False
     copies: Any = None
 
     def __post_init__(self) -> None:
@@ -54,9 +51,6 @@ class JudgeContext(AttackContext):
     def judges(self, draws: int) -> int:
         """Return how many fresh predictions judge an image, for an attack whose steps average ``draws`` draws."""
         return (self.judge_draws or draws) if self.draws_differ else 1
-
-    def new_health(self) -> GradientHealth | None:
-        return GradientHealth() if self.counts_health else None
 
     def source(self, model: Classifier, x: Tensor, precision: GradientPrecision) -> Classifier:
         if self.copies is None or precision == "float32" or not len(x):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...attacks.attacked_model import WritesToItsInput, call_checked
+from ...attacks.attacked_model import WritesToItsInput, logits_of
 from ...attacks.outputs import checked_logits
 from ...protocols import Classifier
 from ...speed.agreement import differ
@@ -31,13 +31,13 @@ def check_classes(logits: Tensor, classes: int) -> Tensor:
     return logits
 
 
-def check_leaves_images(model: Callable[[Tensor], object], x: Tensor) -> None:
+def check_leaves_images(model: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Refuse a model that writes to its input in any way; the model is called on copies, with and without gradients."""
     for recorded in (False, True):
         images = x.detach().clone().requires_grad_(recorded)
         with torch.set_grad_enabled(recorded):
             try:
-                call_checked(model, images)
+                logits_of(model, images)
             except WritesToItsInput:
                 raise
             except Exception:

@@ -24,6 +24,7 @@ from ...attacks.attacked_model import frozen
 from ...attacks.ball import ball_around, projected
 from ...attacks.base import AttackResult, InBall, Resolved
 from ...attacks.context import AttackContext
+from ...attacks.health import GradientHealth
 from ...attacks.objective import Objective
 from ...protocols import Classifier
 from .judge_context import JudgeContext
@@ -114,7 +115,7 @@ class OriginalAutoAttack(InBall):
             with frozen(target):
                 context = replace(context, num_classes=check_model(target, x[:SAMPLE]))
         threat, warnings = self.threat_model(context), list[str]()
-        health = context.new_health()
+        health = GradientHealth() if context.counts_health else None
         with frozen(target):
             with _listening(warnings):
                 points = self._packaged(target, x, y, context)
@@ -125,7 +126,7 @@ class OriginalAutoAttack(InBall):
                 loss = partial(F.cross_entropy, reduction="none")
                 objective = Objective(target, loss, max_forward_batch=context.batch_size)
                 for images in (x, points):
-                    health.see_gradient(objective.direction(images, y))
+                    health.see_gradient(objective.gradient(images, y).image)
         return AttackResult(points, health, warnings)
 
     def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: JudgeContext) -> Tensor:

@@ -58,7 +58,13 @@ def apgd(
         leave_when_fallen=leave_when_fallen,
     )
     context = AttackContext(
-        eps=eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=chosen_seed(seed), loss_function=function
+        eps=eps,
+        norm=norm,
+        clip_min=clip_min,
+        clip_max=clip_max,
+        seed=chosen_seed(seed),
+        loss_function=function,
+        toward=targeted is not None,
     )
     return attack.run(model, x, y, context).images
 
@@ -146,7 +152,7 @@ def stadv(
     Returns:
         Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.
     """
-    y, function = goal(x, y, loss, targeted)
+    y, _ = goal(x, y, loss, targeted)
     attack = StAdv(
         eps=eps,
         steps=steps,
@@ -158,4 +164,4 @@ def stadv(
         smoothness=smoothness,
         eot_iter=eot_iter,
     )
-    return attack.run(model, x, y, AttackContext(seed=chosen_seed(seed), loss_function=function)).images
+    return attack.run(model, x, y, AttackContext(seed=chosen_seed(seed), toward=targeted is not None)).images

@@ -74,7 +74,9 @@ class EngineAttack(InBall):
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)
-                objective = Objective(source, context.loss_function or loss, draws, most, context.graphs, apart=apart)
+                objective = Objective(
+                    source, context.loss_function or loss, draws, most, context.graphs, apart, context.toward
+                )
                 with keeping(lambda: active.best):
                     active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                     self.explore(active, objective, context)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ....attacks.ball import Ball, sample_in_ball
+from ....attacks.health import GradientHealth
 from ....attacks.objective import Objective
 from ....attacks.search import better_of
 from ..judge_context import JudgeContext
@@ -73,7 +74,7 @@ class ActiveSet:
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
         self.tried = torch.zeros_like(y, dtype=torch.bool)
         self.gains = Gains()
-        self.health = context.new_health()
+        self.health = GradientHealth() if context.counts_health else None
         self.fallen = torch.zeros_like(self.tried)
         self.ended_blind = False
 
