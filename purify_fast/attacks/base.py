@@ -62,7 +62,6 @@ class Resolved(NamedTuple):
     """The values with which an attack runs, after `Attack.resolved_for` has replaced every option that is None."""
 
     steps: int
-    #: The number of predictions that a step averages; 1 if the model predicts the same every time.
     eot_iter: int
     loss: Any
     #: The number of wrong classes that are targeted, each in its own run. Auto-PGD has None here if its loss is not
@@ -140,14 +139,17 @@ class Attack(abc.ABC):
         norm, eps = own.norm or context.norm, context.eps if own.eps is None else own.eps
         return norm if norm in self.norms else read_norm(norm, self.norms), eps
 
+    def draws(self, context: AttackContext) -> int:
+        """The number of predictions that a step averages; 1 if the model predicts the same every time."""
+        return (self.eot_iter or context.eot_iter) if context.draws_differ else 1
+
     def resolved_for(self, context: AttackContext) -> Resolved:
         """Replace each option that is None, and choose "margin" if the model has too few classes for the loss."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
         loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
         loss = usable_loss(loss, context.num_classes) if context.num_classes else loss
-        draws = (self.eot_iter or context.eot_iter) if context.draws_differ else 1
-        return Resolved(steps, draws, loss, min(targets, context.num_classes - 1))
+        return Resolved(steps, self.draws(context), loss, min(targets, context.num_classes - 1))
 
     def may_end_early(self, context: AttackContext) -> bool:
         """Return True if a search may stop before its last step because a success is out of reach."""

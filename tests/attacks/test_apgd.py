@@ -7,16 +7,17 @@ import torch
 from direct import direct
 from small_models import accuracy
 from torch import nn
+from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.ball import Ball
-from purify_fast.attacks.losses import cross_entropy, dlr_targeted
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.searches.apgd import AutoPgd, checkpoints
 from purify_fast.judge.searches.engine import judge as judging
 from purify_fast.judge.searches.engine import row_batches as engine_rows
 from purify_fast.judge.searches.engine.judge import Judge
 from purify_fast.judge.searches.engine.row_batches import ActiveSet, Rows
+from purify_fast.ops import attack_loss
 
 
 def test_checkpoints():
@@ -58,13 +59,11 @@ def test_the_steps_are_those_of_the_algorithm(monkeypatch):
 
 
 def test_dlr_targeted_by_hand():
-    logits = torch.tensor([[5.0, 1.0, 3.0, 2.0], [0.0, 4.0, 3.0, -1.0]], requires_grad=True)
-    loss = dlr_targeted(logits, torch.tensor([0, 2]), torch.tensor([2, 0]))
+    logits = torch.tensor([[5.0, 1.0, 3.0, 2.0], [0.0, 4.0, 3.0, -1.0]])
+    labels, targets = torch.tensor([0, 2]), torch.tensor([2, 0])
+    gradient, loss, _ = attack_loss(logits, labels, "dlr_targeted", targets=targets)
     assert loss.tolist() == pytest.approx([-2 / (5 - 1.5), -3 / (4 + 0.5)])
-    loss.sum().backward()
-    assert logits.grad.isfinite().all() and bool((logits.grad[0] != 0).any())
-    with pytest.raises(ValueError, match="at least 4 classes, got a model with 3: use the loss 'margin'"):
-        dlr_targeted(logits[:, :3], torch.tensor([0, 1]), torch.tensor([1, 0]))
+    assert gradient.isfinite().all() and bool((gradient[0] != 0).any())
 
 
 def test_misclassified_points_come_before_those_of_higher_loss():
@@ -75,7 +74,7 @@ def test_misclassified_points_come_before_those_of_higher_loss():
         return torch.stack([0 * v, 0.3 - 0.4 * v, -10 + 9.9 * v], 1)
 
     x, y = torch.full((60, 1), 0.5), torch.zeros(60, dtype=torch.int64)
-    lost, gone = (cross_entropy(model(torch.full((1, 1), v)), y[:1]) for v in (0.5, 1.0))
+    lost, gone = (F.cross_entropy(model(torch.full((1, 1), v)), y[:1]) for v in (0.5, 1.0))
     assert lost < gone
     found = apgd(model, x, y, eps=0.5, steps=10, leave_when_fallen=False)[:, 0]
     assert 35 < (found < 0.75).sum() < 55 and bool((found[found >= 0.75] == 1).all())

@@ -102,7 +102,7 @@ def test_settings_are_plain_and_say_what_was_decided():
     assert (auto["steps"], auto["eot_iter"], auto["attacks"]) == (100, 20, ["apgd-ce", "apgd-dlr"])
     assert StAdv().settings(told)["norm"] == "flow" and StAdv().threat_model(told) == ("flow", 0.05)
     for attack in EVERY:
-        assert attack().resolved_for(context()).eot_iter == 1
+        assert attack().draws(context()) == 1
 
 
 @pytest.mark.parametrize(("attack", "revision"), [(PGD, "4"), (FGSM, "3"), (StAdv, "3")])

@@ -84,7 +84,7 @@ class Square(EngineAttack):
         return f"Square{queries}" + times(self.restarts)
 
     def may_end_early(self, context: AttackContext) -> bool:
-        return self.give_up and self.resolved_for(context).eot_iter == 1 and self.n_queries > GIVEN_UP_AFTER[0]
+        return self.give_up and self.draws(context) == 1 and self.n_queries > GIVEN_UP_AFTER[0]
 
     def ball(self, x: Tensor, y: Tensor, context: AttackContext) -> Ball:
         ball = super().ball(x, y, context)
