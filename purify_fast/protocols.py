@@ -146,7 +146,15 @@ class CompilesSteps(Protocol):
     """A frozen copy on which whole steps of attacks may be compiled."""
 
     def compiled_steps(self) -> Any:
-        """The `CompiledSteps` of the copy, to which `begin_steps` adds further ones; None if no step is compiled."""
+        """The `CompiledSteps` of the copy; None if no step is compiled."""
+
+
+@runtime_checkable
+class DrawsSeeds(Protocol):
+    """Draws the seed of its noise outside of the compiled step of an attack, whose graph has the seed as an input."""
+
+    def with_drawn_seed(self) -> contextlib.AbstractContextManager[Any]:
+        """Within the block, a call takes a seed that was drawn when the block began."""
 
 
 @runtime_checkable

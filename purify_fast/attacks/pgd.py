@@ -86,7 +86,8 @@ class Ascent(ObjectiveStep):
 
     def __call__(self, state: State) -> State:
         # The forward pass, the loss and the backward pass.
-        gradient, new = self.objective.gradient(state["point"], state["y"]), State()
+        gradient = self.objective.gradient(state["point"], state["y"])
+        new: State = {}
         if self.counts:
             new |= count_faults(self.objective, state, gradient)
         if self.keeps:

@@ -37,12 +37,12 @@ class StochasticDefence(nn.Module):
     #: Attributes that do not affect predictions (`purify_fast.model_state`). ``_kept_ids`` has tensors whose memory
     #: `noise_ids` uses again.
     not_dependencies = frozenset({"_kept_ids"})
-    noise_modes = frozenset({"_noise", "_noise_ids"})
+    noise_modes = frozenset({"_noise", "_noise_ids", "_seed_is_drawn"})
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
-        self._noise = "fresh"
+        self._noise, self._seed_is_drawn = "fresh", False
         self._noise_ids: Tensor | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -92,12 +92,21 @@ class StochasticDefence(nn.Module):
         with self._control(_noise_ids=memory.copy_(ids)):
             yield self
 
+    @contextlib.contextmanager
+    def with_drawn_seed(self) -> Iterator[None]:
+        """Within the block, a call takes the seed that is drawn now, for a compiled step, whose graph draws nothing."""
+        if self.noise_is_fresh:
+            self._noise_seed.random_(2**62)
+        with self._control(_seed_is_drawn=self.noise_is_fresh):
+            yield
+
     def noise(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return seed, int64 ``[1]``, and sample ids: int64 ``[batch]``, or ``[1]`` if all images share the draws."""
         if self._noise == "fixed":
             # Copy the seed, because a backward pass after the block still needs it. Every image has sample id 0.
             return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
-        seed = torch.randint(2**62, (1,), device=device)
+        drawn = self._seed_is_drawn
+        seed = self._noise_seed.clone() if drawn else torch.randint(2**62, (1,), device=device)
         if self._noise_ids is None:
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:

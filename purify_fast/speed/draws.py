@@ -65,3 +65,11 @@ def _access(one: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     if one is random or isinstance(one, random.Random):
         return one.getstate, one.setstate
     return one.get_state, one.set_state
+
+
+def host_generators(device: torch.device) -> tuple[Any, ...]:
+    """The states of the random generators on the host. A graph advances only the generator of the device."""
+    array: Any = np.random.get_state()
+    # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
+    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])

@@ -1,169 +1,166 @@
-"""Compile a whole step of an attack: the forward pass, the loss, the gradient of the images and their move.
+"""Compile functions and whole steps of attacks by `torch.compile`, whose guards decide when a form is compiled again.
 
-The step is traced to a single graph of operators, which `torch.compile` compiles for one batch size. So the compiler
-also fuses operators of the forward pass with others. The weights are inputs of the graph, so they may change.
+A step is the forward pass, the loss, the gradient of the images and their move, in one graph. The weights are inputs of
+the graph, so they may change. The import of the compiler is slow, so this module imports it when it is needed.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+import logging
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
-from ..._compiler import traced
 from ..._validation import in_one_line
-from ...protocols import CountsImages, Passes
-from ..agreement import BFLOAT16, COSINE
-from ..draws import same_draws
+from ...protocols import DrawsSeeds
+from ..agreement import nearly_as_exact
+from ..draws import host_generators, same_draws
 from ..frozen_weights import eager
-from .step_graphs import host_generators
-from .step_loop import State, parts_of
+from .step_loop import State, StepFunction, parts_of
 
 #: The compiler. Tests replace it by a faster one.
 BACKEND = "inductor"
+#: The hooks of all modules, which no guard of the compiler sees.
+_EVERY_MODULE = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
-#: The methods that read the value of a tensor on the host.
-READS = frozenset({"item", "tolist", "numpy", *(f"__{name}__" for name in ("float", "int", "bool", "index", "array"))})
-
-#: A compiled step.
-Compiled = Callable[[Mapping[str, Tensor]], State]
+logger = logging.getLogger("purify_fast")
 
 
-class _OnTheDevice(TorchFunctionMode):
-    """Refuses to read the value of a tensor on the host, because every compiled step would have this value."""
+def compiled(function: Any, **options: Any) -> Any:
+    """Compile a function, which is compiled again when hooks of its modules have changed.
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") in READS:
-            raise RuntimeError(f"the step reads the value of a tensor by {function.__name__}()")
-        return function(*args, **(kwargs or {}))
-
-
-def compiled_step(function: Any, state: State) -> tuple[Compiled, list[Passes]]:
-    """Compile a step, and compare the results once, from the same state. Return it with the images that a step counts.
-
-    Raises:
-        RuntimeError: tracing or compiling fails, or the results differ.
+    With hooks of all modules, it runs as it is written. After as many forms as PyTorch compiles, further forms run as
+    they are written too, and PyTorch warns.
     """
-    # The trace would confuse two names of one tensor.
-    state = {name: value.detach().clone() for name, value in state.items()}
-    device = next(iter(state.values())).device
-    counters: list[CountsImages] = parts_of(function.model, CountsImages)
-    start = [counter.counted() for counter in counters]
-    try:
-        with same_draws(device=device):
-            made = _traced(function, state)
-        with same_draws(device=device):
-            got = made(state)
-        before = [counter.counted() for counter in counters]
-        with same_draws(device=device):
-            wanted = function(state)
-        counts = [counter.counted() - first for counter, first in zip(counters, before, strict=True)]
-    except Exception as error:
-        # A user's model may raise any error when it is traced or compiled.
-        raise RuntimeError(in_one_line(error)) from error
-    finally:
-        # The trials are no steps of the attack.
-        for counter, first in zip(counters, start, strict=True):
-            counter.count(first - counter.counted())
-    if not agrees(got, wanted, state):
-        raise RuntimeError("it gives another result")
-    return made, counts
+    from torch._dynamo import config
+
+    own = function
+    if isinstance(function, FunctionType):
+        # PyTorch counts the forms of all functions with the same code.
+        code, closure = function.__code__.replace(), function.__closure__
+        own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+        own.__kwdefaults__ = function.__kwdefaults__
+    made: Any = torch.compile(own, **{"backend": BACKEND, **options})
+
+    def call(*given: Any, **more: Any) -> Any:
+        if any(getattr(modules, name) for name in _EVERY_MODULE):
+            return function(*given, **more)
+        # By default, code for a model without its hooks would serve it.
+        with config.patch(skip_nnmodule_hook_guards=False):
+            return made(*given, **more)
+
+    return call
 
 
-def _traced(function: Any, state: State) -> Compiled:
-    names, device = sorted(state), next(iter(state.values())).device
-
-    def flat(*values: Tensor) -> State:
-        result: State = function(dict(zip(names, values, strict=True)))
-        return result
-
-    # A backward pass in another thread would not be traced, and neither would compiled parts of the model.
-    token, before = traced.set(True), host_generators(device)
-    try:
-        with torch.autograd.set_multithreading_enabled(False), eager(function.model), _OnTheDevice():
-            made = make_fx(flat)(*[state[name] for name in names])
-    finally:
-        traced.reset(token)
-    if host_generators(device) != before:
-        raise RuntimeError("the step draws random numbers on the host, which every compiled step would repeat")
-    graph, tensors, draws = _with_inputs(made)
-    # The result is compared with the step, so a later trace of another shape would be wrong: `dynamic` is False.
-    called = torch.compile(graph, dynamic=False, fullgraph=True, backend=BACKEND)
-
-    def run(state: Mapping[str, Tensor]) -> State:
-        # The compiler would compile again for a tensor that has two names.
-        values = {id(value): name for name, value in state.items()}
-        given = [state[name] if values[id(state[name])] == name else state[name].clone() for name in names]
-        # The graph already has the casts of an autocast. The compiler would compile again for another state of
-        # autocast's cache, which is off in a capture.
-        with torch.no_grad(), torch.autocast(device.type, enabled=False, cache_enabled=False):
-            result: State = called(*tensors, *[draw() for draw in draws], *given)
-        return result
-
-    return run
+def compile_calls(module: Any) -> None:
+    """Compile the calls of a module, like ``module.compile()``."""
+    module._compiled_call_impl = compiled(module._call_impl)
 
 
-def _with_inputs(step: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[Callable[[], Tensor]]]:
-    """Make inputs of the tensors in a traced step, such as weights, and of the seeds that it draws.
+def _step(function: StepFunction, state: State) -> State:
+    return function(state)
 
-    Returns:
-        The new graph, these tensors, and functions that draw the seeds. Its inputs are the tensors, the seeds, and the
-        inputs of ``step``. The compiler may store the values of constants in its code, but weights may change from
-        replay to replay, and compiled code would draw other numbers.
+
+class CompiledSteps:
+    """The compiled steps of attacks on a copy, whose owner has this object.
+
+    Args:
+        must: whether a step that cannot be compiled raises a ValueError. A training needs this, because a resumed
+            training must take the same steps to the bit. Otherwise the step runs as it is written, with a warning.
+
+    Attributes:
+        refusal: why steps run as they are written; empty if they are compiled.
+        checked: whether a compiled step was compared with the step as written.
     """
-    graph, tensors, inputs = fx.Graph(), dict[str, Tensor](), dict[str, Any]()
-    draws = list[Callable[[], Tensor]]()
-    known: dict[Any, Any] = {}
-    for node in step.graph.nodes:
-        if node.op == "get_attr" and node.target not in inputs:
-            value = operator.attrgetter(node.target)(step)
-            if not isinstance(value, Tensor):
-                raise RuntimeError(f"the step has the constant {node.target}, which is not a tensor")
-            inputs[node.target] = graph.placeholder(f"tensor_{len(inputs)}")
-            tensors[node.target] = value.detach()
-    for node in step.graph.nodes:
-        if node.target is torch.ops.aten.randint.default and not node.all_input_nodes:
-            draws.append(functools.partial(node.target, *node.args, **node.kwargs))
-            known[node] = graph.placeholder(f"seed_{len(draws)}")
-    for node in step.graph.nodes:
-        if node in known:
-            continue
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise RuntimeError(f"the step draws random numbers in the operator {node.target}")
-        known[node] = inputs[node.target] if node.op == "get_attr" else graph.node_copy(node, lambda one: known[one])
-    graph.eliminate_dead_code()
-    return fx.GraphModule(nn.Module(), graph), list(tensors.values()), draws
+
+    def __init__(self, must: bool = False):
+        self.must, self.refusal, self.checked = must, "", False
+        self._take: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The owner of a copy has other modules.
+        return CompiledSteps, (self.must,)
+
+    def form_of(self, function: StepFunction, state: State) -> Callable[[State], State]:
+        """Return a step in its compiled form, or the step itself if it cannot be compiled.
+
+        Raises:
+            ValueError: a step cannot be compiled, but must be.
+        """
+        if not self.refusal and not self.checked:
+            self._try(partial(self._check, function, state), function)
+            self.checked = True
+        return function if self.refusal else partial(self._run, function)
+
+    def _run(self, function: StepFunction, state: State) -> State:
+        found = None if self.refusal else self._try(partial(self._call, function, state), function)
+        return function(state) if found is None else found
+
+    def _try(self, work: Callable[[], Any], function: StepFunction) -> Any:
+        """Do some work with a compiled step. If this fails, steps are not compiled any more."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return work()
+        except (TorchDynamoException, _OtherResult) as error:
+            self.refusal = in_one_line(error)
+        name = type(function.model).__name__
+        if self.must:
+            raise ValueError(f"compile must be False: an attack on {name} cannot be compiled ({self.refusal}), got True")
+        logger.warning("a step of %s is not compiled: %s", name, self.refusal)
+        return None
+
+    def _call(self, function: StepFunction, state: State) -> State:
+        if self._take is None:
+            on_gpu = next(iter(state.values())).device.type == "cuda"
+            mode = {"mode": "reduce-overhead"} if on_gpu and BACKEND == "inductor" else {}
+            self._take = compiled(_step, fullgraph=True, dynamic=False, **mode)
+        # A replay of a CUDA graph overwrites the results of the step before.
+        torch.compiler.cudagraph_mark_step_begin()
+        with contextlib.ExitStack() as stack:
+            # The seeds of a random defence are inputs of the graph.
+            for part in parts_of(function.model, DrawsSeeds):
+                stack.enter_context(part.with_drawn_seed())
+            # The step is compiled as a whole, without the compiled calls of its parts.
+            stack.enter_context(eager(function.model))
+            with torch.no_grad():
+                found: State = self._take(function, state)
+        return {name: value.clone() for name, value in found.items()}
+
+    def _check(self, function: StepFunction, state: State) -> None:
+        """Compare a compiled step with the step as written: it must be about as near to the step in float32."""
+        device = next(iter(state.values())).device
+        drawn = host_generators(device)
+        with same_draws(device=device):
+            written = function(state)
+        if host_generators(device) != drawn:
+            raise _OtherResult("the step draws random numbers on the host, which every compiled step would repeat")
+        exact = _in_float32(function)
+        with same_draws(device=device):
+            wanted = exact(state)
+        with same_draws(device=device):
+            got = self._call(function, state)
+        for name, value in written.items():
+            if value.is_floating_point() and not nearly_as_exact(got[name], value, wanted[name], state[name]):
+                raise _OtherResult(f"it gives another result ({name})")
 
 
-def agrees(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
-    """Return True if a compiled step has the results of the step, up to rounding, after the state ``before``."""
-    if not got.keys() >= wanted.keys():
-        return False
-    return all(
-        _close(got[name], value, before[name])
-        for name, value in wanted.items()
-        if value.is_floating_point() and value.numel()
-    )
+class _OtherResult(Exception):
+    """A compiled step differs from the step as written."""
 
 
-def _close(got: Tensor, wanted: Tensor, before: Tensor) -> bool:
-    if got.shape != wanted.shape or got.dtype != wanted.dtype:
-        return False
-    # NaN and infinite numbers, such as the loss of a point that was never judged, must be equal.
-    finite = wanted.isfinite()
-    if not torch.allclose(got[~finite], wanted[~finite], equal_nan=True):
-        return False
-    one, other = got[finite].double(), wanted[finite].double()
-    if wanted.dim() < 2:
-        return not len(other) or bool((one - other).abs().mean() <= BFLOAT16 * other.abs().amax())
-    old = before[finite].double().nan_to_num(0.0, 0.0, 0.0)
-    moved, target = one - old, other - old
-    if not bool(target.any()):
-        return not bool(moved.any())
-    return bool(torch.dot(moved, target) >= COSINE[BFLOAT16] * moved.norm() * target.norm() > 0)
+def _in_float32(function: Any) -> Any:
+    """Return a step on a copy of its model that computes in float32."""
+    model = copy.deepcopy(function.model).float()
+    for part in model.modules():
+        for name in ("dtype", "compute_dtype"):
+            if vars(part).get(name) is torch.bfloat16:
+                setattr(part, name, torch.float32)
+    return function.on(model)

@@ -35,7 +35,7 @@ from ..._validation import CudnnBenchmark, StepMode, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
-from ..draws import same_draws
+from ..draws import host_generators, same_draws
 from ..frozen_weights import eager
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
@@ -349,14 +349,6 @@ def run_trial(run: Callable[[], Result], device: torch.device) -> tuple[Result, 
     if host_generators(device) != before:
         raise RuntimeError("the step draws random numbers on the host, which every replay would repeat")
     return result, list(trial.given.values())
-
-
-def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the random generators on the host. A graph advances only the generator of the device."""
-    array: Any = np.random.get_state()
-    # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
-    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
 
 
 def alike(got: Tensor, wanted: Tensor) -> bool:
