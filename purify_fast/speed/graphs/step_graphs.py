@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..._compiler import EagerDispatchMode, section
-from ..._validation import CudnnBenchmark, StepMode, check_literal, in_one_line
+from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
@@ -81,7 +81,7 @@ def write(values: State, buffers: State) -> None:
 
 
 class StepGraphs:
-    """The captured steps of a training or an evaluation.
+    """The captured steps of attacks in a training or an evaluation.
 
     All graphs share a pool of memory. There are at most `MOST_GRAPHS` graphs; a new graph replaces the graph that was
     not used for the longest time. The graphs of a model are deleted when the model no longer exists. Only a single loop
@@ -104,9 +104,9 @@ class StepGraphs:
     """
 
     def __init__(
-        self, mode: StepMode = "auto", capture: CudaCapture | None = None, cudnn_benchmark: CudnnBenchmark = "auto"
+        self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None, cudnn_benchmark: CudnnBenchmark = "auto"
     ):
-        check_literal("mode", mode, StepMode)
+        check_literal("mode", mode, CudaGraphs)
         check_literal("cudnn_benchmark", cudnn_benchmark, CudnnBenchmark)
         self.mode, self.cudnn_benchmark = mode, cudnn_benchmark
         self.capture = CudaCapture() if capture is None else capture
@@ -114,8 +114,6 @@ class StepGraphs:
         self.captures, self.refusals = 0, list[str]()
         #: Held by a direct attack on a frozen copy.
         self.lock = threading.Lock()
-        #: The captured steps of whole trainings, and counts of those that are not captured (`training.captured_step`).
-        self.whole_steps: dict[Hashable, Any] = {}
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, Launches] = {}
 
@@ -154,18 +152,12 @@ class StepGraphs:
 
         Both calls draw the same random numbers. If memory runs out without graphs, the error is raised.
         """
-
-        def remedy() -> Callable[[], None] | None:
-            whole = any(not isinstance(step, int) for step in self.whole_steps.values())
-            return self._give_up if self._captured or whole else None
-
-        return retry_when_memory_ends(work, device, remedy)
+        return retry_when_memory_ends(work, device, lambda: self._give_up if self._captured else None)
 
     def _give_up(self) -> None:
         logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is repeated without them")
         self.mode = "off"
         self._captured.clear()
-        self.whole_steps.clear()
         self.capture.release()
 
     def find(self, function: StepFunction, state: State) -> Captured | Launches | None:
@@ -235,10 +227,10 @@ class StepGraphs:
     ) -> Captured | Launches | None:
         """Capture a step, which depends on ``objects``. If this fails, return the count of launches with the reason."""
         device = next(iter(state.values())).device
-        buffers = {name: value.detach().clone() for name, value in state.items()}
         counters: list[CountsImages] = parts_of(function.model, CountsImages)
         before, begin, size = [counter.counted() for counter in counters], time.perf_counter(), reserved(device)
         try:
+            buffers = {name: value.detach().clone() for name, value in state.items()}
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with leave_no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
                 steps = steps_to_compile(function.model)
@@ -277,14 +269,6 @@ class StepGraphs:
         self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
         # The graph calls compiled code, which must stay alive.
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given, compiled])
-
-
-class InlineSteps(StepGraphs):
-    """Takes all steps directly, because a graph of the whole training step is being captured around them."""
-
-    def begin(self, function: StepFunction, state: State) -> Steps:
-        """Begin a loop without a graph of its own."""
-        return begin_steps(None, function, state)
 
 
 # -- trials of a step, and the comparison of a replay with the step ----------------------------------------------------
