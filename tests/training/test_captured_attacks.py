@@ -62,7 +62,7 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
 
 
 def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkeypatch):
-    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.CAPTURE_STEPS", 2)
+    monkeypatch.setattr("purify_fast.speed.graphs.step_loop.CAPTURE_STEPS", 2)
     attacked = []
     for error, all_rows in ((None, True), (RuntimeError("operation not permitted"), False)):
         rerun.error = error

@@ -41,8 +41,6 @@ from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
 from .cuda_capture import CudaCapture
 from .step_loop import (
-    CAPTURE_STEPS,
-    RETRIED_AFTER,
     Captured,
     Launches,
     State,
@@ -95,7 +93,7 @@ class StepGraphs:
 
     Attributes:
         refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
-            captured. The capture is tried again after `RETRIED_AFTER` steps.
+            captured. A refused capture is not tried again.
         captures: the number of captures so far.
         refusals: all reasons why a step was not captured.
 
@@ -116,6 +114,8 @@ class StepGraphs:
         self.lock = threading.Lock()
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, Launches] = {}
+        #: The reasons why steps are not captured.
+        self._refused: dict[Hashable, str] = {}
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -174,11 +174,9 @@ class StepGraphs:
             base = step_key(function, state)
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
-        refused = self._launched.get(base)
-        if refused is not None and not refused.enough:
-            self.refusal = refused.refusal
-            return refused
-        self.refusal = None
+        self.refusal = self._refused.get(base)
+        if self.refusal is not None:
+            return None
         for part in parts_of(model, PreparesReplay):
             part.prepare_replay()
         try:
@@ -190,27 +188,26 @@ class StepGraphs:
             return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph would not advance")
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
-        launched = remember(self._launched, key, self._launched.get(key) or Launches(CAPTURE_STEPS), REMEMBERED)
+        launched = remember(self._launched, key, self._launched.get(key) or Launches(), REMEMBERED)
         if self.mode != "always" and not launched.enough:
             return launched
         # Forget the launches. If the graph is deleted later, the step is captured again only after as many launches.
         del self._launched[key]
         captured = self._make(function, state, base, objects)
-        if isinstance(captured, Captured):
+        if captured is not None:
             remember(self._captured, key, captured, MOST_GRAPHS)
         return captured
 
-    def _refuse(self, base: Hashable | None, reason: str) -> Launches | None:
-        """Record that a step is not captured."""
+    def _refuse(self, base: Hashable | None, reason: str) -> Captured | None:
+        """Record that a step is not captured, and warn once for each reason. Return None, because there is no graph."""
         self.refusal = reason
-        self.tell(f"an attack runs without a CUDA graph: {reason}")
-        return None if base is None else remember(self._launched, base, Launches(RETRIED_AFTER, reason), REMEMBERED)
-
-    def tell(self, refusal: str) -> None:
-        """Warn that something runs without a CUDA graph, once for each reason."""
+        if base is not None:
+            self._refused[base] = reason
+        refusal = f"an attack runs without a CUDA graph: {reason}"
         if refusal not in self.refusals:
             self.refusals.append(refusal)
-            warnings.warn(refusal, stacklevel=3)
+            warnings.warn(refusal, stacklevel=2)
+        return None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -222,10 +219,8 @@ class StepGraphs:
         self.captures += 1
         logger.info("%s is captured as a CUDA graph, in %.1f s and %d MB", what, seconds, size >> 20)
 
-    def _make(
-        self, function: StepFunction, state: State, base: Hashable, objects: list[Any]
-    ) -> Captured | Launches | None:
-        """Capture a step, which depends on ``objects``. If this fails, return the count of launches with the reason."""
+    def _make(self, function: StepFunction, state: State, base: Hashable, objects: list[Any]) -> Captured | None:
+        """Capture a step, which depends on ``objects``. If this fails, record the reason, and return None."""
         device = next(iter(state.values())).device
         counters: list[CountsImages] = parts_of(function.model, CountsImages)
         before, begin, size = [counter.counted() for counter in counters], time.perf_counter(), reserved(device)
