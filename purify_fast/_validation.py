@@ -21,8 +21,6 @@ Precision = Literal["float32", "tf32", "bfloat16", "auto"]
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
 #: The use of CUDA graphs for steps of attacks; see `purify_fast.speed.StepGraphs`.
 CudaGraphs = Literal["auto", "always", "off"]
-#: "step" also captures whole training steps.
-StepMode = Literal["auto", "step", "always", "off"]
 #: The choice of cuDNN's algorithms; see `purify_fast.speed.precision.raced_convolutions`.
 CudnnBenchmark = Literal["auto", "on", "off"]
 

@@ -81,7 +81,7 @@ def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[di
     with (
         float32_products(tf32=not ours),
         raced_convolutions("off" if form == UNRACED else "on", device),
-        # Otherwise the captures of training steps would race in both forms.
+        # Otherwise the captures in training steps would race in both forms.
         mock.patch.object(pipelines, "StepGraphs", partial(StepGraphs, cudnn_benchmark="off")),
         mock.patch.object(StepGraphs, "log", autospec=True) as log,
         in_use.replays() as seen,
@@ -102,7 +102,7 @@ def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[di
     numbers = {"goal": goal, "images": "few" if quick else images, "ms": f"{1e3 * statistics.median(times):.2f}"}
     captures = " ".join(f"{call.args[2]:.3f}" for call in log.call_args_list)
     numbers |= {"ready_s": f"{ready:.2f}", "captures_s": captures}
-    # A training step that is not captured raises an error.
+    # A training step whose attack is not captured raises an error.
     return in_use.row(form, device, seen, said, captured=ours and goal == PGD, **numbers), result
 
 

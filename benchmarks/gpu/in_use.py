@@ -86,7 +86,7 @@ class _Epochs(Callback):
 def _trained(form: str, task: ClassifierTask, count: int, config: FitConfig, device: torch.device) -> list[dict]:
     """Train by `fit` from beginning to end, from random images on the CPU. Return a row for each epoch.
 
-    A row says whether the training ended, and whether memory ran out, so that the CUDA graphs were dropped.
+    A row says whether the training ended, and whether memory ran out in a validation, so that the graphs were dropped.
     """
     x = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     task.graphs = graphs = StepGraphs(config.cuda_graphs)
@@ -161,12 +161,13 @@ def filling(device: torch.device, small: bool) -> int:
 
 
 def full(device: torch.device, small: bool) -> dict:
-    """Train on batches that fill 70 % of the card's memory without a graph, and capture whole steps.
+    """Train on batches that fill 70 % of the card's memory without a graph.
 
-    An epoch is a single step. A step is captured after `CAPTURE_STEPS`, and the validation comes after the last epoch.
+    An epoch is a single step. A step of the attack is captured after `CAPTURE_STEPS`, and the validation comes after
+    the last epoch.
     """
     count, epochs = filling(device, small), CAPTURE_STEPS + 3
-    config = FitConfig(epochs, count, validation_share=0.5, validation_every=epochs, cuda_graphs="step")
+    config = FitConfig(epochs, count, validation_share=0.5, validation_every=epochs)
     return _trained("full card", classifier_task(device, small, FEW_STEPS), 2 * count, config, device)[-1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,6 @@ class ClassifierTask(MethodTask):
         super().__init__(config, model)
         self.attacked = AttackedCopy(model, self.dtype)
         self.optimizer = self.adamw(model.parameters())
-
-    def captures(self, batch: Batch) -> Hashable:
-        return ()
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config

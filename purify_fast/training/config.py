@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from .._validation import (
     AtLeast0,
     Count,
+    CudaGraphs,
     CudnnBenchmark,
     Norm,
     Positive,
@@ -16,7 +17,6 @@ from .._validation import (
     Range,
     Share,
     ShareBelow1,
-    StepMode,
     check_types,
     read_norm,
 )
@@ -85,11 +85,6 @@ class TrainingAttack:
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
         return replace(self, eps=eps, alpha=alpha, eps_warmup=0.0)
 
-    def numbers(self, batch: Batch) -> dict[str, Any]:
-        """Return eps and alpha of a batch's epoch, by name; ``batch.numbers`` takes precedence."""
-        now = self.at_epoch(batch.epoch, batch.epochs)
-        return {"eps": now.eps, "alpha": now.step_size(now.eps), **batch.numbers}
-
     def run(
         self,
         model: Classifier,
@@ -119,17 +114,17 @@ class TrainingAttack:
 
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
-        numbers = self.numbers(batch)
+        now = self.at_epoch(batch.epoch, batch.epochs)
         attack = PGD(
             steps=self.steps,
-            alpha=numbers["alpha"],
+            alpha=now.step_size(now.eps),
             random_start=self.random_start,
             start_std=self.start_std,
             keep_best=False,
         )
         # Without copies, the attack takes its gradients from the model in the precision that the training has chosen.
         context = AttackContext(
-            eps=numbers["eps"], norm=self.norm, seed=batch.seed, sample_ids=ids, loss_function=loss, graphs=graphs
+            eps=now.eps, norm=self.norm, seed=batch.seed, sample_ids=ids, loss_function=loss, graphs=graphs
         )
         with eager_steps(rows is not None):
             return attack.run(model, x, y, context).images
@@ -189,11 +184,10 @@ class FitConfig:
             its full eps, or PGD-10 for a classifier whose attack has fewer steps.
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
             memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
-        cuda_graphs: whether steps are captured as CUDA graphs, on a CUDA device. "auto" captures a step of an attack
-            after 15 launches. "step" also captures whole training steps up to the gradients, unless processes exchange
-            statistics of BatchNorms in them. "always" captures both at once. "off" captures nothing. A graph needs the
-            memory of one step for itself. Choose "off" for a model that changes settings in an object other than a
-            module, dataclass or namespace, because a captured step ignores the change.
+        cuda_graphs: whether the steps of attacks are captured as CUDA graphs, on a CUDA device. "auto" captures a step
+            after 15 launches, and "always" before its first. "off" captures nothing. A graph needs the memory of one
+            step for itself. Choose "off" if memory runs out beside graphs, and for a model that changes settings in an
+            object other than a module, dataclass or namespace, because a captured step ignores the change.
         compile: whether `torch.compile` compiles what a step computes: the steps of attacks on a copy of the model,
             each as a whole, and the objective with its gradients. The first step then takes minutes for a large
             network, and a further number of images compiles again. Validations compute the objective without the
@@ -222,7 +216,7 @@ class FitConfig:
     validation_every: Count = 1
     keep_best: Literal["off", "loss", "accuracy"] = "off"
     accumulate: Count | None = None
-    cuda_graphs: StepMode = "auto"
+    cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     compile: bool = False
     sync_batchnorm: bool = False

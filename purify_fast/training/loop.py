@@ -14,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
@@ -33,7 +31,6 @@ from ..speed.precision import float32_products, raced_convolutions, whole_float3
 from ..speed.processor import fast_bfloat16
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
-from .captured_step import NotRestored, captured
 from .config import FitConfig
 from .distributed import average_, exchanges, from_first, synchronized_batchnorm
 from .optimizers import fuse, set_learning_rate, weights_of
@@ -105,8 +102,8 @@ def fit(
             weights, or weights on several devices.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
         FolderInUse: another run writes into the folder.
-        NotRestored: memory ran out in a step that had already changed the model. The last checkpoint is kept.
-        RuntimeError: with several processes, another process ended, or did not answer within the group's timeout.
+        RuntimeError: memory ran out in a step beside CUDA graphs; the last checkpoint is kept. With several processes,
+            another process ended, or did not answer within the group's timeout.
     """
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
@@ -219,46 +216,20 @@ def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_pe
 def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
     """Take a training step with all of its updates, with the model in training mode."""
     task.train()
-    known = replace(batch, numbers=task.numbers(batch))
-
-    graphs = task.graphs if processes()[1] == 1 else None
-
-    def step_and_update() -> Metrics:
-        measured: Metrics = {}
-        step = captured(task, known, gradients) if accumulate == 1 else None
-        # A replay needs no memory before it changes anything.
-        changed, kept = step is not None, _copies(task.model.buffers()) if step is None and graphs is not None else []
-        try:
-            for name, measured in step.run(known) if step else gradients(task, batch, accumulate):
-                optimizer = task.optimizers[name]
-                average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
-                changed = True
-                optimizer.step()
-                task.after_step()
-        except Exception as error:
-            if changed and ran_out_of_memory(error):
-                cure = "resume the run with cuda_graphs='off' or a smaller batch"
-                raise NotRestored(f"memory ran out in a step that has changed the model already: {cure}") from error
-            # BatchNorms have counted the batch.
-            for buffers, before in kept:
-                torch._foreach_copy_(buffers, before)
-            raise
-        return measured
-
-    # With several processes a step must not be repeated, because the other processes would not repeat the exchanges.
-    return step_and_update() if graphs is None else graphs.retry_without_graphs(step_and_update, batch.x.device)
-
-
-@torch.no_grad()
-def _copies(tensors: Iterable[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return tensors with copies of them, in groups of a dtype and a device, each of which a launch copies."""
-    groups = defaultdict[Hashable, list[Tensor]](list)
-    for one in tensors:
-        groups[one.dtype, one.device].append(one)
-    pairs = [(group, [torch.empty_like(one) for one in group]) for group in groups.values()]
-    for group, copies in pairs:
-        torch._foreach_copy_(copies, group)
-    return pairs
+    measured: Metrics = {}
+    try:
+        for name, measured in gradients(task, batch, accumulate):
+            optimizer = task.optimizers[name]
+            average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
+            optimizer.step()
+            task.after_step()
+    except Exception as error:
+        # The step is not repeated without the graphs, because it may have changed weights and BatchNorms already.
+        if task.graphs and ran_out_of_memory(error):
+            cure = "resume the run with cuda_graphs='off' or a smaller batch"
+            raise RuntimeError(f"memory ran out in a training step beside CUDA graphs: {cure}") from error
+        raise
+    return measured
 
 
 def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:

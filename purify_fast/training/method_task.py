@@ -14,7 +14,7 @@ from ..models.moving_average import AveragedModel
 from ..speed.processor import with_known_precision
 from .config import settings
 from .schedules import one_cycle
-from .task import Batch, Task
+from .task import Task
 
 
 class MethodTask(Task):
@@ -41,9 +41,6 @@ class MethodTask(Task):
         if decay > 0:
             self.average = AveragedModel(self.averaged, decay, warm_up)
             self.model = nn.ModuleDict({name: self.averaged, "average": self.average})
-
-    def numbers(self, batch: Batch) -> dict[str, float]:
-        return self.config.attack.numbers(batch)
 
     def describe(self) -> dict[str, Any]:
         return {"task": self.name, **settings(self.config), "origin": self.origin}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -38,14 +38,13 @@ class Batch:
         x: images ``[B, C, H, W]`` in [0, 1].
         y: labels, int64 ``[B]``.
         sample_ids: index of each image in the whole data set, int64 ``[B]``.
-        seed: seed of this step's randomness, the same for all processes; in a captured step, int64 ``[1]``.
+        seed: seed of this step's randomness, the same for all processes.
         epoch: the epoch, from 0.
         epochs: epochs of the whole run.
         step: the step, from 0, of the whole run.
         images_before: number of images that earlier steps trained on, over all processes.
         bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
         whole: whether every process has the whole batch, as in a validation.
-        numbers: the numbers of `Task.numbers` by name; in a captured step, float32 ``[]``. Empty: the task knows them.
 
     Raises:
         ValueError: if x, y and sample_ids are not on one device.
@@ -54,14 +53,13 @@ class Batch:
     x: Tensor
     y: Tensor
     sample_ids: Tensor
-    seed: int | Tensor
+    seed: int
     epoch: int = 0
     epochs: int = 1
     step: int = 0
     images_before: int = 0
     bank: BankedStep | None = None
     whole: bool = False
-    numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
@@ -184,20 +182,6 @@ class Task:
         The key ``task`` names the kind of training.
         """
         raise NotImplementedError
-
-    def captures(self, batch: Batch) -> Hashable | None:
-        """Return what a step reads of a batch beside its tensors, seed and numbers, if steps can be CUDA graphs.
-
-        Steps of equal values are replays of one graph. None means that steps are not captured as a whole.
-        """
-        return None
-
-    def numbers(self, batch: Batch) -> dict[str, float]:
-        """Return the numbers that change from epoch to epoch, by name, such as a rising radius.
-
-        A step reads them here and prefers those of ``batch.numbers``. So a graph of the step serves all epochs.
-        """
-        return {}
 
     @property
     def optimizers(self) -> Mapping[str, torch.optim.Optimizer]:

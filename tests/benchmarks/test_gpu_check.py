@@ -138,14 +138,14 @@ def test_a_training_that_ends_early_or_drops_its_graphs_says_so(monkeypatch):
 
 
 def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
-    with pytest.raises(RuntimeError, match="the training step was not captured"):
+    with pytest.raises(RuntimeError, match="the attack of the training step was not captured"):
         pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()
     monkeypatch.setattr(pipelines, "StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
     assert pipelines.training_step(
         classifier_task(attack=attack()), batch(), compiled=False, captured=True
     )().isfinite()
     rerun.error = RuntimeError("operation not permitted")
-    with pytest.raises(RuntimeError, match="the training step was not captured"), pytest.warns(UserWarning):
+    with pytest.raises(RuntimeError, match="the attack of the training step was not"), pytest.warns(UserWarning):
         pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()
 
 
@@ -330,7 +330,7 @@ def test_a_part_that_dies_hangs_or_differs_is_reported(rehearsal, monkeypatch, f
 
 
 def test_cudnn_races_in_the_raced_form_only(monkeypatch):
-    """The captures of training steps ask for a race of their own, which the unraced form must not have."""
+    """The captures in training steps ask for a race of their own, which the unraced form must not have."""
     seen = {}
 
     def job(goal, form, device, quick):

@@ -15,9 +15,9 @@ from small_runs import same
 from torch import Tensor, nn
 
 from purify_fast.model_description import identity_key
-from purify_fast.speed.graphs import step_graphs
+from purify_fast.speed.graphs import step_graphs, step_loop
 from purify_fast.speed.graphs.step_graphs import StepGraphs
-from purify_fast.speed.graphs.step_loop import RETRIED_AFTER, State, begin_steps
+from purify_fast.speed.graphs.step_loop import State, begin_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Steps of a loop.
@@ -82,7 +82,7 @@ class Turned(Scale):
 
 
 def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun, monkeypatch):
-    monkeypatch.setattr(step_graphs, "CAPTURE_STEPS", 2)
+    monkeypatch.setattr(step_loop, "CAPTURE_STEPS", 2)
     graphs, model = StepGraphs(capture=rerun), Turned()
     state = {"x": torch.arange(6.0).view(2, 3), "before": torch.zeros(2, 3)}
     for replayed in (3, 8):
@@ -259,9 +259,8 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
     assert [str(one.message) for one in warned] == [f"an attack runs without a CUDA graph: {reason}"]
     rerun.error = None
     run(graphs, model, STEPS)
-    assert rerun.recorded == 0, "what failed is not tried again at once"
-    run(graphs, model, RETRIED_AFTER)
-    run(graphs, model, STEPS)
+    assert rerun.recorded == 0 and graphs.refusal == reason, "what failed is not tried again"
+    run(graphs, model, STEPS, start(4))
     assert rerun.recorded == 1 and graphs.refusal is None
 
 

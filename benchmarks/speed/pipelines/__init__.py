@@ -18,7 +18,6 @@ from torch import Tensor
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 from purify_fast.training import Batch, Task
-from purify_fast.training.captured_step import CapturedStep
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import fuse
 
@@ -112,7 +111,8 @@ def columns(
     """Return the usual contestants: plain, the expert and ours, each also compiled.
 
     On a machine with a GPU there are further contestants: plain in TF32, which is PyTorch's default for convolutions,
-    and ours with steps that are captured as CUDA graphs, also compiled, if ``ours`` accepts the keyword ``captured``.
+    and ours with attack steps that are captured as CUDA graphs, also compiled, if ``ours`` accepts the keyword
+    ``captured``.
     """
 
     def of(make: Callable[..., Job], **options: bool) -> Make:
@@ -148,7 +148,10 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def training_step(task: Task, batch: Batch, compiled: bool, captured: bool) -> Callable[[], Tensor]:
-    """Return a function that does one training step as `fit` does it on this device, and returns the loss."""
+    """Return a function that does one training step as `fit` does it on this device, and returns the loss.
+
+    If it is ``captured``, the steps of its attack are replays of CUDA graphs.
+    """
     task.compiles = compiled
     task.begin()
     task.graphs = StepGraphs("always") if captured else None
@@ -157,11 +160,9 @@ def training_step(task: Task, batch: Batch, compiled: bool, captured: bool) -> C
 
     def step() -> Tensor:
         loss = train_step(task, batch)["loss"]
-        # A row must not be called captured if the step was refused.
-        if task.graphs is not None and not any(
-            isinstance(one, CapturedStep) for one in task.graphs.whole_steps.values()
-        ):
-            raise RuntimeError("the training step was not captured as a CUDA graph")
+        # A row must not be called captured if the steps of its attack were refused.
+        if task.graphs is not None and (task.graphs.refusals or not task.graphs.captures):
+            raise RuntimeError("the attack of the training step was not captured as a CUDA graph")
         return loss
 
     return step

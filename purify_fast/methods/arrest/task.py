@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -156,7 +156,7 @@ class ArrestTask(MethodTask):
             rows = torch.nonzero(~replayed)[:, 0]
             adversarial = self.attack(batch, attack, rows) if len(rows) else batch.x
         seed = philox_key(batch.seed, batch.x.device)
-        eps = attack.numbers(batch)["eps"]
+        eps = attack.at_epoch(batch.epoch, batch.epochs).eps
         x = noisy_replay(batch.x, adversarial, drift, tau, eps, seed=seed, sample_ids=batch.sample_ids)
         return x, replayed.float().mean()
 
@@ -174,9 +174,6 @@ class ArrestTask(MethodTask):
         distance = self.distance(features, of_teacher).mean()
         metrics["distance"] = distance.detach()
         return cross_entropy + self.config.distillation_weight * distance, metrics
-
-    def captures(self, batch: Batch) -> Hashable:
-        return self.config.replays(batch.epoch, batch.epochs)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         of_teacher = self.compiled(self.teacher)(batch.x)

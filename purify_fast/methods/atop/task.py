@@ -14,7 +14,7 @@ authors' logged run, s is the clean x, and the L1 terms are from a separate pass
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,9 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
     def make(rows: Tensor | None) -> Tensor:
         if config.attack_method == "pgd":
             return config.attack.run(model, batch, graphs=graphs, rows=rows)
-        eps, norm = config.attack.numbers(batch)["eps"], config.attack.norm
         x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
-        context = AttackContext(eps=eps, norm=norm, graphs=graphs)
+        attack = config.attack.at_epoch(batch.epoch, batch.epochs)
+        context = AttackContext(eps=attack.eps, norm=attack.norm, graphs=graphs)
         with eager_steps(rows is not None):
             return FGSM(precision="float32").run(model, x, y, context).images
 
@@ -185,9 +185,6 @@ class AtopTask(PurifierTask[Atop]):
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self._optimizers
-
-    def captures(self, batch: Batch) -> Hashable:
-        return batch.progress_in(self.config.cls_delay_unit) < self.config.cls_delay
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         one_pass, judged = passes(self.trained, batch, self.config, self.graphs, self.compiled), {}

@@ -222,12 +222,4 @@ class Carso(Defence):
         learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.decoder.parameters())
         return None if self.noise_is_off or learns or not self._packs else self._packed
 
-    def train(self, mode: bool = True) -> Carso:
-        super().train(mode)
-        if mode:
-            # A replay of a captured training step changes weights and BatchNorm statistics without a counted write.
-            self._packed_from = None
-        return self
-
-    train.sets_modes_only = True  # type: ignore[attr-defined]
     save = save_defence

@@ -17,7 +17,7 @@ w is the setting reconstruction_weight. The classifier is frozen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,14 +61,13 @@ def balanced_batch(
     Every process balances its own share of the batch, like the official code. So several processes attack fewer images
     than a single process, unless their number divides `atom_size` of the whole batch.
     """
-    x, attack = batch.x, config.attack
+    x, attack = batch.x, config.attack.at_epoch(batch.epoch, batch.epochs)
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
     if atom == 0:
         return x
     attacked = slice(len(x) - 4 * atom, None)
     clean, y, ids = x[attacked], batch.y[attacked], batch.sample_ids[attacked]
-    numbers = attack.numbers(batch)
-    eps = torch.zeros(2 * atom, device=x.device) + numbers["eps"]
+    eps = torch.full((2 * atom,), float(attack.eps), device=x.device)
     eps[:atom] /= 2
     eps = eps.repeat(2)
 
@@ -77,8 +76,7 @@ def balanced_batch(
         fast: slice | Tensor = slice(2 * atom, None)
         if rows is not None:
             slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
-        alpha = numbers["alpha"] if attack.alpha is not None else attack.step_size(eps[slow])
-        pgd = PGD(steps=attack.steps, alpha=alpha, keep_best=False, precision="float32")
+        pgd = PGD(steps=attack.steps, alpha=attack.step_size(eps[slow]), keep_best=False, precision="float32")
         context = AttackContext(norm=attack.norm, seed=batch.seed, graphs=graphs)
         with eager_steps(rows is not None):
             by_pgd = pgd.run(classifier, clean[slow], y[slow], replace(context, eps=eps[slow], sample_ids=ids[slow]))
@@ -90,13 +88,6 @@ def balanced_batch(
     else:
         adversarial = batch.bank.images(clean, attacked, torch.arange(4, device="cpu").repeat_interleave(atom), make)
     return torch.cat([x[: attacked.start], adversarial])
-
-
-def numbers_of(defence: Carso, batch: Batch, config: CarsoConfig) -> dict[str, Any]:
-    """Return eps, alpha and the weight of the KL term in a batch's epoch; ``batch.numbers`` takes precedence."""
-    attack = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs).attack
-    beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
-    return {"beta": beta, **attack.numbers(batch)}
 
 
 def published_losses(
@@ -123,7 +114,7 @@ def published_step(
     perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
     named = batch.x, philox_key(batch.seed, batch.x.device), batch.sample_ids
     reconstruction, kl = compiled(published_losses)(defence, defence.read(perturbed), perturbed, named)
-    beta = numbers_of(defence, batch, config)["beta"]
+    beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
     # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
     images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
     loss = (reconstruction + beta * kl) * images
@@ -210,12 +201,6 @@ class CarsoTask(PurifierTask[Carso]):
         # A step through the pipeline draws other samples than a prediction.
         piped = self.config.attack_target == "pipeline"
         return with_samples(made, self.config.train_samples) if piped else made
-
-    def captures(self, batch: Batch) -> Hashable:
-        return ()
-
-    def numbers(self, batch: Batch) -> dict[str, float]:
-        return numbers_of(self.defence, batch, self.config)
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs, self.compiled)

@@ -8,7 +8,7 @@ Here t is uniform over the schedule's times, z ~ N(0, I), and the denoiser D pre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,12 +95,6 @@ class DiffusionTask(MethodTask):
     def loss(self, denoiser: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, float32, of the denoiser or of the moving average of its weights."""
         return denoising_loss(denoiser, batch, self.process, self.config, self.compiled)
-
-    def captures(self, batch: Batch) -> Hashable:
-        return ()
-
-    def numbers(self, batch: Batch) -> dict[str, float]:
-        return {}
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         return self.loss(self.denoiser, batch), {}

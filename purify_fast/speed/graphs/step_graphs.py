@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..._compiler import EagerDispatchMode, section
-from ..._validation import CudnnBenchmark, StepMode, check_literal, in_one_line
+from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
@@ -41,8 +41,6 @@ from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
 from .cuda_capture import CudaCapture
 from .step_loop import (
-    CAPTURE_STEPS,
-    RETRIED_AFTER,
     Captured,
     Launches,
     State,
@@ -81,7 +79,7 @@ def write(values: State, buffers: State) -> None:
 
 
 class StepGraphs:
-    """The captured steps of a training or an evaluation.
+    """The captured steps of attacks in a training or an evaluation.
 
     All graphs share a pool of memory. There are at most `MOST_GRAPHS` graphs; a new graph replaces the graph that was
     not used for the longest time. The graphs of a model are deleted when the model no longer exists. Only a single loop
@@ -95,7 +93,7 @@ class StepGraphs:
 
     Attributes:
         refusal: reason why the step of the last loop cannot be captured; None if the step is captured or may still be
-            captured. The capture is tried again after `RETRIED_AFTER` steps.
+            captured. A refused capture is not tried again.
         captures: the number of captures so far.
         refusals: all reasons why a step was not captured.
 
@@ -104,9 +102,9 @@ class StepGraphs:
     """
 
     def __init__(
-        self, mode: StepMode = "auto", capture: CudaCapture | None = None, cudnn_benchmark: CudnnBenchmark = "auto"
+        self, mode: CudaGraphs = "auto", capture: CudaCapture | None = None, cudnn_benchmark: CudnnBenchmark = "auto"
     ):
-        check_literal("mode", mode, StepMode)
+        check_literal("mode", mode, CudaGraphs)
         check_literal("cudnn_benchmark", cudnn_benchmark, CudnnBenchmark)
         self.mode, self.cudnn_benchmark = mode, cudnn_benchmark
         self.capture = CudaCapture() if capture is None else capture
@@ -114,10 +112,10 @@ class StepGraphs:
         self.captures, self.refusals = 0, list[str]()
         #: Held by a direct attack on a frozen copy.
         self.lock = threading.Lock()
-        #: The captured steps of whole trainings, and counts of those that are not captured (`training.captured_step`).
-        self.whole_steps: dict[Hashable, Any] = {}
         self._captured: dict[Hashable, Captured] = {}
         self._launched: dict[Hashable, Launches] = {}
+        #: The reasons why steps are not captured.
+        self._refused: dict[Hashable, str] = {}
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -154,18 +152,12 @@ class StepGraphs:
 
         Both calls draw the same random numbers. If memory runs out without graphs, the error is raised.
         """
-
-        def remedy() -> Callable[[], None] | None:
-            whole = any(not isinstance(step, int) for step in self.whole_steps.values())
-            return self._give_up if self._captured or whole else None
-
-        return retry_when_memory_ends(work, device, remedy)
+        return retry_when_memory_ends(work, device, lambda: self._give_up if self._captured else None)
 
     def _give_up(self) -> None:
         logger.warning("memory ran out: the CUDA graphs of attacks are dropped, and the work is repeated without them")
         self.mode = "off"
         self._captured.clear()
-        self.whole_steps.clear()
         self.capture.release()
 
     def find(self, function: StepFunction, state: State) -> Captured | Launches | None:
@@ -182,11 +174,9 @@ class StepGraphs:
             base = step_key(function, state)
         except TypeError:
             return self._refuse(None, f"{_name(model)} cannot be hashed")
-        refused = self._launched.get(base)
-        if refused is not None and not refused.enough:
-            self.refusal = refused.refusal
-            return refused
-        self.refusal = None
+        self.refusal = self._refused.get(base)
+        if self.refusal is not None:
+            return None
         for part in parts_of(model, PreparesReplay):
             part.prepare_replay()
         try:
@@ -198,27 +188,26 @@ class StepGraphs:
             return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph would not advance")
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
-        launched = remember(self._launched, key, self._launched.get(key) or Launches(CAPTURE_STEPS), REMEMBERED)
+        launched = remember(self._launched, key, self._launched.get(key) or Launches(), REMEMBERED)
         if self.mode != "always" and not launched.enough:
             return launched
         # Forget the launches. If the graph is deleted later, the step is captured again only after as many launches.
         del self._launched[key]
         captured = self._make(function, state, base, objects)
-        if isinstance(captured, Captured):
+        if captured is not None:
             remember(self._captured, key, captured, MOST_GRAPHS)
         return captured
 
-    def _refuse(self, base: Hashable | None, reason: str) -> Launches | None:
-        """Record that a step is not captured."""
+    def _refuse(self, base: Hashable | None, reason: str) -> Captured | None:
+        """Record that a step is not captured, and warn once for each reason. Return None, because there is no graph."""
         self.refusal = reason
-        self.tell(f"an attack runs without a CUDA graph: {reason}")
-        return None if base is None else remember(self._launched, base, Launches(RETRIED_AFTER, reason), REMEMBERED)
-
-    def tell(self, refusal: str) -> None:
-        """Warn that something runs without a CUDA graph, once for each reason."""
+        if base is not None:
+            self._refused[base] = reason
+        refusal = f"an attack runs without a CUDA graph: {reason}"
         if refusal not in self.refusals:
             self.refusals.append(refusal)
-            warnings.warn(refusal, stacklevel=3)
+            warnings.warn(refusal, stacklevel=2)
+        return None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -230,15 +219,13 @@ class StepGraphs:
         self.captures += 1
         logger.info("%s is captured as a CUDA graph, in %.1f s and %d MB", what, seconds, size >> 20)
 
-    def _make(
-        self, function: StepFunction, state: State, base: Hashable, objects: list[Any]
-    ) -> Captured | Launches | None:
-        """Capture a step, which depends on ``objects``. If this fails, return the count of launches with the reason."""
+    def _make(self, function: StepFunction, state: State, base: Hashable, objects: list[Any]) -> Captured | None:
+        """Capture a step, which depends on ``objects``. If this fails, record the reason, and return None."""
         device = next(iter(state.values())).device
-        buffers = {name: value.detach().clone() for name, value in state.items()}
         counters: list[CountsImages] = parts_of(function.model, CountsImages)
         before, begin, size = [counter.counted() for counter in counters], time.perf_counter(), reserved(device)
         try:
+            buffers = {name: value.detach().clone() for name, value in state.items()}
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with leave_no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
                 steps = steps_to_compile(function.model)
@@ -277,14 +264,6 @@ class StepGraphs:
         self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
         # The graph calls compiled code, which must stay alive.
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given, compiled])
-
-
-class InlineSteps(StepGraphs):
-    """Takes all steps directly, because a graph of the whole training step is being captured around them."""
-
-    def begin(self, function: StepFunction, state: State) -> Steps:
-        """Begin a loop without a graph of its own."""
-        return begin_steps(None, function, state)
 
 
 # -- trials of a step, and the comparison of a replay with the step ----------------------------------------------------

@@ -26,8 +26,6 @@ from ..precision import float32_settings
 #: A step is captured after this many launches. For a PGD step of a ResNet-18 on an H200, a capture took as long as 13
 #: to 15 launches in bfloat16 (50 to 59 ms), and 18 to 40 in float32 (104 to 291 ms), where cuDNN also chose algorithms.
 CAPTURE_STEPS = 15
-#: A step that could not be captured is tried again after this many launched steps.
-RETRIED_AFTER = 1000
 
 State = dict[str, Tensor]
 Result = TypeVar("Result")
@@ -48,15 +46,12 @@ class StepFunction(Protocol):
 class Launches:
     """Counts the launches of a step without a graph, at one batch size."""
 
-    #: The number of launches after which a capture is tried, and the reason why the step is not captured, or "".
-    tried_after: int
-    refusal: str = ""
     count: int = 0
 
     @property
     def enough(self) -> bool:
-        """Return True if a capture should be tried."""
-        return self.count >= self.tried_after
+        """Return True if the step should be captured."""
+        return self.count >= CAPTURE_STEPS
 
 
 class CapturesSteps(Protocol):
