@@ -7,7 +7,6 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,10 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-#: True while a step of an attack is traced for the compiler, which needs a fake of every operator in it.
-traced = ContextVar("traced", default=False)
 
 
 def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callable[_P, _R]:

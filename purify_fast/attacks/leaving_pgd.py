@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .._validation import Count
-from ..speed.graphs.step_loop import State
+from ..speed.graphs.step_loop import State, eager_steps
 from .ball import Ball
 from .context import keeping
 from .objective import Objective
@@ -55,7 +55,9 @@ class LeavingPGD(PGD):
         with keeping(lambda: whole["best"]):
             for first in range(0, steps, self.look_every):
                 end = min(steps, first + self.look_every)
-                state = super().climb(objective, ball.take(index), state, health, steps=steps, first=first, end=end)
+                with eager_steps():
+                    # The compiler would compile the step again for each number of images.
+                    state = super().climb(objective, ball.take(index), state, health, steps=steps, first=first, end=end)
                 # Drop the values that `PGD.climb` has added, such as the radii. The next call adds them again.
                 state = {name: state[name] for name in begin}
                 whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}

@@ -72,6 +72,10 @@ class Objective:
         """Only the loss, ``[B]``, for a search that does not need the number of misclassified draws."""
         return self._mean(self._over_passes(self._judge, x, y)[0])
 
+    def takes_one_pass(self, images: int) -> bool:
+        """Return True if a gradient takes a single forward pass."""
+        return self._at_once(images) == (images, self.eot_iter)
+
     # -- one forward pass, with ``draws`` draws of each image ---------------------------------------------------------
 
     def _differentiate(self, x: Tensor, y: Tensor, draws: int) -> tuple[Tensor, ...]:
@@ -193,6 +197,10 @@ class ObjectiveStep:
     def model(self) -> Classifier:
         """The model under attack."""
         return self.objective.model
+
+    def may_be_compiled(self, state: State) -> bool:
+        """Return False, because most searches change the number of images."""
+        return False
 
 
 class GradientStep(ObjectiveStep):

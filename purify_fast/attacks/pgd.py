@@ -6,7 +6,7 @@ and box (Croce & Hein, ICML 2021). SLIDE moves a constant share of the coordinat
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -83,6 +83,14 @@ class Ascent(ObjectiveStep):
     density: float | None
     counts: bool = False
     keeps: bool = False
+
+    def may_be_compiled(self, state: State) -> bool:
+        # All passes of a compiled step would have the same seed.
+        return self.objective.takes_one_pass(len(state["point"]))
+
+    def on(self, model: Classifier) -> Ascent:
+        """Return the same step on another model."""
+        return replace(self, objective=replace(self.objective, model=model))
 
     def __call__(self, state: State) -> State:
         # The forward pass, the loss and the backward pass.

@@ -108,7 +108,7 @@ def make_frozen_copy(
             decisions[name].pairs = foldable_pairs(part)[0] if alone and not plain else []
         fold_pairs(part, decisions[name].pairs or [])
         if compile:
-            from .._compiling import compile_calls
+            from ..speed.graphs.compiled_step import compile_calls
 
             compile_calls(part)
     if is_first:

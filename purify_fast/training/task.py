@@ -125,9 +125,9 @@ class Task:
         known = vars(self).setdefault("_compiled", {})
         if own not in known:
             # Its import is slow.
-            from .._compiling import compiled_for_training
+            from ..speed.graphs.compiled_step import compiled
 
-            known[own] = compiled_for_training(own)
+            known[own] = compiled(own, dynamic=False)
         return cast(F, known[own] if bound is None else partial(known[own], bound))
 
     @property

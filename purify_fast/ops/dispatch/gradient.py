@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from ... import _library
-from ..._compiler import traced
 from .registry import Op, forced_backends, use_backend
 
 
@@ -113,7 +112,7 @@ def may_save(x: Tensor) -> bool:
     """Return True if kernels that exist only for a CPU can be called."""
     if not SAVING_KERNELS or x.device.type != "cpu" or type(x) not in (Tensor, Parameter):
         return False
-    return not (torch.compiler.is_compiling() or traced.get() or transformed())
+    return not (torch.compiler.is_compiling() or transformed())
 
 
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:

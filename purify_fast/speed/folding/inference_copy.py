@@ -277,9 +277,9 @@ class InferenceCopy(nn.Module):
             return classifier(x).float()
 
     def compile_steps(self, at_once: bool = False) -> None:
-        """Let whole steps of attacks on the copy be compiled, see `purify_fast.speed.graphs.compiled_steps`."""
+        """Let whole steps of attacks on the copy be compiled, see `purify_fast.speed.graphs.compiled_step`."""
         # Most copies do not need the compiler, whose import takes seconds.
-        from ..graphs.compiled_steps import CompiledSteps
+        from ..graphs.compiled_step import CompiledSteps
 
         self.steps = CompiledSteps(at_once)
 
@@ -307,11 +307,8 @@ class InferenceCopy(nn.Module):
                 self.classifier = self._place.put(made, structure.number, in_place)
                 self._read_values(classifier)
                 if self.classifier is made:
-                    if self.steps is not None:
-                        # Compiled steps have the tensors and the settings of the earlier network.
-                        self.steps.by_key.clear()
                     if self.compiled:
-                        from ..._compiling import compile_calls
+                        from ..graphs.compiled_step import compile_calls
 
                         compile_calls(made)
 

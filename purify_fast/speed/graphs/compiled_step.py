@@ -15,7 +15,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from ..._validation import in_one_line
@@ -113,7 +112,9 @@ class CompiledSteps:
             self.refusal = in_one_line(error)
         name = type(function.model).__name__
         if self.must:
-            raise ValueError(f"compile must be False: an attack on {name} cannot be compiled ({self.refusal}), got True")
+            raise ValueError(
+                f"compile must be False: an attack on {name} cannot be compiled ({self.refusal}), got True"
+            )
         logger.warning("a step of %s is not compiled: %s", name, self.refusal)
         return None
 
@@ -131,7 +132,7 @@ class CompiledSteps:
             # The step is compiled as a whole, without the compiled calls of its parts.
             stack.enter_context(eager(function.model))
             with torch.no_grad():
-                found: State = self._take(function, state)
+                found: State = self._take(function, _without_aliases(state))
         return {name: value.clone() for name, value in found.items()}
 
     def _check(self, function: StepFunction, state: State) -> None:
@@ -150,6 +151,12 @@ class CompiledSteps:
         for name, value in written.items():
             if value.is_floating_point() and not nearly_as_exact(got[name], value, wanted[name], state[name]):
                 raise _OtherResult(f"it gives another result ({name})")
+
+
+def _without_aliases(state: State) -> State:
+    """Copy the tensors that have several names, because the compiler would compile again without the second name."""
+    first = {id(value): name for name, value in reversed(state.items())}
+    return {name: value if first[id(value)] == name else value.clone() for name, value in state.items()}
 
 
 class _OtherResult(Exception):

@@ -9,15 +9,12 @@ A capture takes the time of a dozen steps or more, and the number of future step
 the batch when the attack has succeeded on it. So a step is captured after about as many launches as a capture costs.
 With this rule, which is known from the ski rental problem, the total time is at most twice that of the best choice in
 hindsight. Launches are counted separately for each step and batch size.
-
-A step whose copy the user has chosen to compile is captured in its compiled form (`compiled_step`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import threading
 import time
 import warnings
@@ -25,7 +22,6 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -36,7 +32,6 @@ from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
 from ..draws import host_generators, same_draws
-from ..frozen_weights import eager
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
 from .cuda_capture import CudaCapture
@@ -46,12 +41,10 @@ from .step_loop import (
     State,
     StepFunction,
     Steps,
-    begin_steps,
     on_usual_stream,
     parts_of,
     reserved,
     step_key,
-    steps_to_compile,
     weak_key,
 )
 
@@ -132,7 +125,7 @@ class StepGraphs:
         off = not self.may_capture(next(iter(state.values())).device)
         nothing = any(value.numel() == 0 for value in state.values())
         if off or nothing or torch.compiler.is_compiling():
-            return begin_steps(None, function, state)
+            return Steps(function, state)
         return Steps(function, state, self)
 
     def may_capture(self, device: torch.device) -> bool:
@@ -228,28 +221,23 @@ class StepGraphs:
             buffers = {name: value.detach().clone() for name, value in state.items()}
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
             with leave_no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
-                steps = steps_to_compile(function.model)
-                # The model would be compiled for the trial only, because the step is compiled as a whole.
-                with contextlib.nullcontext() if steps is None else eager(function.model):
-                    with self.capture.aside(device):
-                        # The first call verifies kernels and chooses algorithms, and may wait for the device.
-                        function(buffers)
-                    first = [counter.counted() for counter in counters]
-                    with self.capture.aside(device), same_draws(device=device):
-                        results, given = run_trial(lambda: function(buffers), device)
-                    for name, value in results.items():
-                        if _kind(value) != _kind(buffers[name]):
-                            raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
-                    counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
-                    compiled = None if steps is None else steps.compiled(function, buffers)
-                run: Any = function if compiled is None else compiled[0]
+                with self.capture.aside(device):
+                    # The first call verifies kernels and chooses algorithms, and may wait for the device.
+                    function(buffers)
+                first = [counter.counted() for counter in counters]
+                with self.capture.aside(device), same_draws(device=device):
+                    results, given = run_trial(lambda: function(buffers), device)
+                for name, value in results.items():
+                    if _kind(value) != _kind(buffers[name]):
+                        raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
+                counts = [counter.counted() - start for counter, start in zip(counters, first, strict=True)]
                 # The step itself comes first, because afterwards the graph keeps the memory of a whole step. A result
                 # may be a buffer itself, which the replay overwrites.
                 with same_draws(device=device):
                     with self.capture.aside(device):
-                        wanted = {name: value.clone() for name, value in run(buffers).items()}
+                        wanted = {name: value.clone() for name, value in function(buffers).items()}
                     # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
-                    replay = self.capture.record(lambda: write(run(buffers), buffers), device)
+                    replay = self.capture.record(lambda: write(function(buffers), buffers), device)
                 write(state, buffers)
                 replay()
                 if not all(alike(buffers[name], one) for name, one in wanted.items() if one.is_floating_point()):
@@ -262,8 +250,7 @@ class StepGraphs:
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
-        # The graph calls compiled code, which must stay alive.
-        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given, compiled])
+        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given])
 
 
 # -- trials of a step, and the comparison of a replay with the step ----------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..._compiler import section
 from ...ops.dispatch.registry import forced_backends
-from ...protocols import CompilesSteps, CountsImages, Passes
+from ...protocols import CountsImages, Passes
 from ..precision import float32_settings
 
 #: A step is captured after this many launches. For a PGD step of a ResNet-18 on an H200, a capture took as long as 13
@@ -37,6 +37,9 @@ class StepFunction(Protocol):
     @property
     def model(self) -> Any:
         """The model that the step uses. Only a step with a module as model can be captured."""
+
+    def may_be_compiled(self, state: State) -> bool:
+        """Return True if the whole step may be compiled for the shapes of a state."""
 
     def __call__(self, state: State) -> State:
         """Compute new values, with unchanged shapes and dtypes, for some tensors of the state. Do not write to it."""
@@ -216,13 +219,23 @@ def eager_steps(eager: bool = True) -> Iterator[None]:
         _eager.reset(token)
 
 
-def steps_to_compile(model: Any) -> Any:
-    """Return the `CompiledSteps` of a copy in a model; None if its steps are not to be compiled."""
+def compiler_of(function: StepFunction, state: State) -> Any:
+    """Return the `CompiledSteps` of the copy that a step attacks; None if the step is not to be compiled.
+
+    A step whose number of images changes is not compiled as a whole, and neither is a step that counts images.
+    """
+    model = function.model
     # Inside a larger graph of torch.compile, there is nothing to compile here.
-    if _eager.get() or torch.compiler.is_compiling() or not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or _eager.get() or torch.compiler.is_compiling():
         return None
-    parts: list[Any] = parts_of(model, CompilesSteps)
-    return next((steps for part in parts if (steps := part.compiled_steps()) is not None), None)
+    # Every attack runs this loop, so it must be fast.
+    found = None
+    for part in model.modules():
+        if hasattr(type(part), "counted"):
+            return None
+        if found is None and hasattr(type(part), "compiled_steps"):
+            found = part.compiled_steps()
+    return found if found is not None and function.may_be_compiled(state) else None
 
 
 def reserved(device: torch.device) -> int:
@@ -238,11 +251,8 @@ def on_usual_stream(device: torch.device) -> bool:
 def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: State) -> Steps:
     """Begin a loop of a step, from tensors on the same device.
 
-    ``graphs`` may capture the step. With None, the loop is eager, or it runs the compiled step if the copy in its model
-    is to be compiled.
+    The step is compiled if the user has asked for this, or ``graphs`` may capture it. Otherwise the loop is eager.
     """
-    if graphs is not None:
-        return graphs.begin(function, state)
-    if (steps := steps_to_compile(function.model)) is not None:
-        function = steps.compiled_or_itself(function, state)
-    return Steps(function, state)
+    if (compiler := compiler_of(function, state)) is not None:
+        return Steps(compiler.form_of(function, state), state)
+    return Steps(function, state) if graphs is None else graphs.begin(function, state)
