@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -29,6 +29,32 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
     # With this attribute the compiler ends its graph before the call. Without it, the graph would end inside the call.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
+
+
+class _OneGraph(threading.local):
+    """Whether this thread runs or traces a whole step of an attack, whose copies have read their models before."""
+
+    # Each thread calls this once. If the attribute were the class's, the compiler would not notice a later change.
+    def __init__(self) -> None:
+        self.active = False
+
+
+_one_graph = _OneGraph()
+
+
+@contextlib.contextmanager
+def in_one_graph() -> Iterator[None]:
+    """A block in which a compiled graph does not end where a frozen copy would read its model."""
+    before, _one_graph.active = _one_graph.active, True
+    try:
+        yield
+    finally:
+        _one_graph.active = before
+
+
+def ends_graphs() -> bool:
+    """Return True while a graph is traced that must end where a frozen copy reads its model."""
+    return torch.compiler.is_compiling() and not _one_graph.active
 
 
 def section(name: str) -> contextlib.AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._compiler import is_compiled, outside_graphs
+from .._compiler import ends_graphs, is_compiled, outside_graphs
 from .._tensors import check_floating, dtype_of, first_tensor
 from ..models.representation import Representation, count_classes
 from ..ops.aggregate import aggregate
@@ -211,7 +211,7 @@ class Defence(StochasticDefence):
         """Call `prepare_replay`; it is also a hook before the forward pass. A compiled graph ends here."""
         if not torch.compiler.is_compiling():
             self.prepare_replay()
-        elif self._followed is not None:
+        elif self._followed is not None and ends_graphs():
             self._read_outside()
 
     def __getstate__(self) -> Any:

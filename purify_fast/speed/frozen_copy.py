@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .._compiler import is_compiled, outside_graphs
+from .._compiler import ends_graphs, is_compiled, outside_graphs
 from .._tensors import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import CopiesItself, Purifies, supports
@@ -254,8 +254,11 @@ class FrozenCopy(InferenceCopy):
         return text.replace("torch.", "")
 
     def forward(self, x: Tensor) -> Tensor:
-        # A compiled graph would keep the first weights, so it ends here.
-        (self._read_outside if torch.compiler.is_compiling() else self.prepare_replay)()
+        if not torch.compiler.is_compiling():
+            self.prepare_replay()
+        elif ends_graphs():
+            # A compiled graph would keep the first weights, so it ends here.
+            self._read_outside()
         return self._predict(x)
 
     def prepare_replay(self) -> None:

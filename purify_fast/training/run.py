@@ -38,7 +38,7 @@ from .task import Batch, Metrics, Task
 logger = logging.getLogger("purify_fast")
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
-_NO_FACTS = ("checkpoint_seconds", "cuda_graphs", "cudnn_benchmark", "sync_batchnorm")
+_NO_FACTS = ("checkpoint_seconds", "compile", "cuda_graphs", "cudnn_benchmark", "sync_batchnorm")
 #: The attributes of `Run` that a checkpoint restores as they are.
 _PROGRESS = ("step", "last", "best", "rows", "counts")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
@@ -148,6 +148,7 @@ class Run:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
         progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds")}
         progress["network"] = self.network(self.shape)
+        progress["compile"] = self.config.compile
         progress["attacked"] = None if self.task.attacked is None else self.task.attacked.decision
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
@@ -208,6 +209,9 @@ class Run:
         self._spent = saved["seconds"]
         if self.task.attacked is not None:
             self.task.attacked.decision = saved.get("attacked")
+        if saved["compile"] != self.config.compile and processes()[0] == 0:
+            text = "the run in %s goes on with compile=%s: compiled code rounds otherwise, so it ends with other bits"
+            logger.warning(text, self.folder, self.config.compile)
         self._compare(saved["network"])
 
     def _read(self) -> dict[str, Any] | None:
@@ -220,8 +224,8 @@ class Run:
             path = self.folder / CHECKPOINT
             saved = read_tree(path) if path.is_file() else None
             if saved is not None:
-                # Earlier versions could not compile a training.
-                saved["facts"] = {"compile": False, **saved["facts"]}
+                # Earlier versions refused a run that was compiled in one part only.
+                saved["compile"] = saved["facts"].pop("compile", saved.get("compile", False))
             self.begins_anew = saved is None and (self.folder / "log.jsonl").is_file()
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()

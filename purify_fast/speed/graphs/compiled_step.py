@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as modules
 
+from ..._compiler import in_one_graph
 from ..._validation import in_one_line
 from ...protocols import DrawsSeeds
 from ..agreement import nearly_as_exact
@@ -110,11 +111,10 @@ class CompiledSteps:
             return work()
         except (TorchDynamoException, _OtherResult) as error:
             self.refusal = in_one_line(error)
-        name = type(function.model).__name__
+        name = getattr(function.model, "_name", type(function.model).__name__)
         if self.must:
-            raise ValueError(
-                f"compile must be False: an attack on {name} cannot be compiled ({self.refusal}), got True"
-            )
+            reason = f"an attack on {name} cannot be compiled ({self.refusal})"
+            raise ValueError(f"compile must be False: {reason}, got True")
         logger.warning("a step of %s is not compiled: %s", name, self.refusal)
         return None
 
@@ -131,7 +131,7 @@ class CompiledSteps:
                 stack.enter_context(part.with_drawn_seed())
             # The step is compiled as a whole, without the compiled calls of its parts.
             stack.enter_context(eager(function.model))
-            with torch.no_grad():
+            with torch.no_grad(), in_one_graph():
                 found: State = self._take(function, _without_aliases(state))
         return {name: value.clone() for name, value in found.items()}
 
