@@ -7,6 +7,7 @@ the row again for each maximum and each sum, and for the gradient.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -18,8 +19,9 @@ from ._launch import launch
 
 #: The indices of the losses in `purify_fast.ops.attack_loss.KINDS`.
 CE, MARGIN, SCALED_MARGIN, DLR, MARGIN_TARGETED, DLR_TARGETED = (tl.constexpr(index) for index in range(6))
-#: Constants of the same file: SURE, the `least_exponent` of float16 and of the other dtypes, and TINY.
-SURE, LEAST_HALF, LEAST, TINY = (tl.constexpr(x) for x in (2.0**-8, -6.793023, -61.135616, 1e-12))
+#: Constants of the same file: SURE and TINY, and the `least_exponent` of float16 and of the other dtypes.
+SURE, TINY = tl.constexpr(2.0**-8), tl.constexpr(1e-12)
+LEAST_HALF, LEAST = (tl.constexpr(0.7 * math.log(2.0**exponent)) for exponent in (-14, -126))
 #: The largest row that a program holds; the elements of a block of a larger row; and the elements of several rows.
 HELD, BLOCK, SHARED = 4096, 2048, 256
 
