@@ -25,6 +25,7 @@ from purify_fast.methods.carso.networks import published_decoder
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.aggregate import METHODS
 from purify_fast.ops.apgd_step import NORMS as APGD_NORMS
+from purify_fast.ops.attack_loss import KINDS as LOSSES
 from purify_fast.ops.pgd_step import NORMS
 from purify_fast.ops.representation_distance import KINDS
 
@@ -88,6 +89,12 @@ def _cases() -> dict[str, tuple]:
             # The method "vote" has no gradient.
             if name != "vote":
                 cases[f"aggregate-{name}-backward{kind}"] = (one(4, classes), logits, method)
+
+    # These losses have the code of all others. A program has one row, several rows, or a part of a row.
+    for name in ("ce", "scaled_margin", "dlr_targeted"):
+        classes_of = torch.zeros((4, 2) if name.endswith("_targeted") else 4, dtype=torch.int64)
+        for classes, kind in ((1024, ""), (10, "-few"), (21504, "-blocks")):
+            cases[f"attack_loss-{name}{kind}"] = (x(4, classes), classes_of, LOSSES.index(name), False)
 
     pairs, norms, grid = one(2, 1024, 1024), one(2, 1024), (32, 32, 10.0)
     cases["contextual_attention-forward"] = (pairs, norms, x(2, 1024), *grid)

@@ -20,6 +20,7 @@ from purify_fast.judge.searches.square import pattern
 from purify_fast.kernels.decoder_sizes import Geometry
 from purify_fast.ops import REGISTRY
 from purify_fast.ops.aggregate import METHODS
+from purify_fast.ops.attack_loss import KINDS as LOSSES
 from purify_fast.ops.decode_samples import pack
 from purify_fast.ops.representation_distance import KINDS
 
@@ -78,6 +79,10 @@ def passes_and_owners(size: int, dtype: torch.dtype = torch.float32) -> tuple[Te
     return passes.to(dtype), (4 * owners).to(torch.uint8)[None]
 
 
+def logits_and_classes(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return *images(size, (10,), dtype=dtype), torch.arange(size) % 10, (3 * torch.arange(size) + 1) % 10
+
+
 def images_and_numbers(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     return *images(size, (3, 10, 12), (3, 10, 12), dtype=dtype), *images(size, (2, 8))
 
@@ -130,6 +135,14 @@ FUNCTIONS = {
         lambda x, g, n, p, norm: ops.apgd_step(x, g - 0.5, n, p, *STEP, 0.75, norm),
         of(*[IMAGE] * 4),
         LINF,
+    ),
+    **of_settings(
+        "attack_loss",
+        LOSSES,
+        lambda x, y, t, kind: ops.attack_loss(
+            6 * x - 3, y, kind, targets=t if kind.endswith("_targeted") else None, toward=kind == "dlr"
+        ),
+        logits_and_classes,
     ),
     "contextual_attention": Function(
         ops.contextual_attention, features_and_keys, gradients=1, sizes=(2, 3), batch_only=True
@@ -205,6 +218,15 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
     "aggregate": (
         {"logits": torch.zeros(3, 4, 5)},
         {"logits": (ROW, torch.zeros(3, 4, 5).long(), torch.zeros(3, 0, 5), torch.zeros(3, 4, 1))},
+    ),
+    "attack_loss": (
+        {"logits": ROW, "labels": IDS},
+        {
+            "logits": (ROW.long(), ROW[:, :1], ROW[0], ROW.to(META)),
+            "labels": (IDS[:2], IDS.float(), IDS[:, None], IDS.to(META)),
+            "kind": ("dlr_untargeted",),
+            "targets": (IDS,),
+        },
     ),
     "pgd_step": ({"x": ROW, "grad": ROW, "x_nat": ROW, "alpha": 0.1, "eps": 0.1}, {**BALL, "density": (0.0, math.nan)}),
     "apgd_step": (
@@ -314,6 +336,12 @@ REFUSALS: dict[str, tuple[dict, dict[str, tuple]]] = {
 TOGETHER: dict[str, list[dict]] = {
     "pgd_step": [dict.fromkeys(("x", "grad", "x_nat"), torch.zeros(3))],
     "apgd_step": [{"eps": torch.zeros(3, 1)}],
+    "attack_loss": [
+        {"kind": "margin_targeted"},
+        {"kind": "dlr", "logits": ROW[:, :2]},
+        {"kind": "dlr_targeted", "logits": ROW[:, :3], "targets": IDS},
+        {"kind": "dlr_targeted", "targets": IDS[:2]},
+    ],
     "random_transform": [{"block": 2, "num_passes": 256}],
     "reconstruction_loss": [{"logits": IDS.float(), "target": IDS.float()}],
     "representation_distance": [
@@ -357,6 +385,14 @@ def aggregate(draw) -> dict:
     shape = (draw(st.integers(0, 5)), draw(st.integers(1, 9)), draw(st.integers(2, 12)))
     method = draw(st.sampled_from(METHODS))
     return {"logits": 3 * normal(draw, *shape, dtype=draw(st.sampled_from(FLOATS))), "method": method}
+
+
+def attack_loss(draw) -> dict:
+    batch, classes, kind = draw(st.integers(0, 5)), draw(st.integers(4, 12)), draw(st.sampled_from(LOSSES))
+    labels = torch.arange(batch) % classes
+    logits = 3 * normal(draw, batch, classes, dtype=draw(st.sampled_from(FLOATS)))
+    targets = (labels + 1) % classes if kind.endswith("_targeted") else None
+    return {"logits": logits, "labels": labels, "kind": kind, "targets": targets, "toward": draw(st.booleans())}
 
 
 def step(draw) -> dict:

@@ -138,21 +138,11 @@ PF_INLINE void first_largest(const T* __restrict__ x, int64_t rows, int64_t clas
 template <class T>
 PF_INLINE int32_t first_largest_of(const T* __restrict__ x, int64_t classes) {
   using W = wide_t<T>;
-  W most[aggregate_lanes];
-  for (int64_t j = 0; j < aggregate_lanes; ++j) most[j] = load(x[j < classes ? j : 0]);
-  const int64_t whole = classes / aggregate_lanes * aggregate_lanes;
-  for (int64_t i = aggregate_lanes; i < whole; i += aggregate_lanes) {
-    for (int64_t j = 0; j < aggregate_lanes; ++j) most[j] = max_nan(static_cast<W>(load(x[i + j])), most[j]);
-  }
-  for (int64_t i = whole; i < classes; ++i) most[i - whole] = max_nan(static_cast<W>(load(x[i])), most[i - whole]);
-  for (int64_t width = aggregate_lanes / 2; width > 0; width /= 2) {
-    for (int64_t j = 0; j < width; ++j) most[j] = max_nan(most[j], most[j + width]);
-  }
-  const W largest = most[0];
+  const W most = largest(x, classes);
   int32_t first = static_cast<int32_t>(classes);
   for (int32_t i = 0; i < static_cast<int32_t>(classes); ++i) {
     const W value = load(x[i]);
-    const int32_t here = (value == largest) | (value != value) ? i : static_cast<int32_t>(classes);
+    const int32_t here = (value == most) | (value != value) ? i : static_cast<int32_t>(classes);
     first = here < first ? here : first;
   }
   return first;

@@ -281,4 +281,26 @@ PF_INLINE W ordered_sum(int64_t n, F term) {
   return static_cast<W>(total + rest);
 }
 
+// Returns the largest of n numbers, NaN if there is one, and -infinity if n is 0.
+template <class T>
+PF_INLINE wide_t<T> largest(const T* __restrict__ x, int64_t n) {
+  // With several maxima, a comparison does not wait for the previous one. Few numbers do not need them.
+  constexpr int64_t lanes = 64, few = 16;
+  wide_t<T> most[lanes] = {-std::numeric_limits<wide_t<T>>::infinity()};
+  if (n < few) {
+    for (int64_t i = 0; i < n; ++i) most[0] = max_nan(wide_t<T>(load(x[i])), most[0]);
+    return most[0];
+  }
+  for (int64_t j = 1; j < lanes; ++j) most[j] = most[0];
+  const int64_t whole = n / lanes * lanes;
+  for (int64_t i = 0; i < whole; i += lanes) {
+    for (int64_t j = 0; j < lanes; ++j) most[j] = max_nan(wide_t<T>(load(x[i + j])), most[j]);
+  }
+  for (int64_t i = whole; i < n; ++i) most[i - whole] = max_nan(wide_t<T>(load(x[i])), most[i - whole]);
+  for (int64_t width = lanes / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) most[j] = max_nan(most[j], most[j + width]);
+  }
+  return most[0];
+}
+
 }  // namespace pf

@@ -13,10 +13,10 @@ Each loss grows as the image is misclassified more clearly. ``toward`` negates t
 that approaches the class in place of y.
 
 The cross-entropy also has a gradient where the model is sure. There the usual formula rounds p_y to 1, and its gradient
-lacks the true class. Let z be the logsumexp of the other logits minus l_y, and s = sigmoid(z). Where both the usual loss
-and z are below `SURE`, the loss is log(1 + exp z), and the gradient is s times the softmax over the other classes, and
--s for the true class. Elsewhere losses and gradients are those of PyTorch's cross-entropy. Where s underflows (float32:
-z < -61), the loss continues along its tangent in z.
+lacks the true class. Let z be the logsumexp of the other logits minus l_y, and s = sigmoid(z). Where both the usual
+loss and z are below `SURE`, the loss is log(1 + exp z), and the gradient is s times the softmax over the other classes,
+and -s for the true class. Elsewhere losses and gradients are those of PyTorch's cross-entropy. Where s underflows
+(float32: z < -61), the loss continues along its tangent in z.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _margin_targeted(logits: Tensor, true: Tensor, target: Tensor) -> tuple[Tens
 
 
 def _divided(gradient: Tensor, loss: Tensor, logits: Tensor, below: int) -> tuple[Tensor, Tensor]:
-    """Divide a loss by the largest logit minus the mean of the third, or of the third and the fourth (``below`` = 2)."""
+    """Divide a loss by the largest logit minus the third, or minus the mean of third and fourth (``below`` = 2)."""
     # A stable order takes the first of several equal logits first, so that every backend takes the same.
     values, order = logits.sort(dim=1, descending=True, stable=True)
     width = values[:, 0] - (values[:, 2] + values[:, 3]) / 2 if below == 2 else values[:, 0] - values[:, 2]
@@ -135,10 +135,17 @@ def _fake(logits: Tensor, labels: Tensor, kind: int, toward: bool) -> tuple[Tens
     return logits.new_empty(logits.shape), loss, logits.new_empty(rows, dtype=torch.float32)
 
 
+#: By kind and number of classes; for the values see `Example.gpu`. A program has several rows of 10 classes, one row of
+#: 1000, and a part of a row of 5001.
+EXAMPLES = {(kind, classes): letters for kind in KINDS for classes, letters in ((10, "fh"), (1000, "b"))} | {
+    (kind, 5001): "fb" for kind in ("ce", "scaled_margin", "dlr_targeted")
+}
+
+
 def _arguments(kind: str, classes: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, int, bool]:
     logits = normal(seed, ROWS, classes, scale=3.0)
-    # A row in which the model is sure.
-    logits[1, 1] += 40.0
+    # The model is sure of a row, but not so sure that float16 needs the tangent, which float64 does not.
+    logits[1, 1] = logits[1].logsumexp(0) + (6.0 if dtype == torch.float16 else 40.0)
     labels = torch.tensor([0, 1, classes - 1])
     if kind.endswith("_targeted"):
         labels = torch.stack([labels, (labels + 1) % classes], 1)
@@ -150,7 +157,7 @@ OP = define_op(
     "(Tensor logits, Tensor labels, int kind, bool toward) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    examples=examples(_arguments, [(kind, classes) for kind in KINDS for classes in (10, 1000)]),
+    examples=examples(_arguments, EXAMPLES),
     cpu=0,
     cuda=0,
     differentiable=False,
@@ -162,13 +169,13 @@ def attack_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute an attack's loss, its gradient with respect to the logits, and which images are misclassified.
 
-    ``torch.autograd.grad(logits, images, gradient)`` is then the gradient of the summed loss with respect to the images.
+    ``torch.autograd.grad(logits, images, gradient)`` is then the gradient of the loss of each image.
 
     Args:
         logits: ``[B, C]``, float16, bfloat16, float32 or float64.
         labels: true classes, int64 ``[B]``, from 0 to C - 1.
-        kind: "ce", "margin", "scaled_margin", "dlr" (with at least 3 classes), "margin_targeted" or "dlr_targeted" (with
-            at least 4 classes).
+        kind: "ce", "margin", "scaled_margin", "dlr" (with at least 3 classes), "margin_targeted" or "dlr_targeted"
+            (with at least 4 classes).
         targets: target classes of the targeted kinds, int64 ``[B]``; None for the others.
         toward: whether loss and gradient are negated, for an attack that approaches the class ``labels``.
 
