@@ -17,6 +17,7 @@ from .._tensors import repeat_batch
 from ..model_state import hidden_modules
 from ..protocols import Classifier, CountsImages, Passes, SharesDraws, draws_for_each_image, supports
 from ..speed.agreement import differ
+from ..speed.frozen_weights import held
 from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
@@ -32,8 +33,9 @@ ALIKE = 0.01
 def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     """A context in which ``model`` is in evaluation mode, and its parameters have ``requires_grad=False``.
 
-    At the end, modes and flags are restored. Modules in a plain list, in an object or in a hook of the model are frozen
-    too. Frozen parameters save time, because a compiled backward pass would compute their gradients.
+    At the end, modes and flags are restored; if blocks of several threads overlap, at the end of the last. Modules in a
+    plain list, in an object or in a hook of the model are frozen too. Frozen parameters save time, because a compiled
+    backward pass would compute their gradients.
 
     Args:
         model: an ``nn.Module``; any other callable is not changed. If an attack runs on a method of a module, the
@@ -43,19 +45,21 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
-    wholes = [model, *(module for _, module in hidden_modules(model))]
-    modes = [(module, module.training) for whole in wholes for module in whole.modules()]
-    from ..speed.frozen_weights import images_only
-
-    try:
-        for whole in wholes if not keep_mode else ():
-            whole.eval()
-        with images_only(*wholes):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    named = list(model.named_modules())
+    hidden = [module for _, module in hidden_modules(model, named)]
+    parts = [part for _, part in named] + [part for whole in hidden for part in whole.modules()]
+    weights = [one for part in parts for one in part._parameters.values() if one is not None]
+    # The flag of a tensor that was made in inference mode could not be restored.
+    weights = [weight for weight in weights if not weight.is_inference()]
+    with held("training", [] if keep_mode else parts), held("requires_grad", weights):
+        if not keep_mode and any([part.training for part in parts]):
+            # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
+            for whole in (model, *hidden):
+                whole.eval()
+        for weight in weights:
+            if weight.requires_grad:
+                weight.requires_grad_(False)
+        yield
 
 
 class WritesToItsInput(ValueError):
@@ -81,7 +85,7 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, images: int | None =
     """
     if torch.compiler.is_compiling():
         return model(x)
-    # Inference tensors have no count of writes.
+    # Every step of an attack runs these lines, so they must be fast. Inference tensors have no count of writes.
     writes = None if x.is_inference() else x._version
     try:
         logits = model(x)
@@ -92,10 +96,10 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, images: int | None =
         raise
     if writes is not None and x._version != writes:
         raise WritesToItsInput
-    # Every step of an attack runs these lines, so they must be fast.
-    good = type(logits) is Tensor and logits.dim() == 2 and logits.shape[1] > 1 and logits.is_floating_point()
-    if not good or len(logits) != (len(x) if images is None else images):
-        logits = checked_logits(logits, len(x) if images is None else images)
+    wanted = x.shape[0] if images is None else images
+    shape = logits.shape if type(logits) is Tensor else ()
+    if len(shape) != 2 or shape[0] != wanted or shape[1] < 2 or not logits.dtype.is_floating_point:
+        logits = checked_logits(logits, wanted)
     if (labels := first_output.get()) is not None:
         first_output.set(None)
         _check_first(logits, *labels)

@@ -58,7 +58,7 @@ def _checked_radii(x: Tensor, eps: float | Tensor, norm: Norm, width: float | Te
     """Return radii for a radius or a range that is a tensor. Their values are checked where `can_read` allows it."""
     if not isinstance(eps, Tensor):
         check_eps(eps, None)
-    radii = per_pixel("eps", eps, x)
+    radii = per_pixel("eps", eps, x).detach()
     if can_read(radii):
         widths = torch.as_tensor(width).clamp_min(0.0)
         # A radius for each image is compared with the widest range of a pixel.
@@ -88,7 +88,7 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int | Tensor = 0, sample_ids:
     key, size, stream = philox_key(seed, x.device), x[0].numel(), Stream.ATTACK_START
     if ball.norm == "linf":
         # `philox` without its checks.
-        noise = DRAW(key, ids, size, int(stream), UNIFORM, 1, 0)[:, 0].mul_(2).sub_(1)
+        noise = DRAW(key, ids, size, int(stream), UNIFORM, 1, 0).mul_(2).sub_(1)
     else:
         draw = partial(philox, key, ids, stream=stream)
         if ball.norm == "l2":

@@ -297,7 +297,7 @@ def worst_of_runs(
         health = GradientHealth()
     _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
-    with frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
+    with torch.enable_grad(), frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
         apart = draws > 1 and drawn_once_per_call(model, x, draws, most)
         source = context.source(model, x, precision)
         if source is not model:

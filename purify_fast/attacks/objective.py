@@ -85,16 +85,20 @@ class Objective:
         if torch.is_inference_mode_enabled():
             advice = "call it outside of torch.inference_mode(), which records none, or use torch.no_grad() instead"
             raise RuntimeError(f"the attack needs gradients: {advice}")
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            logits = logits_of(self.model, leaf) if draws == 1 else logits_of_draws(self.model, leaf, draws)
-            if callable(self.loss):
-                losses = self._own_losses(logits, y, draws)
-                gradient, loss = gradient_to(leaf, losses.sum()), losses.detach()
-                wrong = torch.zeros_like(loss)
-            else:
-                slopes, loss, wrong = self._losses(logits.detach(), y, draws)
-                gradient = gradient_to(leaf, logits, slopes)
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self._differentiate(x, y, draws)
+        leaf = x.detach().requires_grad_()
+        # The forward pass.
+        logits = logits_of(self.model, leaf) if draws == 1 else logits_of_draws(self.model, leaf, draws)
+        if callable(self.loss):
+            losses = self._own_losses(logits, y, draws)
+            gradient, loss = gradient_to(leaf, losses.sum()), losses.detach()
+            wrong = torch.zeros_like(loss)
+        else:
+            # The loss and its gradient with respect to the logits, then the backward pass from there.
+            slopes, loss, wrong = self._losses(logits.detach(), y, draws)
+            gradient = gradient_to(leaf, logits, slopes)
         if gradient is None:
             gradient = torch.zeros_like(x)
         return (gradient, loss, wrong) if draws == 1 else (gradient, _summed(loss, draws), _summed(wrong, draws))
@@ -125,11 +129,13 @@ class Objective:
 
     def _losses(self, logits: Tensor, y: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient with respect to the logits, the loss, and wrong, of all draws."""
-        if self.loss in FEWEST_CLASSES:
-            check_classes(str(self.loss), logits.shape[1])
-        labels = y.repeat(draws, *[1] * (y.dim() - 1)) if draws > 1 else y
-        slopes, loss, wrong = OP(logits, labels, KINDS.index(str(self.loss)), self.toward)
-        return slopes, loss, torch.zeros_like(wrong) if self.toward else wrong
+        kind = str(self.loss)
+        if kind in FEWEST_CLASSES:
+            check_classes(kind, logits.shape[1])
+        if draws > 1:
+            y = y.repeat(draws, *[1] * (y.dim() - 1))
+        slopes, loss, wrong = OP(logits, y, KINDS.index(kind), self.toward)
+        return (slopes, loss, torch.zeros_like(wrong)) if self.toward else (slopes, loss, wrong)
 
     def _own_losses(self, logits: Tensor, y: Tensor, draws: int) -> Tensor:
         """The losses of all draws by a function of the user's own, ``[draws * B]``."""

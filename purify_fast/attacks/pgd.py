@@ -172,7 +172,7 @@ class PGD(InBall):
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
-        lengths = {} if self.alpha is None else {"alpha": per_pixel("alpha", self.alpha, x)}
+        lengths = {} if self.alpha is None else {"alpha": per_pixel("alpha", self.alpha, x).detach()}
 
         def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             point, seed, ids = x, context.seed + run, context.sample_ids
