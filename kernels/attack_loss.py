@@ -55,6 +55,86 @@ def _next_largest(place, held, before, at, end, WHOLE: tl.constexpr, ROWS: tl.co
     return high, tl.min(tl.where(best == high, index, end), 1)[:, None]
 
 
+@triton.jit
+def _cross_entropy(
+    place, held, true, top, end, HALF: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Return the loss, and what its gradient needs: two shifts, a scale, its value for y, and if the form is exact."""
+    y, of_true = true
+    # The usual form is -log softmax(l)_y. Where the model is sure, with z = logsumexp(others) - l_y and
+    # s = sigmoid(z), the loss is log(1 + exp z), and the gradient s softmax(others), and -s for the true class.
+    most = tl.maximum(top, of_true)
+    every, rest = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(0, end, WIDTH):
+        x, column = _again(place, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
+        every += tl.exp(x - most)
+        rest += tl.where(column != y, tl.exp(x - top), 0.0)
+    log_sum, rest_sum = tl.log(tl.sum(every, 1)[:, None]), tl.sum(rest, 1)[:, None]
+    usual = -((of_true - most) - log_sum)
+    z = (top - of_true) + tl.log(rest_sum)
+    # With NaN or infinite logits, one of these two numbers is NaN, and the usual form is kept.
+    exact = (usual < SURE) & (z < SURE)
+    bounded = tl.maximum(z, LEAST_HALF if HALF else LEAST)
+    exponential = tl.exp(bounded)
+    slope = exponential / (1.0 + exponential)
+    loss = tl.where(exact, log1p(exponential) + slope * (z - bounded), usual)
+    shift, less = tl.where(exact, top, most), tl.where(exact, 0.0, log_sum)
+    scale, of_y = tl.where(exact, slope / rest_sum, 1.0), tl.where(exact, slope, 1.0)
+    return loss, (shift, less, scale, of_y, exact)
+
+
+@triton.jit
+def _margin(
+    place,
+    held,
+    true,
+    top,
+    end,
+    of_target,
+    total,
+    KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return the loss, and what its gradient needs: how many logits share it, the width, and the width's classes."""
+    y, of_true = true
+    classes = place[2]
+    TARGETED: tl.constexpr = (KIND == MARGIN_TARGETED) | (KIND == DLR_TARGETED)
+    one, three, four = 0, 0, 0
+    # m = max_{j != y} l_j - l_y, or l_t - l_y. Its gradient g is -1 for y, and 1 for t, or shared by the largest.
+    loss = (of_target if TARGETED else top) - of_true
+    width, ratio, count = 1.0, 0.0, 1.0
+    if not TARGETED:
+        equal = tl.zeros((ROWS, WIDTH), tl.float32)
+        for first in range(0, end, WIDTH):
+            x, column = _again(place, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
+            equal += ((tl.where(column != y, x, float("-inf")) == top) & (column < classes)).to(tl.float32)
+        count = tl.sum(equal, 1)[:, None]
+    if KIND == SCALED_MARGIN:
+        # m / std(l), with a constant std.
+        mean = tl.sum(total, 1)[:, None] / classes
+        squares = tl.zeros((ROWS, WIDTH), tl.float32)
+        for first in range(0, end, WIDTH):
+            x, column = _again(place, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
+            squares += tl.where(column < classes, (x - mean) * (x - mean), 0.0)
+        width = tl.sqrt_rn(tl.sum(squares, 1)[:, None] / classes) + TINY
+        loss = loss / width
+    if (KIND == DLR) | (KIND == DLR_TARGETED):
+        # m / w with w = l_(1) - l_(3), or l_(1) - (l_(3) + l_(4)) / 2. Its gradient is (g - (m / w) dw/dl) / w.
+        l1, one = _next_largest(place, held, float("inf"), -1, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
+        l2, two = _next_largest(place, held, l1, one, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
+        l3, three = _next_largest(place, held, l2, two, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
+        below = l3
+        if TARGETED:
+            l4, four = _next_largest(place, held, l3, three, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
+            below = (l3 + l4) / 2
+        width = tl.where((top != top) | (of_true != of_true), float("nan"), l1) - below + TINY
+        loss = loss / width
+        ratio = loss
+    return loss, (count, width, ratio, one, three, four)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
     logits_ptr,  # [rows, classes]
@@ -78,15 +158,16 @@ def _forward(
     start = logits_ptr + row * classes
     place = start, exists, classes
     y = tl.load(labels_ptr + row * (2 if TARGETED else 1), mask=exists, other=0)
-    valid = (y >= 0) & (y < classes)
+    valid, of_target = (y >= 0) & (y < classes), 0.0
     if TARGETED:
         t = tl.load(labels_ptr + row * 2 + 1, mask=exists, other=0)
         valid = valid & (t >= 0) & (t < classes)
         of_target = tl.load(start + t, mask=exists & valid, other=float("nan")).to(tl.float32)
         t = t.to(tl.int32)
-    # With a label outside of the classes, all results of the row are NaN, and the row is wrong.
+    # With a label outside of the classes, loss and gradient of the row are NaN, and the row is wrong.
     of_true = tl.load(start + y, mask=exists & valid, other=float("nan")).to(tl.float32)
     y = y.to(tl.int32)
+    true = y, of_true
 
     held = _read(place, 0, WIDTH) if WHOLE else 0
     high, total = tl.full((ROWS, WIDTH), float("-inf"), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
@@ -106,58 +187,26 @@ def _forward(
     top = tl.where(tl.max(nan, 1)[:, None] > 0, float("nan"), tl.max(high, 1)[:, None])
 
     if KIND == CE:
-        # The usual form is -log softmax(l)_y. Where the model is sure, with z = logsumexp(others) - l_y and
-        # s = sigmoid(z), the loss is log(1 + exp z), and the gradient s softmax(others), and -s for the true class.
-        most = tl.maximum(top, of_true)
-        every, rest = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
-        for first in range(0, end, WIDTH):
-            x, column = _again(place, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
-            every += tl.exp(x - most)
-            rest += tl.where(column != y, tl.exp(x - top), 0.0)
-        log_sum, rest_sum = tl.log(tl.sum(every, 1)[:, None]), tl.sum(rest, 1)[:, None]
-        usual = -((of_true - most) - log_sum)
-        z = (top - of_true) + tl.log(rest_sum)
-        # With NaN or infinite logits, one of these two numbers is NaN, and the usual form is kept.
-        exact = (usual < SURE) & (z < SURE)
-        bounded = tl.maximum(z, LEAST_HALF if logits_ptr.dtype.element_ty == tl.float16 else LEAST)
-        exponential = tl.exp(bounded)
-        slope = exponential / (1.0 + exponential)
-        loss = tl.where(exact, log1p(exponential) + slope * (z - bounded), usual)
-        shift, less = tl.where(exact, top, most), tl.where(exact, 0.0, log_sum)
-        scale, of_y = tl.where(exact, slope / rest_sum, 1.0), tl.where(exact, slope, 1.0)
+        half: tl.constexpr = logits_ptr.dtype.element_ty == tl.float16
+        loss, of_ce = _cross_entropy(place, held, true, top, end, HALF=half, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
+        shift, less, scale, of_y, exact = of_ce
     else:
-        # m = max_{j != y} l_j - l_y, or l_t - l_y. Its gradient g is -1 for y, and 1 for t, or shared by the largest.
-        loss = (of_target if TARGETED else top) - of_true
-        width, ratio, count = 1.0, 0.0, 1.0
-        if not TARGETED:
-            equal = tl.zeros((ROWS, WIDTH), tl.float32)
-            for first in range(0, end, WIDTH):
-                x, column = _again(place, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
-                equal += ((tl.where(column != y, x, float("-inf")) == top) & (column < classes)).to(tl.float32)
-            count = tl.sum(equal, 1)[:, None]
+        loss, of_margin = _margin(
+            place,
+            held,
+            true,
+            top,
+            end,
+            of_target=of_target,
+            total=total,
+            KIND=KIND,
+            WHOLE=WHOLE,
+            ROWS=ROWS,
+            WIDTH=WIDTH,
+        )
+        count, width, ratio, one, three, four = of_margin
         if KIND == MARGIN:
             wrong = wrong | (loss != loss)
-        if KIND == SCALED_MARGIN:
-            # m / std(l), with a constant std.
-            mean = tl.sum(total, 1)[:, None] / classes
-            squares = tl.zeros((ROWS, WIDTH), tl.float32)
-            for first in range(0, end, WIDTH):
-                x, column = _again(place, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
-                squares += tl.where(column < classes, (x - mean) * (x - mean), 0.0)
-            width = tl.sqrt_rn(tl.sum(squares, 1)[:, None] / classes) + TINY
-            loss = loss / width
-        if DIVIDED:
-            # m / w with w = l_(1) - l_(3), or l_(1) - (l_(3) + l_(4)) / 2. Its gradient is (g - (m / w) dw/dl) / w.
-            l1, one = _next_largest(place, held, float("inf"), -1, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
-            l2, two = _next_largest(place, held, l1, one, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
-            l3, three = _next_largest(place, held, l2, two, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
-            below = l3
-            if TARGETED:
-                l4, four = _next_largest(place, held, l3, three, end, WHOLE=WHOLE, ROWS=ROWS, WIDTH=WIDTH)
-                below = (l3 + l4) / 2
-            width = tl.where((top != top) | (of_true != of_true), float("nan"), l1) - below + TINY
-            loss = loss / width
-            ratio = loss
 
     for first in range(0, end, WIDTH):
         x, column = _again(place, held, first, WHOLE=WHOLE, WIDTH=WIDTH)

@@ -408,3 +408,14 @@ def diffusion_step(shape: Shape, dtype: torch.dtype, variant: str) -> Case:
         differentiable=(0, 1),
         symbols={"N": halves},
     )
+
+
+@measured(((1, 10), (128, 10), (256, 1000)), kinds("ce", "margin", "dlr"))
+def attack_loss(shape: Shape, dtype: torch.dtype, kind: str) -> Case:
+    """The inputs are logits and true classes. The outputs are the loss, its gradient and the decisions."""
+    batch, classes = shape
+    return Case(
+        lambda: (normal(*shape, dtype=dtype, scale=3.0), torch.arange(batch) % classes),
+        lambda logits, labels: ops.attack_loss(logits, labels, kind),
+        {"forward": "2*n*s"},
+    )

@@ -120,10 +120,11 @@ def test_committed_results_are_complete():
 #: Ops and variants whose kernel has no committed times of single sizes.
 UNMEASURED = {
     "cpu": {
+        ("attack_loss", ""),
         *((f"diffusion_step{end}", kind) for end in ("", "_backward") for kind in ("fixed", "learned", "noiseless")),
         *(("hyperplane_projection", norm) for norm in ("linf", "l2", "l1")),
     },
-    "cuda": {("contextual_attention", "")},
+    "cuda": {("attack_loss", ""), ("contextual_attention", "")},
 }
 
 
