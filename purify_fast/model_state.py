@@ -70,9 +70,7 @@ def _is_outside(file: str) -> bool:
     return not (file.startswith(not_users) or "site-packages" in file or "dist-packages" in file)
 
 
-def hidden_modules(
-    model: nn.Module, parts: list[tuple[str, nn.Module]] | None = None
-) -> list[tuple[str, nn.Module]]:
+def hidden_modules(model: nn.Module, parts: list[tuple[str, nn.Module]] | None = None) -> list[tuple[str, nn.Module]]:
     """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know.
 
     ``parts``: the model's named modules, if the caller has them.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import purify_fast
-from purify_fast._compiler import EagerDispatchMode
+from purify_fast.speed.eager_mode import EagerDispatchMode
 
 PACKAGE = Path(purify_fast.__file__).resolve().parent
 #: Operators whose result the host reads, and operators whose data decide how many elements the result has.

@@ -1,7 +1,7 @@
 """The gradient that attacks follow."""
 
-from purify_fast.attacks.attacked_model import drawn_once_per_call
 from purify_fast.attacks.objective import Objective
+from purify_fast.attacks.shared_draws import drawn_once_per_call
 
 
 def input_gradient(model, x, y, *, loss="ce", eot_iter=1, max_forward_batch=None):

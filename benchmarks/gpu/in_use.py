@@ -22,7 +22,7 @@ from purify_fast._validation import in_one_line
 from purify_fast.attacks import pgd
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
+from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS
 from purify_fast.training import Callback, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.loop import step_settings, train_step
 

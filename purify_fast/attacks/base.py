@@ -16,7 +16,7 @@ from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
 from .arguments import check_eps, check_images
-from .attacked_model import drawn_once_per_call, first_output, frozen
+from .attacked_model import first_output, frozen
 from .ball import Ball, ball_around
 from .context import AttackContext, Radius, chosen_seed, keeping
 from .losses import usable_loss
@@ -298,7 +298,11 @@ def worst_of_runs(
     _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
     with torch.enable_grad(), frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
-        apart = draws > 1 and drawn_once_per_call(model, x, draws, most)
+        apart = False
+        if draws > 1:
+            from .shared_draws import drawn_once_per_call
+
+            apart = drawn_once_per_call(model, x, draws, most)
         source = context.source(model, x, precision)
         if source is not model:
             stack.enter_context(frozen(source))

@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import nn
 
-
 #: By attribute: the objects that blocks hold now, by id, with the number of blocks and the value before the first.
 _HELD: dict[str, dict[int, list[Any]]] = {"training": {}, "requires_grad": {}}
 _LOCK = threading.Lock()
 
 
-class held:  # noqa: N801
+class held:
     """A block at whose end objects get back the value of an attribute, unless a block of another thread holds them too.
 
     The last of these blocks restores the value before the first. A class is faster than a generator.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compiler import EagerDispatchMode
 from .copying import deep_copy, freeze
 from .draws import same_draws
+from .eager_mode import EagerDispatchMode
 
 #: A CPU is faster in bfloat16 for a model with at least this many dense products per computed value, and in a batch of
 #: at least PRODUCTS. In table `elsewhere_copies` of docs/speed.md, the networks have 13 to 68 or 81 to 995 per value.

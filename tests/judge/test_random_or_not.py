@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, pgd, square, stadv
-from purify_fast.attacks.attacked_model import differ, drawn_once_per_call
+from purify_fast.attacks.shared_draws import differ, drawn_once_per_call
 from purify_fast.autoattack import AutoAttack
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.atop import Atop

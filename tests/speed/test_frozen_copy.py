@@ -16,7 +16,7 @@ from purify_fast.attacks import pgd
 from purify_fast.models import SmallCNN
 from purify_fast.protocols import PreparesReplay
 from purify_fast.speed.frozen_copy import FrozenCopy
-from purify_fast.speed.graphs.step_loop import parts_of
+from purify_fast.speed.graphs.graphed_loop import parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 8, 8)

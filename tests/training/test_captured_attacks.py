@@ -9,7 +9,7 @@ import torch
 from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs.step_loop import CAPTURE_STEPS
+from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS
 from purify_fast.training import FitConfig, Task, fit
 from purify_fast.training.loop import step_settings, train_step
 
@@ -62,7 +62,7 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
 
 
 def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkeypatch):
-    monkeypatch.setattr("purify_fast.speed.graphs.step_loop.CAPTURE_STEPS", 2)
+    monkeypatch.setattr("purify_fast.speed.graphs.graphed_loop.CAPTURE_STEPS", 2)
     attacked = []
     for error, all_rows in ((None, True), (RuntimeError("operation not permitted"), False)):
         rerun.error = error

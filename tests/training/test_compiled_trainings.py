@@ -14,7 +14,7 @@ from purify_fast.models import SmallCNN
 from purify_fast.protocols import CompilesSteps
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs import compiled_step
-from purify_fast.speed.graphs.step_loop import parts_of
+from purify_fast.speed.graphs.graphed_loop import parts_of
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.loop import train_step
 

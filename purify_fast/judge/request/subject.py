@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..._memory import ran_out_of_memory
 from ..._tensors import digest
-from ...attacks.attacked_model import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call, logits_of, logits_of_draws
+from ...attacks.attacked_model import logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
+from ...attacks.shared_draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
 from ...defences.stochastic import undecided
 from ...defences.wrappers import MajorityVote
 from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_each_image, supports

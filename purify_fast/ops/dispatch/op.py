@@ -11,7 +11,6 @@ import torch
 
 from ... import _library, kernels
 from .examples import Example
-from .records import files_digest, runs_triton
 
 KERNELS = Path(kernels.__path__[0])
 
@@ -63,6 +62,8 @@ class Definition:
 
     def code_hash(self, kind: str) -> str:
         """Return a hash of the kernel's sources on a type of device."""
+        from .records import files_digest, runs_triton
+
         definition = Path(self.reference.__code__.co_filename)
         if runs_triton(kind):
             # All files, because kernels call functions of other kernels, and definitions call other definitions.

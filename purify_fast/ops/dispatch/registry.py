@@ -25,10 +25,8 @@ import torch
 
 from ... import _library
 from ..._tensors import text_hash
-from . import records, verify
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, KERNELS, Backend, Definition, Sizes
-from .records import runs_triton
 
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
@@ -124,7 +122,10 @@ class Op(Definition):
             self.chosen[device, variant] = math.inf
         if smallest is None or size < smallest:
             return "reference"
-        correct = verify.is_correct(self, device)
+        # A kernel is verified once.
+        from .verify import is_correct
+
+        correct = is_correct(self, device)
         if correct is not None:
             self.chosen[device, variant] = smallest if correct else math.inf
         return self.kernel(device.type) if correct else "reference"
@@ -146,9 +147,11 @@ class Op(Definition):
 
 # Called while a graph is traced, and without a number of elements: a graph may run with inputs of any size.
 def _in_graph(name: str, kind: str, index: int | None, variant: str) -> Backend:
+    from .verify import is_correct
+
     op, device = REGISTRY[name], torch.device(kind) if index is None else torch.device(kind, index)
     used = op.kernel(kind) != "reference" and variant in op.in_graphs.get(kind, ())
-    return op.kernel(kind) if used and verify.is_correct(op, device) else "reference"
+    return op.kernel(kind) if used and is_correct(op, device) else "reference"
 
 
 # The compiler calls the function while it traces, and stores the result. `torch.compiler.assume_constant_result` only
@@ -159,11 +162,13 @@ _in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def sizes_here(name: str, device: torch.device) -> tuple[Sizes, str]:
     """Return the smallest sizes of eager calls that use an op's kernel on a device, and the source of these numbers."""
+    from . import records
+
     op = REGISTRY[name]
     if op.kernel(device.type) == "reference":
         return {}, "there is no kernel"
     # Without a GPU, the file of its machine is not known.
-    if not runs_triton(device.type) or torch.cuda.is_available():
+    if not records.runs_triton(device.type) or torch.cuda.is_available():
         tuned = records.entry_of(name, op.code_hash(device.type), device).get("tuned")
         if tuned:
             return {**op.smallest[device.type], **tuned["smallest"]}, f"tuned on this machine, {tuned['date']}"

@@ -23,7 +23,8 @@ from ...protocols import DrawsSeeds
 from ..agreement import nearly_as_exact
 from ..draws import host_generators, same_draws
 from ..frozen_weights import eager
-from .step_loop import State, StepFunction, parts_of
+from .graphed_loop import parts_of
+from .step_loop import State, StepFunction
 
 #: The compiler. Tests replace it by a faster one.
 BACKEND = "inductor"

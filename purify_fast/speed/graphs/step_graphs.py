@@ -26,27 +26,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..._compiler import EagerDispatchMode, section
+from ..._compiler import section
 from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
 from ..draws import host_generators, same_draws
+from ..eager_mode import EagerDispatchMode
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
 from .cuda_capture import CudaCapture
-from .step_loop import (
+from .graphed_loop import (
     Captured,
+    GraphedSteps,
     Launches,
-    State,
-    StepFunction,
-    Steps,
     on_usual_stream,
     parts_of,
     reserved,
     step_key,
     weak_key,
 )
+from .step_loop import State, StepFunction, Steps
 
 logger = logging.getLogger("purify_fast")
 
@@ -126,7 +126,7 @@ class StepGraphs:
         nothing = any(value.numel() == 0 for value in state.values())
         if off or nothing or torch.compiler.is_compiling():
             return Steps(function, state)
-        return Steps(function, state, self)
+        return GraphedSteps(function, state, self.find)
 
     def may_capture(self, device: torch.device) -> bool:
         """Return True if steps on a device may be captured."""

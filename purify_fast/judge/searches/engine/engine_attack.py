@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...._validation import Count, GradientPrecision
-from ....attacks.attacked_model import drawn_once_per_call, frozen
+from ....attacks.attacked_model import frozen
 from ....attacks.base import AttackResult, InBall, times
 from ....attacks.context import AttackContext, keeping
 from ....attacks.objective import Objective
+from ....attacks.shared_draws import drawn_once_per_call
 from ....protocols import Classifier
 from ..judge_context import JudgeContext
 from .judge import Judge
