@@ -77,7 +77,7 @@ def hidden_modules(model: nn.Module, parts: list[tuple[str, nn.Module]] | None =
     """
     parts, found = list(model.named_modules()) if parts is None else parts, []
     for path, whole in parts:
-        kind = type(whole)
+        kind: Any = type(whole)
         without = left_out(kind)
         held = attributes(whole) if _slots(kind) else vars(whole).items()
         # Every attack runs this loop. Few parts hold a container that PyTorch does not know.

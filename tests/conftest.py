@@ -27,7 +27,7 @@ from slow_shares import of_other_shares
 
 from purify_fast import _library
 from purify_fast.ops import use_backend
-from purify_fast.ops.dispatch import records, registry, verify
+from purify_fast.ops.dispatch import choices, records, verify
 from purify_fast.ops.dispatch.examples import Example
 
 #: Set by `make test`, which installs all that tests need, and where a test that is not marked as slow must not be.
@@ -126,10 +126,10 @@ def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     verify._warn_unwritable.cache_clear()
     records.forget()
-    registry.forget_choices()
+    choices.forget_choices()
     yield tmp_path / "cache"
     records.forget()
-    registry.forget_choices()
+    choices.forget_choices()
 
 
 @pytest.fixture(params=["reference", "cpp"])

@@ -12,11 +12,11 @@ from .base import AttackResult as AttackResult
 from .bpda import BpdaModel as BpdaModel
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
+from .fgsm import FGSM as FGSM
 from .functions import fgsm as fgsm
 from .functions import pgd as pgd
 from .health import GradientHealth as GradientHealth
 from .leaving_pgd import LeavingPGD as LeavingPGD
-from .pgd import FGSM as FGSM
 from .pgd import PGD as PGD
 
 # The searches that only a judge runs are imported when they are first used, so a training does not import them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,15 +43,15 @@ def ball_around(
     x: Tensor, eps: float | Tensor, norm: str = "linf", clip_min: float | Tensor = 0.0, clip_max: float | Tensor = 1.0
 ) -> Ball:
     """Check the radius ``eps``, see `Radius`, and make the balls around images."""
-    norm = norm if norm in NORMS else read_norm(norm)
+    kind = cast(Norm, norm) if norm in NORMS else read_norm(norm)
     if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
-        return Ball(_checked_radii(x, eps, norm, clip_max - clip_min), norm, clip_min, clip_max)
+        return Ball(_checked_radii(x, eps, kind, clip_max - clip_min), kind, clip_min, clip_max)
     if isinstance(eps, Tensor):
-        return Ball(_checked_radii(x, eps, norm, max(1.0, clip_max - clip_min)), norm, clip_min, clip_max)
+        return Ball(_checked_radii(x, eps, kind, max(1.0, clip_max - clip_min)), kind, clip_min, clip_max)
     # Most radii pass this test, which takes no time.
     if type(eps) is not float or not 0 <= eps <= max(1.0, clip_max - clip_min):
-        check_eps(eps, norm, max(1.0, clip_max - clip_min), pixels=x.shape[1:].numel())
-    return Ball(per_sample("eps", eps, x), norm, clip_min, clip_max)
+        check_eps(eps, kind, max(1.0, clip_max - clip_min), pixels=x.shape[1:].numel())
+    return Ball(per_sample("eps", eps, x), kind, clip_min, clip_max)
 
 
 def _checked_radii(x: Tensor, eps: float | Tensor, norm: Norm, width: float | Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class Attack(abc.ABC):
         """Return the norm and the radius. The context gives a norm or radius that the attack does not set."""
         own: Any = self
         norm, eps = own.norm or context.norm, context.eps if own.eps is None else own.eps
-        return norm if norm in self.norms else read_norm(norm, self.norms), eps
+        return cast(Norm, norm) if norm in self.norms else read_norm(norm, self.norms), eps
 
     def draws(self, context: AttackContext) -> int:
         """The number of predictions that a step averages; 1 if the model predicts the same every time."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..ops.attack_loss import KINDS, OP
 from ..protocols import Classifier, SharesDraws, supports
-from ..speed.graphs.step_loop import CapturesSteps, State, begin_steps
+from ..speed.graphs.step_loop import CapturesSteps, State
 from .attacked_model import gradient_to, logits_of, logits_of_draws
 from .context import LossFunction
 from .losses import FEWEST_CLASSES, check_classes
@@ -111,10 +111,10 @@ class Objective:
                 losses = self._own_losses(logits_of_draws(self.model, images, draws), y, draws)
                 return losses.sum(), losses
 
-            total, pull_back, loss = torch.func.vjp(total_of, x, has_aux=True)
+            total, pull_back, loss = cast(Any, torch.func.vjp)(total_of, x, has_aux=True)
             loss = _summed(loss, draws)
             return pull_back(torch.ones_like(total))[0], loss, torch.zeros_like(loss)
-        logits, pull_back = torch.func.vjp(lambda images: logits_of_draws(self.model, images, draws), x)
+        logits, pull_back = cast(Any, torch.func.vjp)(lambda images: logits_of_draws(self.model, images, draws), x)
         slopes, loss, wrong = self._losses(logits, y, draws)
         return pull_back(slopes)[0], _summed(loss, draws), _summed(wrong, draws)
 
@@ -207,27 +207,3 @@ class ObjectiveStep:
     def may_be_compiled(self, state: State) -> bool:
         """Return False, because most searches change the number of images."""
         return False
-
-
-class GradientStep(ObjectiveStep):
-    """`Objective.gradient` as a step."""
-
-    def __call__(self, state: State) -> State:
-        """The gradient, the loss and the share of misclassified draws at ``point`` for the labels ``y``."""
-        return self.objective.gradient(state["point"], state["y"])._asdict()
-
-
-class Gradients:
-    """Computes the gradients of one batch at successive points, with a CUDA graph if the objective has graphs."""
-
-    def __init__(self, objective: Objective, like: Tensor, y: Tensor):
-        wide = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros(len(like), device=like.device)
-        state = {"point": like, "y": y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
-        self._loop = begin_steps(objective.graphs, GradientStep(objective), state)
-
-    def at(self, point: Tensor) -> Gradient:
-        """`Objective.gradient` at a point, images ``[B, ...]``."""
-        self._loop.put(point=point)
-        self._loop.advance()
-        return Gradient(**self._loop.values("image", "loss", "wrong"))

@@ -9,8 +9,8 @@ from .contextual_attention import contextual_attention as contextual_attention
 from .contextual_attention import key_validity as key_validity
 from .decode_samples import decode_prior as decode_prior
 from .diffusion_step import diffusion_step as diffusion_step
+from .dispatch.choices import kernels_now as kernels_now
 from .dispatch.registry import REGISTRY as REGISTRY
-from .dispatch.registry import kernels_now as kernels_now
 from .dispatch.registry import use_backend as use_backend
 from .gated_elu import gated_elu as gated_elu
 from .hyperplane_projection import hyperplane_projection as hyperplane_projection

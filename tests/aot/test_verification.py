@@ -19,7 +19,7 @@ from purify_fast import evaluate  # noqa: E402
 from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.models.classifiers import SmallCNN  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
-from purify_fast.ops.dispatch import registry  # noqa: E402
+from purify_fast.ops.dispatch import choices, registry  # noqa: E402
 from purify_fast.ops.dispatch.verify import cases  # noqa: E402
 
 ARCHITECTURE, GPU = 90, torch.device("cuda")
@@ -58,7 +58,7 @@ def reached(monkeypatch) -> set[str]:
 
     monkeypatch.setattr(registry.Op, "backend_for", backend_for)
     # Choices of earlier tests would be used without asking `backend_for`.
-    registry.forget_choices()
+    choices.forget_choices()
     return names
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, kernels_now, use_backend
-from purify_fast.ops.dispatch import records, registry, verify
+from purify_fast.ops.dispatch import choices, records, registry, verify
 from purify_fast.ops.dispatch.examples import Example
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_a_right_kernel_serves_after_one_verification(make, folder):
     calls = kernel.calls
     assert calls == 1 + 3  # the call and three dtypes
     op(torch.ones(2))
-    registry.forget_choices()
+    choices.forget_choices()
     assert op.backend_for(CPU, 1) == "cpp" and kernel.calls == calls + 1
     verdict = kept(folder)["ops"][op.name]["verdict"]
     assert verdict["status"] == "compared" and verdict["error"] <= verdict["budget"]
@@ -101,7 +101,7 @@ def test_a_wrong_kernel_does_not_serve_and_one_warning_says_so(make, folder, wro
     assert op.backend_for(CPU, 1) == "reference" and not passed(kept(folder)["ops"][op.name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        registry.forget_choices()
+        choices.forget_choices()
         assert op(torch.ones(2)).tolist() == [2, 2]  # the verdict is kept
     with use_backend("cpp"):  # who forces it gets it
         assert op.backend_for(CPU, 1) == "cpp"
@@ -162,7 +162,7 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
         (content["ops"][op.name] if where == "ops" else content["machine"])[name] = value
         path.write_text(json.dumps(content))
         records.forget()
-        registry.forget_choices()
+        choices.forget_choices()
         before = kernel.calls
         assert op.backend_for(CPU, 1) == "cpp" and kernel.calls == before + 3
         assert kept(folder)["machine"] == records.machine(CPU)
@@ -235,7 +235,7 @@ def test_the_smallest_size_decides_and_a_kernel_that_is_not_used_is_not_verified
     for _ in range(2):
         assert not op.uses_reference(CPU, 100) and kernel.calls == 3
         assert op.uses_reference(CPU, 99)
-    registry.forget_choices()
+    choices.forget_choices()
     monkeypatch.setitem(op.smallest, "cpu", {"": None})
     assert op.uses_reference(CPU, 10**9) and op.uses_reference(CPU, 10**9, "unknown variant")
 
@@ -252,7 +252,7 @@ def test_the_users_sizes_come_before_the_shipped_and_stale_ones_are_not_used(mak
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
         records.forget()
-        registry.forget_choices()
+        choices.forget_choices()
         return registry.sizes_here(op.name, CPU)
 
     mine = op.code_hash("cpu")
@@ -266,7 +266,7 @@ def test_the_users_sizes_come_before_the_shipped_and_stale_ones_are_not_used(mak
     assert here(mine, None) == ({"": 0}, "shipped")
     path.write_text("{")
     records.forget()
-    registry.forget_choices()
+    choices.forget_choices()
     assert op.backend_for(CPU, 1) == "cpp" and "cannot be read" in caplog.text
 
 
@@ -280,7 +280,7 @@ def test_the_fact_of_a_run_names_kernels_and_the_users_sizes(make):
     assert begun != before
     tuned = {"date": "2026-01-02", "smallest": {"": None}}
     records.update(CPU, {op.name: {"sources": op.code_hash("cpu"), "tuned": tuned}})
-    registry.forget_choices()
+    choices.forget_choices()
     assert op.backend_for(CPU, 1) == "reference" and kernels_now(CPU) not in (begun, before)
     with use_backend("reference"):
         assert kernels_now(CPU) != begun

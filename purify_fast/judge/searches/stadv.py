@@ -25,9 +25,10 @@ from ...attacks.base import Attack, AttackResult, ThreatModel, times, worst_of_r
 from ...attacks.context import AttackContext, keeping
 from ...attacks.health import GradientHealth
 from ...attacks.losses import Loss
-from ...attacks.objective import Gradients, Objective
+from ...attacks.objective import Gradient, Objective, ObjectiveStep
 from ...attacks.search import Search
 from ...protocols import Classifier
+from ...speed.graphs.step_loop import State, begin_steps
 
 EPS, RATE, TAU = 0.05, 0.01, 0.05
 #: Adam's decay rates, and its epsilon, the constant that keeps its quotient finite.
@@ -69,6 +70,30 @@ def flow_loss(flow: Tensor) -> Tensor:
     """
     across, down = (((flow.diff(dim=dim).square().sum(1) + CORNER**2).sqrt() - CORNER).sum((1, 2)) for dim in (3, 2))
     return 2 * (across + down)
+
+
+class GradientStep(ObjectiveStep):
+    """`Objective.gradient` as a step."""
+
+    def __call__(self, state: State) -> State:
+        """The gradient, the loss and the share of misclassified draws at ``point`` for the labels ``y``."""
+        return self.objective.gradient(state["point"], state["y"])._asdict()
+
+
+class Gradients:
+    """Computes the gradients of one batch at successive points, with a CUDA graph if the objective has graphs."""
+
+    def __init__(self, objective: Objective, like: Tensor, y: Tensor):
+        wide = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(len(like), device=like.device)
+        state = {"point": like, "y": y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
+        self._loop = begin_steps(objective.graphs, GradientStep(objective), state)
+
+    def at(self, point: Tensor) -> Gradient:
+        """`Objective.gradient` at a point, images ``[B, ...]``."""
+        self._loop.put(point=point)
+        self._loop.advance()
+        return Gradient(**self._loop.values("image", "loss", "wrong"))
 
 
 class _Adam:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import math
 import os
 import threading
@@ -24,7 +23,6 @@ from typing import Any, cast
 import torch
 
 from ... import _library
-from ..._tensors import text_hash
 from .examples import Example, normal, properties_of, tensors
 from .op import BACKENDS, KERNELS, Backend, Definition, Sizes
 
@@ -173,28 +171,6 @@ def sizes_here(name: str, device: torch.device) -> tuple[Sizes, str]:
         if tuned:
             return {**op.smallest[device.type], **tuned["smallest"]}, f"tuned on this machine, {tuned['date']}"
     return op.smallest[device.type], "shipped"
-
-
-def kernels_now(device: torch.device) -> str:
-    """Return a hash of the kernels, and the choices among them, that may change the bits of results on a device.
-
-    Args:
-        device: the device on which a run computes.
-    """
-    kind = device.type
-    chosen = {
-        name: [op.kernel(kind), op.in_graphs.get(kind), sizes_here(name, device)[0]]
-        for name, op in REGISTRY.items()
-        if op.kernel(kind) != "reference" and not all(example.exact for example in op.examples)
-    }
-    return text_hash(json.dumps([kind, _forced.names, chosen], sort_keys=True)).hexdigest()
-
-
-def forget_choices() -> None:
-    """Choose all backends again, for example after the files on the disk have changed."""
-    sizes_here.cache_clear()
-    for op in REGISTRY.values():
-        op.chosen.clear()
 
 
 REGISTRY: dict[str, Op] = {}

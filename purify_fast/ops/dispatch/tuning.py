@@ -13,8 +13,9 @@ from torch.utils import benchmark
 from tqdm import tqdm
 
 from . import records
+from .choices import forget_choices
 from .examples import Example, tile, to
-from .registry import REGISTRY, Op, forget_choices
+from .registry import REGISTRY, Op
 from .verify import verdict_of
 
 #: The numbers of elements of the timed calls. On a GPU some kernels are faster only for large calls.

@@ -111,7 +111,7 @@ def compiler_of(function: StepFunction, state: State) -> Any:
         if hasattr(type(part), "counted"):
             return None
         if found is None and hasattr(type(part), "compiled_steps"):
-            found = part.compiled_steps()
+            found = part.compiled_steps()  # type: ignore[operator]
     return found if found is not None and function.may_be_compiled(state) else None
 
 
