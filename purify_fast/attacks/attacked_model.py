@@ -44,19 +44,18 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
-    wholes = [model, *(module for _, module in hidden_modules(model))]
-    modes = [(module, module.training) for whole in wholes for module in whole.modules()]
-    from ..speed.frozen_weights import images_only
+    from ..speed.frozen_weights import images_only, restored
 
-    try:
+    wholes = [model, *(module for _, module in hidden_modules(model))]
+
+    def evaluate() -> None:
+        # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
         for whole in wholes if not keep_mode else ():
             whole.eval()
-        with images_only(*wholes):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+
+    parts = {module: None for whole in wholes for module in whole.modules()}
+    with restored("training", parts, evaluate), images_only(*wholes):
+        yield
 
 
 class WritesToItsInput(ValueError):

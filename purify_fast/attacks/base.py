@@ -216,16 +216,15 @@ class Attack(abc.ABC):
         either: what the loss reads would be frozen.
         """
         # Most attacks are on other models, and need none of what makes graphs.
-        from ..speed.followed import graphs_of, read_copies
+        from ..speed.followed import graphs_of, reading
 
         # `DistributedDataParallel` would exchange buffers in each forward pass.
         model = self.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
-        read_copies(model)
         targeted = context.loss_function in [towards(loss) for loss in LOSSES]
         ours = context.loss_function is None or targeted
         graphs = graphs_of(model) if context.graphs is None and ours else None
         # With a user's loss, any labels are allowed.
-        with called_directly("targeted" if targeted else "y", y if ours else y[:0]):
+        with reading(model), called_directly("targeted" if targeted else "y", y if ours else y[:0]):
             if graphs is None or not graphs.free_for(x.device):
                 return self.search(model, x, y, context)
             try:

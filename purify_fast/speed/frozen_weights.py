@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
+
+#: By attribute and object: the values that blocks which have not ended yet will restore, the latest block last.
+_SAVED = dict[tuple[str, int], list[list[Any]]]()
+_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def restored(name: str, objects: Iterable[Any], change: Callable[[], Any]) -> Iterator[None]:
+    """A block that begins with a call of ``change``, and restores an attribute of objects at its end.
+
+    Blocks in several threads may overlap. One that ends before a later one leaves its values for the later to restore.
+    """
+    mine = list[list[Any]]()
+    try:
+        with _LOCK:
+            mine += [[one, getattr(one, name)] for one in objects]
+            for saved in mine:
+                _SAVED.setdefault((name, id(saved[0])), []).append(saved)
+            change()
+        yield
+    finally:
+        with _LOCK:
+            for saved in mine:
+                one, value = saved
+                stack = _SAVED[name, id(one)]
+                at = next(at for at, other in enumerate(stack) if other is saved)
+                del stack[at]
+                if at < len(stack):
+                    stack[at][1] = value
+                elif getattr(one, name) != value:
+                    setattr(one, name, value)
+                if not stack:
+                    del _SAVED[name, id(one)]
 
 
 @contextlib.contextmanager
@@ -17,14 +51,15 @@ def images_only(*models: nn.Module) -> Iterator[None]:
     before. Computations in the block give no gradients of weights later.
     """
     # The flag of a tensor that was made in inference mode could not be restored.
-    learning = [one for model in models for one in model.parameters() if one.requires_grad and not one.is_inference()]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
+    weights = {one: None for model in models for one in model.parameters() if not one.is_inference()}
+
+    def freeze() -> None:
+        for weight in weights:
+            if weight.requires_grad:
+                weight.requires_grad_(False)
+
+    with restored("requires_grad", weights, freeze):
         yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
