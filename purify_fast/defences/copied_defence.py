@@ -167,9 +167,7 @@ class FollowedDefence(Followed):
         parts = {name: part for name, part in fresh._modules.items() if part is not None}
         if not (in_place and self._values.own.took(*self._networks(parts))):
             self.parts = parts
-        held = {
-            name: value for name, value in vars(fresh).items() if isinstance(value, Tensor) and name != "_noise_ids"
-        }
+        held = {name: one for name, one in vars(fresh).items() if isinstance(one, Tensor) and name != "_noise_ids"}
         vars(copied).update(held)
         # An attribute has no source whose values could be written.
         more: list[tuple[Tensor, Any]] = [(value, None) for value in held.values()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..model_state import hidden_modules
 from .draws import own_generators
-from .watch import held_by, is_plain
+from .snapshot import held_by, is_plain
 from .weights import copy_all, tensors_of
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
@@ -65,14 +65,13 @@ def only_registered(*models: nn.Module) -> bool:
     This is so if PyTorch, Python's containers and functions alone decide what a copy is.
     """
     registered = {id(tensor) for model in models for _, tensor in tensors_of(model)}
-
-    def is_plain_part(one: Any) -> bool:
-        kind: Any = type(one)
-        # A copy has the present modes of the noise, which `held_by` leaves out.
-        odd = isinstance(one, nn.Module) and (computes_in_modes(one) or hasattr(one, "noise_modes"))
-        return id(one) in registered if isinstance(one, Tensor) else is_plain(kind) and not odd
-
-    return all(map(is_plain_part, held_by(*models)[1]))
+    held: list[Any] = held_by(*models)[1]
+    # A copy has the present modes of the noise, which `held_by` leaves out.
+    parts: list[Any] = [one for one in held if isinstance(one, nn.Module)]
+    odd = any(computes_in_modes(part) or getattr(part, "noise_modes", ()) for part in parts)
+    return not odd and all(
+        id(one) in registered if isinstance(one, Tensor) else is_plain(one.__class__) for one in held
+    )
 
 
 def freeze(copied: nn.Module) -> nn.Module:

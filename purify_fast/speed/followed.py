@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..model_state import hidden_modules
 from ..protocols import CopiesItself, supports
 from .copying import computes_in_modes
-from .watch import Watch
+from .snapshot import Snapshot
 from .weights import tensors_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Followed:
         # If a check or the caller fails, the next call of the copy tries again.
         self.reads = 0
         model: Any = self._model
-        watch = Watch(model) if self.watch is None else self.watch.again()
+        watch = Snapshot(model) if self.watch is None else self.watch.again()
         if watch is not self.watch:
             check_parts(model)
             if not self.fits():
@@ -174,7 +174,7 @@ def check_parts(model: nn.Module) -> None:
             raise TypeError(f"model must have dense tensors, got {tensor.layout} in {at}: call {at}.to_dense()")
 
 
-def _uncounted(model: nn.Module, watch: Watch) -> str:
+def _uncounted(model: nn.Module, watch: Snapshot) -> str:
     """Say why counts of writes do not show all changes of a model; an empty text if they do."""
     if watch.has_uncounted:
         return "a tensor was made in inference mode"

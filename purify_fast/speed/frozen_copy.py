@@ -255,7 +255,10 @@ class FrozenCopy(InferenceCopy):
 
     def forward(self, x: Tensor) -> Tensor:
         # A compiled graph would keep the first weights, so it ends here.
-        (self._read_outside if torch.compiler.is_compiling() else self.prepare_replay)()
+        if torch.compiler.is_compiling():
+            self._read_outside()
+        elif self._followed.changed():
+            self.prepare_replay()
         return self._predict(x)
 
     def prepare_replay(self) -> None:

@@ -90,38 +90,22 @@ def test_hooks_of_the_model_are_those_of_the_copy():
     assert close(model, fast)
 
 
-def test_modes_that_the_user_keeps_are_those_of_the_copy():
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_copy_keeps_the_modes_that_its_model_had_when_it_was_made(keeps):
     model = conv(nn.Dropout(0.5))
-    fast = purify_fast.frozen_copy(model, X, dtype=F)
-    assert fast.folded == 1
-    for keeps in (True, False):
-        model[5].train(keeps)
+    defence = carso(model)
+    for one in (model, defence.classifier):
+        one[1].train(keeps), one[5].train(keeps)
+    copies = [purify_fast.frozen_copy(one, X, dtype=F) for one in (model, defence)]
+    assert copies[0].folded == 1 - keeps
+    for one in (model, defence.classifier):
+        one[1].train(not keeps), one[5].train(not keeps)
+    # It is made again, because an attribute has changed.
+    model[2].inplace = defence.classifier[2].inplace = True
+    for fast, network in zip(copies, (copies[0].classifier, copies[1].classifier.classifier), strict=True):
         fast.update()
-        assert torch.equal(fast(X), fast(X)) is not keeps
-    model[1].train()
-    fast.update()
-    assert fast.folded == 0
-    # In a training, the model says nothing of what its user keeps.
-    model.eval()
-    model[5].train()
-    fast.update()
-    model.train()
-    fast.update()
-    assert fast.classifier[5].training and not fast.classifier[1].training
-    defence = carso(conv(nn.Dropout(0.5)))
-    fast = purify_fast.frozen_copy(defence, X, dtype=F)
-    defence.classifier[5].train()
-    fast.update()
-    with fast.fixed_noise(0):
-        assert not torch.equal(fast(X), fast(X))
-
-
-def test_a_folded_batchnorm_that_begins_to_train_is_folded_no_more():
-    model = conv()
-    fast = purify_fast.frozen_copy(model, X, dtype=F)
-    model[1].train()
-    fast.update()
-    assert close(copy.deepcopy(model), fast)
+        assert network[5].training == network[1].training == keeps or not keeps
+        assert torch.equal(fast.classifier(X), fast.classifier(X)) is not keeps
 
 
 def test_tensors_that_share_memory_share_it_in_the_copy():

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ..copying import deep_copy, only_registered
 from ..draws import same_draws
-from ..watch import Watch
+from ..snapshot import Snapshot
 from ..weights import copy_all, tensors_of
 from .arithmetic import fold, foldable, hooked, is_norm, scales_of
 
@@ -92,11 +92,11 @@ class Values:
 
     def __init__(
         self,
-        watch: Watch,
+        watch: Snapshot,
         copies: Sequence[tuple[nn.Module, nn.Module, list[tuple[str, str]]]],
         more: Sequence[tuple[Tensor, Any]] = (),
     ):
-        self.watch, self.own = watch, Watch(*(network for network, _, _ in copies))
+        self.watch, self.own = watch, Snapshot(*(network for network, _, _ in copies))
         # A tensor may have several names, so the sources are found by the tensors.
         found = dict[int, tuple[Tensor, Any]]()
         self._folded, self._folds = list[tuple[Any, Any]](), list[tuple[Tensor, Tensor, Tensor]]()
@@ -117,7 +117,7 @@ class Values:
             source is not None and source.dtype in (torch.float32, target.dtype) for target, source in known
         )
 
-    def fit(self, watch: Watch) -> bool:
+    def fit(self, watch: Snapshot) -> bool:
         """Return True if new copies would differ in these values only. ``watch``: what the models hold now."""
         return self._possible and watch is self.watch and self.own.same()
 

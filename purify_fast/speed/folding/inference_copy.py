@@ -18,7 +18,7 @@ from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze
 from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
-from ..watch import Watch
+from ..snapshot import Snapshot
 from ..weights import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
 from .batchnorm import Values, fold_pairs, foldable_pairs
@@ -251,7 +251,7 @@ class InferenceCopy(nn.Module):
         fine: bool = False,
         plain: bool = False,
         kept: set[str] | None = None,
-        watch: Watch | None = None,
+        watch: Snapshot | None = None,
     ):
         super().__init__()
         self.training = False
@@ -263,7 +263,7 @@ class InferenceCopy(nn.Module):
         if compile:
             self.compile_steps()
         self._values: Any = None
-        self._read(classifier, Watch(classifier) if watch is None else watch)
+        self._read(classifier, Snapshot(classifier) if watch is None else watch)
 
     @property
     def folded(self) -> int:
@@ -311,17 +311,17 @@ class InferenceCopy(nn.Module):
         """Make the copy from the present state of the classifier: its tensors, its attributes and all that it holds."""
         known: Any = None if self._values is None else self._values.watch
         same = known is not None and known.roots[0] is classifier
-        self._read(classifier, known.again() if same else Watch(classifier))
+        self._read(classifier, known.again() if same else Snapshot(classifier))
 
     @torch.inference_mode(False)
-    def _read(self, classifier: nn.Module, watch: Watch, in_place: bool = True) -> None:
+    def _read(self, classifier: nn.Module, watch: Snapshot, in_place: bool = True) -> None:
         """Read the classifier. ``watch``: what it holds now; ``in_place``: whether present tensors may be written."""
         with section("a copy reads its model"):
             if not (in_place and self._values is not None and self._values.fit(watch)):
                 self._make(classifier, watch, in_place)
             self._values.write()
 
-    def _make(self, classifier: nn.Module, watch: Watch, in_place: bool) -> None:
+    def _make(self, classifier: nn.Module, watch: Snapshot, in_place: bool) -> None:
         made = freeze(without_recorders(deep_copy(classifier)))
         set_modes(made, self._kept)
         how: dict[str, Any] = {} if self.prepared is None else {"channels_last": self.prepared.channels_last}
