@@ -216,7 +216,8 @@ class Attack(abc.ABC):
         either: what the loss reads would be frozen.
         """
         # Most attacks are on other models, and need none of what makes graphs.
-        from ..speed.followed import graphs_of, reading
+        from ..speed.followed import graphs_of
+        from ..speed.reading import reading
 
         # `DistributedDataParallel` would exchange buffers in each forward pass.
         model = self.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)

@@ -22,6 +22,7 @@ from ..speed.folding.inference_copy import (
     set_modes,
 )
 from ..speed.followed import Followed
+from ..speed.weights import copy_all
 
 
 @torch.inference_mode(False)
@@ -59,7 +60,7 @@ def computing_in(
 
 
 class _Reader(nn.Module):
-    """The classifier of a copy that reads the representation: that of a defence, prepared like its copied classifier."""
+    """The classifier that reads the representation in a copy of a defence, prepared like the copied classifier."""
 
     def __init__(self, defence: Any, classifier: InferenceCopy):
         super().__init__()
@@ -139,7 +140,7 @@ class FollowedDefence(Followed):
     def follow(self, copied: Any) -> None:
         if self.changed():
             # In a call of `torch.func.functional_call`, the given tensors serve.
-            if not self._values.own.swapped():
+            if self._values is None or not self._values.own.swapped():
                 copied.update(in_place=self.may_write)
         elif self.reads != copied._reads:
             # Another copy with this object has made the parts again.
@@ -150,11 +151,18 @@ class FollowedDefence(Followed):
         if self.has_model:
             defence: Any = self._model
             watch = self.read()
+            in_place = in_place and self._values is not None
             if not (in_place and self._values.fit(watch)):
                 how = {"compile": copied.classifier.compiled, "plain": copied.classifier.plain, "followed": self}
                 self.take(copied, defence.make_frozen_copy(copied.classifier.dtype, **how), in_place)
             self._values.write()
             self.end_read(copied)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FollowedDefence:
+        other: Any = super().__deepcopy__(memo)
+        # Its parts are its own.
+        other._values, other.parts = None, {}
+        return other
 
     def end_read(self, copied: Any) -> None:
         self.finish()
@@ -172,7 +180,9 @@ class FollowedDefence(Followed):
         # An attribute has no source whose values could be written.
         more: list[tuple[Tensor, Any]] = [(value, None) for value in held.values()]
         mine, theirs = ({**one._parameters, **one._buffers} for one in (copied, defence))
-        more += [(one, theirs[name]) for name, one in mine.items() if one is not None and name != "_noise_seed"]
+        pairs = [(one, theirs[name]) for name, one in mine.items() if one is not None and name != "_noise_seed"]
+        copy_all(pairs)
+        more += pairs
         sources = [(getattr(defence, name), pairs) for name, pairs in self.folds.items()]
         readers = [part for name, part in parts.items() if name in ("classifier", "_reader")]
         sources += [(defence.classifier, part.prepared.pairs) for part in readers]

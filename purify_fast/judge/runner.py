@@ -23,9 +23,9 @@ from ..attacks.base import ThreatModel
 from ..attacks.context import TimeIsOver
 from ..ops import kernels_now
 from ..protocols import Classifier
-from ..speed.followed import reading
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
+from ..speed.reading import reading
 from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops

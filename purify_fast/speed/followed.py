@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import warnings
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 from ..model_state import hidden_modules
 from ..protocols import CopiesItself, supports
 from .copying import computes_in_modes
+from .reading import NUMBERS, block
 from .snapshot import Snapshot
 from .weights import tensors_of
 
@@ -30,29 +27,6 @@ def is_frozen_copy(model: object) -> bool:
 def graphs_of(model: object) -> StepGraphs | None:
     """Return the graphs that `purify_fast.frozen_copy` has given to a copy; None for any other model."""
     return model._followed.graphs if is_frozen_copy(model) else None  # type: ignore[attr-defined]
-
-
-#: The numbers of blocks and of reads, in the order in which they began.
-_NUMBERS = itertools.count(1)
-_block = ContextVar("block", default=0)
-
-
-@contextlib.contextmanager
-def reading(*models: object) -> Iterator[None]:
-    """A block in which each frozen copy reads its model once: the parts of the given modules now, others when called.
-
-    Writes may not have been counted, and a copy may be hidden in functions and objects. A step in the block meets the
-    same networks as the step before.
-    """
-    token = _block.set(next(_NUMBERS))
-    try:
-        for model in models:
-            for part in model.modules() if isinstance(model, nn.Module) else ():
-                if is_frozen_copy(part):
-                    part.prepare_replay()  # type: ignore[operator]
-        yield
-    finally:
-        _block.reset(token)
 
 
 class Followed:
@@ -112,11 +86,11 @@ class Followed:
     @property
     def may_write(self) -> bool:
         """Whether a read may write into present tensors; a backward pass may need those of each earlier plain call."""
-        return not self.reason or _block.get() > 0
+        return not self.reason or block.get() > 0
 
     def finish(self) -> None:
         """Remember that the copy has been made from what was read last."""
-        self.reads = next(_NUMBERS)
+        self.reads = next(NUMBERS)
 
     def fits(self) -> bool:
         """Return True if names, shapes and the sharing of the model's tensors are those of the copy."""
@@ -126,8 +100,8 @@ class Followed:
         """Return True if the copy must read: once in a block of `reading`, or if the model may have changed outside."""
         if self._model is None:
             return False
-        block = _block.get()
-        return self.reads <= block or (not block and (self.reason != "" or self.watch.changed()))
+        now = block.get()
+        return self.reads <= now or (not now and (self.reason != "" or self.watch.changed()))
 
     def keep_mode(self, mode: bool) -> None:
         """Warn once that ``train()`` changes nothing in a frozen copy."""

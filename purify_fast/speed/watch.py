@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-
 _values, _version, _address = methodcaller("values"), attrgetter("_version"), methodcaller("data_ptr")
 
 

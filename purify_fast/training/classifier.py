@@ -18,9 +18,9 @@ from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
-from ..speed.followed import reading
 from ..speed.frozen_copy import AttackedCopy
 from ..speed.layout import autocast_to
+from ..speed.reading import reading
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
 from .method_task import MethodTask

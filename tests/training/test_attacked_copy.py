@@ -7,8 +7,8 @@ from small_models import Made, NotCopied, images_and_labels
 from torch import nn
 
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed.followed import reading
 from purify_fast.speed.frozen_copy import AttackedCopy, FrozenCopy
+from purify_fast.speed.reading import reading
 from purify_fast.training import Batch, ClassifierConfig, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierTask
 

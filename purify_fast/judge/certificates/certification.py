@@ -31,9 +31,9 @@ from ...attacks.arguments import check_labels
 from ...attacks.context import TimeIsOver
 from ...ops import kernels_now
 from ...protocols import Classifier
-from ...speed.followed import reading
 from ...speed.memory import BatchLimit
 from ...speed.precision import whole_float32_by_default
+from ...speed.reading import reading
 from ..request.fingerprint import fingerprint
 from ..request.preparation import collect, note_of_modes
 from ..request.subject import device_of
