@@ -184,12 +184,12 @@ class FollowedDefence(Followed):
         copy_all(pairs)
         more += pairs
         sources = [(getattr(defence, name), pairs) for name, pairs in self.folds.items()]
-        readers = [part for name, part in parts.items() if name in ("classifier", "_reader")]
-        sources += [(defence.classifier, part.prepared.pairs) for part in readers]
-        networks = self._networks(self.parts)
-        for network in networks[len(self.folds) :]:
-            more += computed_values(network, defence.classifier)
-        copies = [(network, *source) for network, source in zip(networks, sources, strict=True)]
+        sources.append((defence.classifier, fresh.classifier.prepared.pairs))
+        if "_reader" in parts:
+            sources.append((defence.representation.model, fresh._reader.prepared.pairs))
+        copies = [(network, *one) for network, one in zip(self._networks(self.parts), sources, strict=True)]
+        for network, model, _ in copies[len(self.folds) :]:
+            more += computed_values(network, model)
         self._values, copied._made_from = Values(self.watch, copies, more), self.watch
 
     def _networks(self, parts: dict[str, Any]) -> list[nn.Module]:
