@@ -16,6 +16,7 @@ from purify_fast.defences.base import Defence
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.models.layers import Normalize
 from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.reading import reading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F = torch.float32
@@ -404,3 +405,37 @@ def test_what_cannot_be_copied_is_an_error_that_says_so():
     model.table = torch.eye(5).to_sparse()
     with pytest.raises(TypeError, match=r"dense tensors, got torch\.sparse_coo in table"):
         purify_fast.frozen_copy(model, X)
+
+
+def test_a_copy_reads_once_in_a_block_and_a_block_inside_has_a_number_of_its_own():
+    model = conv().append(SizedInModes().sized()).eval()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    with reading():
+        fast(X), fast(X)
+        network, reads = fast.classifier, [fast._followed.reads]
+        fast(X)
+        assert fast.classifier is network and fast._followed.reads == reads[0]
+        with reading(fast):
+            reads.append(fast._followed.reads)
+            fast(X)
+        fast(X)
+        reads.append(fast._followed.reads)
+    assert reads[0] < reads[1] == reads[2]
+    fast(X)
+    assert fast._followed.reads > reads[2]
+
+
+def test_given_tensors_serve_in_a_functional_call_although_a_read_is_due():
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    given = {name: 3 * value for name, value in fast.state_dict().items()}
+    want = torch.func.functional_call(fast, given, (X,))
+    model[5].weight.detach().mul_(-1)
+    assert torch.equal(torch.func.functional_call(fast, given, (X,)), want) and close(model, fast)
+
+
+def test_a_copy_that_is_copied_after_its_model_follows_the_copied_model():
+    model = conv()
+    pair = copy.deepcopy([model, purify_fast.frozen_copy(model, X, dtype=F)])
+    pair[0][5].weight.detach().mul_(-1)
+    assert close(*pair) and not close(model, pair[1])
