@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import enum
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -32,13 +31,10 @@ Inside = Callable[[Any], Any]
 
 
 class Description:
-    """Describes a value by nested tuples. ``leaf`` describes tensors, functions and objects.
+    """Describes a value by nested tuples. ``leaf`` describes tensors, functions and objects."""
 
-    ``hooks`` and ``modes``: whether hooks of modules, and their modes and those of their noise, are described.
-    """
-
-    def __init__(self, leaf: Callable[[Any, Inside], Any], *, hooks: bool = True, modes: bool = True):
-        self.leaf, self.hooks, self.modes = leaf, hooks, modes
+    def __init__(self, leaf: Callable[[Any, Inside], Any]):
+        self.leaf = leaf
         #: The values so far, and their numbers by id. An id is unique only while its object exists.
         self.values: list[Any] = []
         self.seen: dict[int, int] = {}
@@ -58,13 +54,9 @@ class Description:
             return self.leaf(value, self.of)
         if isinstance(value, nn.Module):
             held = [item for group in ("_parameters", "_buffers", "_modules") for item in vars(value)[group].items()]
-            groups = HOOKS if self.hooks else ()
-            hooks = [("a hook", hook) for group in groups for hook in getattr(value, group).values()]
-            own = attributes(value)
-            if not self.modes:
-                own = [(name, part) for name, part in own if name not in getattr(kind, "noise_modes", ())]
-            inside = [(name, self.of(part)) for name, part in (*held, *hooks, *own)]
-            return (self.of(kind), value.training and self.modes, *inside)
+            hooks = [("a hook", hook) for group in HOOKS for hook in getattr(value, group).values()]
+            inside = [(name, self.of(part)) for name, part in (*held, *hooks, *attributes(value))]
+            return (self.of(kind), value.training, *inside)
         if isinstance(value, (set, frozenset)):
             return (kind.__name__, *sorted(map(self.of, value), key=repr))
         if isinstance(value, (list, deque, dict, types.MappingProxyType)):
@@ -96,32 +88,3 @@ def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
         return (value.data_ptr(), value.shape, value.dtype, value.device)
 
     return Description(leaf).of(model), objects, tensors
-
-
-def structure_key(model: nn.Module, *, hooks: bool = True, modes: bool = True) -> tuple[Any, list[Any], list[Any]]:
-    """Describe a model without the values of its tensors.
-
-    Two models with equal descriptions differ in the values of these tensors only. An object that cannot be described is
-    equal to itself alone, as long as it is kept alive.
-
-    Returns:
-        The description, the objects that must be kept alive beside it, and all that it describes except numbers, texts
-        and tuples.
-    """
-    objects: list[Any] = []
-
-    def leaf(value: Any, inside: Inside) -> Any:
-        if isinstance(value, Tensor):
-            strided = value.layout == torch.strided
-            return type(value), value.shape, value.dtype, value.device, value.stride() if strided else value.layout
-        if not isinstance(value, SHARED):
-            # Describe what a deep copy is made from. Some objects of C cannot be taken apart.
-            with contextlib.suppress(Exception):
-                made_from = value.__reduce_ex__(4)
-                if not isinstance(made_from, str):
-                    return inside(tuple(list(one) if isinstance(one, Iterator) else one for one in made_from))
-        objects.append(value)
-        return id(value)
-
-    description = Description(leaf, hooks=hooks, modes=modes)
-    return description.of(model), objects, description.values

@@ -33,13 +33,13 @@ def attributes(value: Any) -> list[tuple[str, Any]]:
     """The attributes of an object by name, without those that PyTorch registers and those in ``not_dependencies``."""
     kind: Any = type(value)
     named, without = getattr(value, "__dict__", {}), left_out(kind)
-    if slots := _slots(kind):
-        named = {name: getattr(value, name, EMPTY) for name in slots} | named
+    if own := slots(kind):
+        named = {name: getattr(value, name, EMPTY) for name in own} | named
     return [(name, named[name]) for name in sorted(named.keys() - without) if named[name] is not EMPTY]
 
 
 @functools.lru_cache(maxsize=4096)
-def _slots(kind: type) -> list[str]:
+def slots(kind: type) -> list[str]:
     """The names of the attributes that the objects of a class keep outside of their dictionary."""
     members = [item for base in kind.__mro__ for item in vars(base).items()]
     return [name for name, of in members if isinstance(of, MemberDescriptorType) and not name.startswith("__")]
@@ -79,7 +79,7 @@ def hidden_modules(model: nn.Module, parts: list[tuple[str, nn.Module]] | None =
     for path, whole in parts:
         kind: Any = type(whole)
         without = left_out(kind)
-        held = attributes(whole) if _slots(kind) else vars(whole).items()
+        held = attributes(whole) if slots(kind) else vars(whole).items()
         # Every attack runs this loop. Few parts hold a container that PyTorch does not know.
         inside = [item for item in held if isinstance(item[1], CONTAINERS) and item[0] not in without]
         if inside:

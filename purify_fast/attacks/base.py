@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..protocols import Classifier
+from ..speed.reading import graphs_of, reading
 from .arguments import check_eps, check_images
 from .attacked_model import first_output, frozen
 from .ball import Ball, ball_around
@@ -216,24 +217,21 @@ class Attack(abc.ABC):
         default one, nothing is captured, because replays must not overlap. A step with a user's loss is not captured
         either: what the loss reads would be frozen.
         """
-        # Most attacks are on other models, and need none of what makes graphs.
-        from ..speed.followed import graphs_of, read_copies
-
         # `DistributedDataParallel` would exchange buffers in each forward pass.
         model = self.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
-        read_copies(model)
         ours = context.loss_function is None
         graphs = graphs_of(model) if context.graphs is None and ours else None
         # With a user's loss, any labels are allowed.
         token = first_output.set(("targeted" if context.toward else "y", y if ours else y[:0]))
         try:
-            if graphs is None or not graphs.free_for(x.device):
-                return self.search(model, x, y, context)
-            try:
-                captured = replace(context, graphs=graphs)
-                return graphs.retry_without_graphs(lambda: self.search(model, x, y, captured), x.device)
-            finally:
-                graphs.lock.release()
+            with reading(model):
+                if graphs is None or not graphs.free_for(x.device):
+                    return self.search(model, x, y, context)
+                try:
+                    captured = replace(context, graphs=graphs)
+                    return graphs.retry_without_graphs(lambda: self.search(model, x, y, captured), x.device)
+                finally:
+                    graphs.lock.release()
         finally:
             first_output.reset(token)
 

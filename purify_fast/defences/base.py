@@ -48,15 +48,15 @@ class Defence(StochasticDefence):
     aggregation: str = "lse"
     compute_dtype: torch.dtype | None = None
     about: str = ""
-    not_dependencies = frozenset({"bank", "_followed", "_reads", "_made_from", "_reader_place"})
+    not_dependencies = frozenset({"bank", "_followed", "_reads", "_made_from"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
-        #: In a frozen copy: the model, which is a `FollowedDefence`, the number of its reads, and its structure when
-        #: this copy was made.
+        #: In a frozen copy: the model, which is a `FollowedDefence`, the number of its last read, and the watch of the
+        #: model with which this copy was made.
         self._followed: Any = None
         self._representation: Representation | None = None
-        self._reads = self._made_from = 0
+        self._reads, self._made_from = 0, None
         refuse_wrapped("classifier", classifier)
         image_shape = tuple(int(size) for size in image_shape)  # type: ignore[assignment]
         if len(image_shape) != 3 or min(image_shape) < 1:
@@ -184,9 +184,9 @@ class Defence(StochasticDefence):
         return make_frozen_copy(self, dtype, **how)
 
     def update(self, in_place: bool = True) -> None:
-        """Let a frozen copy read its model again: its parts are made anew, and its settings and its noise remain.
+        """Let a frozen copy read its model again. Its settings and its noise remain.
 
-        ``in_place``: whether the present tensors get the new values if the parts differ in nothing else.
+        ``in_place``: whether the present tensors get the new values, if nothing else differs.
 
         Raises:
             ValueError: names, shapes or the sharing of the model's tensors have changed.
@@ -221,6 +221,11 @@ class Defence(StochasticDefence):
     def state_dict(self, *given: Any, **options: Any) -> Any:
         self.prepare_replay()
         return super().state_dict(*given, **options)
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        if self._followed is not None:
+            self._followed.refuse_state()
+        super()._load_from_state_dict(*given)
 
     # -- modes --------------------------------------------------------------------------------------------------------
 

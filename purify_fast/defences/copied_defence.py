@@ -13,15 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from ..speed.copying import deep_copy, memo_of
-from ..speed.folding.batchnorm import fold_pairs, foldable_pairs
-from ..speed.folding.inference_copy import InferenceCopy, prepare_for_inference, set_modes
+from ..speed.folding.batchnorm import Values, fold_pairs, foldable_pairs
+from ..speed.folding.inference_copy import (
+    InferenceCopy,
+    computed_values,
+    kept_modes,
+    prepare_for_inference,
+    set_modes,
+)
 from ..speed.followed import Followed
-from ..speed.structure import Place, Structure
+from ..speed.weights import copy_all
 
 
 @torch.inference_mode(False)
 def computing_in(
-    defence: Any, dtype: torch.dtype, *, compile: bool = False, plain: bool = False, structure: Structure | None = None
+    defence: Any, dtype: torch.dtype, *, compile: bool = False, plain: bool = False, kept: set[str] | None = None
 ) -> Any:
     """Make a defence with the same purifier and a copied classifier, which computes its products in ``dtype``.
 
@@ -34,7 +40,7 @@ def computing_in(
         dtype: float32 or bfloat16.
         compile: whether the classifier is compiled.
         plain: whether no BatchNorm is folded, and the layout of the weights remains.
-        structure: decisions about the defence that are known already.
+        kept: the modules of the classifier that stay in training mode, see `InferenceCopy`.
 
     Raises:
         ValueError: another dtype, or a purifier that is not in float32.
@@ -45,33 +51,25 @@ def computing_in(
     # The buffers are shared, because a step of a training may replace one.
     other._modules, other._kept_ids = dict(defence._modules), {}
     other.compute_dtype = dtype
-    vars(other)["_reader_place"] = Place()
-    how: dict[str, Any] = {"plain": plain, "structure": structure}
+    how: dict[str, Any] = {"plain": plain, "kept": kept}
     other.classifier = InferenceCopy(defence.classifier, defence.image_shape, dtype, compile, **how)
-    _read_representation(other, defence)
+    if defence.representation is not None:
+        # It is registered, so it moves with the copy.
+        other._reader = _Reader(defence, other.classifier)
     return other
 
 
 class _Reader(nn.Module):
-    """The classifier of a copy that reads the representation."""
+    """The classifier that reads the representation in a copy of a defence, prepared like the copied classifier."""
 
-    def __init__(self, representation: Any):
+    def __init__(self, defence: Any, classifier: InferenceCopy):
         super().__init__()
-        self.representation, self.model, self.training = representation, representation.model, False
-
-
-def _read_representation(copied: Any, defence: Any) -> None:
-    """Let a copy read the classifier of a defence into the classifier that reads the representation."""
-    if defence.representation is None:
-        return
-    classifier = copied.classifier
-    made = copy.deepcopy(defence.representation, memo_of(defence.classifier.modules()))
-    made.model.requires_grad_(False).eval()
-    set_modes(made.model, classifier._kept)
-    decided = classifier.decisions["_reader"]
-    prepare_for_inference(made.model, copied.image_shape, classifier.dtype, plain=classifier.plain, decided=decided)
-    # It is registered, so it moves with the copy.
-    copied._reader = vars(copied)["_reader_place"].put(_Reader(made), classifier._structure.number)
+        made = copy.deepcopy(defence.representation, memo_of(defence.classifier.modules()))
+        made.model.requires_grad_(False).eval()
+        set_modes(made.model, classifier._kept)
+        how = {"plain": classifier.plain, "channels_last": classifier.uses_channels_last}
+        self.prepared = prepare_for_inference(made.model, classifier.image_shape, classifier.dtype, **how)
+        self.representation, self.model, self.training = made, made.model, False
 
 
 @torch.inference_mode(False)
@@ -89,80 +87,123 @@ def make_frozen_copy(
     """
     is_first = followed is None
     followed = FollowedDefence(defence) if followed is None else followed
-    decisions = followed.structure.decisions
     # The classifier and what reads its representation are copied below.
     kept = [defence.classifier, *([] if defence.representation is None else [defence.representation])]
     inside = set(defence.classifier.modules())
     memo = {id(one): one for one in kept} | memo_of(part for part in defence.modules() if part not in inside)
     other: Any = deep_copy(defence, memo)
-    other = other.computing_in(dtype, compile=compile, plain=plain, structure=followed.structure)
+    other = other.computing_in(dtype, compile=compile, plain=plain, kept=followed.kept)
     other.training = False
     other.requires_grad_(False)
     parts = [(name, part) for name, part in other.named_children() if name not in ("classifier", "_reader")]
     places = Counter(module for _, part in parts for module in part.modules())
+    followed.folds = {}
     for name, part in parts:
         # A layer that two parts share is not folded.
         alone = all(places[module] == 1 for module in part.modules())
         part.eval()
-        if decisions[name].pairs is None:
-            decisions[name].pairs = foldable_pairs(part)[0] if alone and not plain else []
-        fold_pairs(part, decisions[name].pairs or [])
+        followed.folds[name] = foldable_pairs(part)[0] if alone and not plain else []
+        fold_pairs(part, followed.folds[name])
         if compile:
             from ..speed.graphs.compiled_step import compile_calls
 
             compile_calls(part)
-    if is_first:
-        other._followed, followed.is_current = followed, True
-        followed.adopt(other, other)
-        other._made_from = followed.structure.number
     # A subclass may call its parts without `check_images`.
     other.register_forward_pre_hook(type(other)._follow)
-    folded = sum(len(decisions[name].pairs or ()) for name in ("classifier", *(name for name, _ in parts)))
+    folded = other.classifier.folded + sum(map(len, followed.folds.values()))
     compiled = ", compiled" if compile else ""
     reads = f", reads its model at every call, because {followed.reason}" if followed.reason else ""
     name = type(defence).__name__
     other.about = f"{name} in {dtype}, {folded} folded BatchNorms{compiled}{reads}".replace("torch.", "")
+    if is_first:
+        other._followed = followed
+        followed.take(other, other)
+        followed.end_read(other)
     return other
 
 
 class FollowedDefence(Followed):
-    """A defence that frozen copies follow. The methods do what the methods of these names of a `Defence` say."""
+    """A defence that frozen copies follow. The methods do what the methods of these names of a `Defence` say.
+
+    Attributes:
+        kept: the modules of the classifier that stay in training mode in the copies.
+        folds: the names of the folded layers and BatchNorms of each part, except the classifier.
+        parts: the parts of the copies.
+    """
+
+    def __init__(self, model: Any = None):
+        super().__init__(model)
+        self.kept = set[str]() if model is None else kept_modes(model.classifier)
+        self.folds, self.parts = dict[str, list[tuple[str, str]]](), dict[str, nn.Module]()
+        self._values: Any = None
 
     def follow(self, copied: Any) -> None:
         if self.changed():
-            copied.update(in_place=self.reason == "")
+            # In a call of `torch.func.functional_call`, the given tensors serve.
+            if self._values is None or not self._values.own.swapped():
+                copied.update(in_place=self.may_write)
         elif self.reads != copied._reads:
             # Another copy with this object has made the parts again.
-            self.adopt(copied, None)
+            copied._modules |= self.parts
+            copied._reads = self.reads
 
     def update(self, copied: Any, in_place: bool) -> None:
-        model: Any = self.read()
-        if model is not None:
-            how = {"compile": copied.classifier.compiled, "plain": copied.classifier.plain, "followed": self}
-            self.adopt(copied, model.make_frozen_copy(copied.classifier.dtype, **how), in_place)
-            self.is_current = True
+        if self.has_model:
+            defence: Any = self._model
+            watch = self.read()
+            in_place = in_place and self._values is not None
+            if not (in_place and self._values.fit(watch)):
+                how = {"compile": copied.classifier.compiled, "plain": copied.classifier.plain, "followed": self}
+                self.take(copied, defence.make_frozen_copy(copied.classifier.dtype, **how), in_place)
+            self._values.write()
+            self.end_read(copied)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FollowedDefence:
+        other: Any = super().__deepcopy__(memo)
+        # Its parts are its own.
+        other._values, other.parts = None, {}
+        return other
+
+    def end_read(self, copied: Any) -> None:
+        self.finish()
+        copied._modules |= self.parts
+        copied._reads = self.reads
+
+    def take(self, copied: Any, fresh: Any, in_place: bool = False) -> None:
+        """Take the parts of a new copy, and let a copy have its tensors; it may be the new copy itself."""
+        defence: Any = self._model
+        parts = {name: part for name, part in fresh._modules.items() if part is not None}
+        if not (in_place and self._values.own.took(*self._networks(parts))):
+            self.parts = parts
+        held = {name: one for name, one in vars(fresh).items() if isinstance(one, Tensor) and name != "_noise_ids"}
+        vars(copied).update(held)
+        # An attribute has no source whose values could be written.
+        more: list[tuple[Tensor, Any]] = [(value, None) for value in held.values()]
+        mine, theirs = ({**one._parameters, **one._buffers} for one in (copied, defence))
+        pairs = [(one, theirs[name]) for name, one in mine.items() if one is not None and name != "_noise_seed"]
+        copy_all(pairs)
+        more += pairs
+        sources = [(getattr(defence, name), pairs) for name, pairs in self.folds.items()]
+        sources.append((defence.classifier, fresh.classifier.prepared.pairs))
+        if "_reader" in parts:
+            sources.append((defence.representation.model, fresh._reader.prepared.pairs))
+        copies = [(network, *one) for network, one in zip(self._networks(self.parts), sources, strict=True)]
+        for network, model, _ in copies[len(self.folds) :]:
+            more += computed_values(network, model)
+        self._values, copied._made_from = Values(self.watch, copies, more), self.watch
+
+    def _networks(self, parts: dict[str, Any]) -> list[nn.Module]:
+        """The networks of the parts of a copy; those of its classifier are the last."""
+        classifier, reader = parts["classifier"], parts.get("_reader")
+        own = [parts[name] for name in self.folds]
+        return [*own, classifier.classifier, *([] if reader is None else [reader.model])]
 
     def follows(self, copied: Any, model: Any) -> bool:
+        before = copied._made_from
         try:
             copied.update()
         except (TypeError, ValueError):
             return False
         copied._noise, copied._noise_ids = model._noise, model._noise_ids
         copied._noise_seed.copy_(model._noise_seed)
-        return bool(self.structure.number == copied._made_from)
-
-    def adopt(self, copied: Any, fresh: Any, in_place: bool = True) -> None:
-        """Let a copy take the parts of a new copy; None: those that another copy with this object has taken."""
-        copied._reads = self.reads
-        for name, part in () if fresh is None else fresh.named_children():
-            self.places[name].put(part, self.structure.number, in_place)
-        copied._modules |= {name: place.network for name, place in self.places.items()}
-        if fresh is None or fresh is copied:
-            return
-        own: list[dict[str, Any]] = [{**one._parameters, **one._buffers} for one in (copied, fresh)]
-        with torch.no_grad():
-            for name, mine in own[0].items():
-                if mine is not None and name != "_noise_seed":
-                    mine.copy_(own[1][name])
-        held = {name: value for name, value in vars(fresh).items() if isinstance(value, Tensor)}
-        vars(copied).update({name: value for name, value in held.items() if name != "_noise_ids"})
+        return before is self.watch

@@ -23,9 +23,9 @@ from ..attacks.base import ThreatModel
 from ..attacks.context import TimeIsOver
 from ..ops import kernels_now
 from ..protocols import Classifier
-from ..speed.followed import read_copies
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
+from ..speed.reading import reading
 from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
@@ -193,7 +193,7 @@ def _answer(call: _Call, draws: bool) -> Report:
         stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
         modes = note_of_modes(model, name)
         stack.enter_context(frozen(model))
-        read_copies(model, call.base, *(spec.through for spec in call.attacks))
+        stack.enter_context(reading(model, call.base, *(spec.through for spec in call.attacks)))
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, call.x, call.y, batch_size=config.images_together, draws=draws, **judging)
         # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.

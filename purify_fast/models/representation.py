@@ -21,7 +21,7 @@ from .._tensors import first_tensor
 Outputs = dict[str, list[tuple[Any, int]]]
 
 
-class _Recorder:
+class Recorder:
     """The forward hook of a layer. It is a class, because a model with a closure as hook could not be pickled."""
 
     def __init__(self, owner: Representation, index: int):
@@ -38,7 +38,7 @@ def without_recorders(model: nn.Module) -> nn.Module:
     """Remove the hooks of `Representation` from a model in place, and return the model."""
     for module in model.modules():
         # PyTorch lists no hooks, and their handles remove them only from the original model, not from a copy.
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Recorder)]:
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Recorder)]:
             del module._forward_hooks[key]
     return model
 
@@ -131,7 +131,7 @@ class Representation:
         self.overwritten = [False] * len(layers)
         self.shapes, self.num_classes = self._dry_run(image_shape)
         for index, name in enumerate(layers):
-            modules[name].register_forward_hook(_Recorder(self, index))
+            modules[name].register_forward_hook(Recorder(self, index))
 
     def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
         modules = dict(self.model.named_modules(remove_duplicate=False))

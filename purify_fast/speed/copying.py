@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model_description import SHARED
 from ..model_state import hidden_modules
 from .draws import own_generators
+from .snapshot import held_by, is_plain
 from .weights import copy_all, tensors_of
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
 PLAIN = (Tensor, nn.Parameter)
-#: The methods by which a class may decide how its objects are copied.
-COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__")
 
 
 def memo_of(parts: Iterable[nn.Module]) -> dict[int, Any]:
@@ -61,36 +59,19 @@ def computes_in_modes(part: nn.Module) -> bool:
     return not sets_modes_only or kind.eval is not nn.Module.eval or bool({"train", "eval"} & vars(part).keys())
 
 
-def only_registered(model: nn.Module, values: list[Any]) -> bool:
-    """Return True if copies of a model in the same modes can differ in the values of parameters and buffers only.
+def only_registered(*models: nn.Module) -> bool:
+    """Return True if copies of models in the same modes can differ in the values of parameters and buffers only.
 
     This is so if PyTorch, Python's containers and functions alone decide what a copy is.
-
-    Args:
-        model: the model.
-        values: all that it holds, from `purify_fast.model_description.structure_key`.
     """
-    kept = {id(tensor) for _, tensor in tensors_of(model)} | {
-        id(value) for value in values if isinstance(value, SHARED)
-    }
-    return all(
-        _is_copied_by_pytorch(value)
-        if isinstance(value, nn.Module)
-        else type(value) in (list, dict, set, OrderedDict) or id(value) in kept
-        for value in values
+    registered = {id(tensor) for model in models for _, tensor in tensors_of(model)}
+    held: list[Any] = held_by(*models)[1]
+    # A copy has the present modes of the noise, which `held_by` leaves out.
+    parts: list[Any] = [one for one in held if isinstance(one, nn.Module)]
+    odd = any(computes_in_modes(part) or getattr(part, "noise_modes", ()) for part in parts)
+    return not odd and all(
+        id(one) in registered if isinstance(one, Tensor) else is_plain(one.__class__) for one in held
     )
-
-
-def _is_copied_by_pytorch(part: nn.Module) -> bool:
-    """Return True if no code outside of PyTorch's layers runs when a module is copied, or changes its mode."""
-    for name in COPYING:
-        method = getattr(type(part), name, None)
-        # Layers of PyTorch complete the state of those that were saved by earlier versions.
-        is_pytorchs = str(getattr(method, "__module__", "")).startswith("torch.nn.")
-        if method is not getattr(nn.Module, name, None) and not is_pytorchs:
-            return False
-    # A copy has the present modes of the noise, which the structure of a model leaves out.
-    return not getattr(part, "noise_modes", ()) and not computes_in_modes(part)
 
 
 def freeze(copied: nn.Module) -> nn.Module:

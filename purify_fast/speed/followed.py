@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 from ..model_state import hidden_modules
 from ..protocols import CopiesItself, supports
 from .copying import computes_in_modes
-from .structure import Place, Structure
-from .watch import Watch
+from .reading import NUMBERS, block
+from .snapshot import Snapshot
 from .weights import tensors_of
 
 if TYPE_CHECKING:
@@ -26,39 +24,18 @@ def is_frozen_copy(model: object) -> bool:
     return isinstance(getattr(model, "_followed", None), Followed)
 
 
-def graphs_of(model: object) -> StepGraphs | None:
-    """Return the graphs that `purify_fast.frozen_copy` has given to a copy; None for any other model."""
-    return model._followed.graphs if is_frozen_copy(model) else None  # type: ignore[attr-defined]
-
-
-#: The models that copies follow now.
-_LIVE = weakref.WeakSet["Followed"]()
-
-
-def read_copies(*models: object) -> None:
-    """Let each frozen copy read its model at its next call. Those that are parts of the given modules read now.
-
-    Writes may not have been counted, and a copy may be hidden in functions and objects.
-    """
-    for followed in list(_LIVE):
-        followed.is_current = False
-    for model in models:
-        for part in model.modules() if isinstance(model, nn.Module) else ():
-            if is_frozen_copy(part):
-                part.update()  # type: ignore[operator]
-
-
 class Followed:
     """A model that a copy follows.
 
-    A copy of this object in memory follows the same model. One that was pickled follows nothing.
+    A copy of this object in memory follows the same model, or the copy of the model that was made together with it. It
+    reads the model at its first use. One that was pickled follows nothing.
 
     Attributes:
-        is_current: whether the copy has been made from what was read last. The copy sets it.
-        reads: the number of calls of `read`. Several copies may follow by one object.
+        reads: the number of the last read, larger than those of all blocks of `reading` that had begun; 0 if the copy
+            must read. Several copies may follow by one object.
+        watch: what the model held at the last read. It is another object if the model holds others.
+        reason: why every call of the copy must read the model again; empty if counts of writes show a change.
         graphs: the graphs of attacks that are called directly on the copy.
-        structure: the structure of the model, and what is known about it.
-        places: the places of a defence's parts, by name.
 
     Raises:
         TypeError: see `read`.
@@ -66,61 +43,60 @@ class Followed:
 
     def __init__(self, model: nn.Module | None = None):
         self.graphs: StepGraphs | None = None
-        self.reads, self._reason, self.structure, self.is_current = 0, "", Structure(), False
-        self.places = defaultdict[str, Any](Place)
-        self._model = model
-        self._warned = False
-        self._watch: Any = None
-        _LIVE.add(self)
+        self.reads, self.reason = 0, ""
+        self.watch: Any = None
+        self._model, self._warned = model, False
         if model is not None:
-            self._layout, self._watch = _layout(model), Watch(model)
+            self._layout = _layout(model)
             self.read()
 
-    def read(self) -> nn.Module | None:
-        """Return the model, whose tensors are read now; None after pickling.
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a model: not after pickling."""
+        return self._model is not None
+
+    def read(self) -> Any:
+        """Check the model, and return the watch of what it holds now. The caller makes the copy, and calls `finish`.
 
         Raises:
             TypeError: the model can no longer be copied, see `check_parts`.
             ValueError: names, shapes or the sharing of the model's tensors have changed.
         """
-        model = self._model
-        if model is None:
-            return None
-        self.reads += 1
         # If a check or the caller fails, the next call of the copy tries again.
-        self.is_current = False
-        self.structure.look(model, self._check)
-        self._watch.look(model)
-        return model
-
-    def _check(self, tensors: list[Tensor]) -> None:
-        """Check the model, which holds these tensors, because its structure has changed."""
+        self.reads = 0
         model: Any = self._model
-        check_parts(model)
-        if not self.fits():
-            other = sorted({name for name, *_ in {*_layout(model)} ^ {*self._layout}})
-            raise ValueError(
-                f"{type(model).__name__} has other parts, or tensors of other names, shapes or sharing, than when its "
-                f"frozen copy was made ({', '.join(other[:4])}): make a new one with purify_fast.frozen_copy(model, x)"
-            )
-        self._reason = _uncounted(model, tensors)
+        watch = Snapshot(model) if self.watch is None else self.watch.again()
+        if watch is not self.watch:
+            check_parts(model)
+            if not self.fits():
+                other = sorted({name for name, *_ in {*_layout(model)} ^ {*self._layout}})
+                raise ValueError(
+                    f"{type(model).__name__} has other parts, or tensors of other names, shapes or sharing, than when "
+                    f"its frozen copy was made ({', '.join(other[:4])}): make a new one with "
+                    "purify_fast.frozen_copy(model, x)"
+                )
+            self.watch, self.reason = watch, _uncounted(model, watch)
+        return watch
+
+    @property
+    def may_write(self) -> bool:
+        """Whether a read may write into present tensors; a backward pass may need those of each earlier plain call."""
+        return not self.reason or block.get() > 0
+
+    def finish(self) -> None:
+        """Remember that the copy has been made from what was read last."""
+        self.reads = next(NUMBERS)
 
     def fits(self) -> bool:
         """Return True if names, shapes and the sharing of the model's tensors are those of the copy."""
         return self._model is None or _layout(self._model) == self._layout
 
-    @property
-    def reason(self) -> str:
-        """Why every call of the copy must read the model again; empty if counts of writes show a change."""
-        return self._reason or (
-            "a tensor was made in inference mode" if self._watch and self._watch.has_uncounted else ""
-        )
-
     def changed(self) -> bool:
-        """Return True if the model may have changed since the last `read`."""
+        """Return True if the copy must read: once in a block of `reading`, or if the model may have changed outside."""
         if self._model is None:
             return False
-        return not self.is_current or self._reason != "" or self._watch.changed()
+        now = block.get()
+        return self.reads <= now or (not now and (self.reason != "" or self.watch.changed()))
 
     def keep_mode(self, mode: bool) -> None:
         """Warn once that ``train()`` changes nothing in a frozen copy."""
@@ -129,12 +105,14 @@ class Followed:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         self._warned = self._warned or mode
 
-    def __deepcopy__(self, memo: object) -> Followed:
+    def refuse_state(self) -> None:
+        """Refuse to load weights into a copy, because it would read those of its model again."""
+        if self.has_model:
+            raise TypeError("a frozen copy has the weights of its model: call load_state_dict of the model")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
         other = type(self)()
-        vars(other).update(vars(self))
-        other.places = defaultdict(Place)
-        if self._model is not None:
-            other._watch = Watch(self._model)
+        vars(other).update(vars(self), reads=0, watch=None, _model=memo.get(id(self._model), self._model))
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -165,11 +143,10 @@ def check_parts(model: nn.Module) -> None:
             raise TypeError(f"model must have dense tensors, got {tensor.layout} in {at}: call {at}.to_dense()")
 
 
-def _uncounted(model: nn.Module, tensors: list[Tensor]) -> str:
-    """Say why counts of writes do not show all changes of a model; an empty text if they do.
-
-    ``tensors``: all tensors that the model holds.
-    """
+def _uncounted(model: nn.Module, watch: Snapshot) -> str:
+    """Say why counts of writes do not show all changes of a model; an empty text if they do."""
+    if watch.has_uncounted:
+        return "a tensor was made in inference mode"
     for name, part in model.named_modules():
         if computes_in_modes(part):
             return f"{type(part).__name__} ({name or 'the model'}) computes in train() or eval()"
@@ -177,7 +154,7 @@ def _uncounted(model: nn.Module, tensors: list[Tensor]) -> str:
         return f"{hidden[0][0]} is no registered part"
     known = {id(one) for _, one in tensors_of(model)}
     known |= {id(value) for part in model.modules() for value in vars(part).values()}
-    if any(id(one) not in known for one in tensors):
+    if any(isinstance(one, Tensor) and id(one) not in known for one in watch.held):
         return "a tensor lies in a list, a dict or an object"
     return ""
 

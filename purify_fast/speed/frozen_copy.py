@@ -226,10 +226,10 @@ def auto_dtype(model: nn.Module, x: Tensor) -> torch.dtype:
 class FrozenCopy(InferenceCopy):
     """The copy that `frozen_copy` makes: images ``[B, C, H, W]`` -> float32 logits ``[B, classes]``.
 
-    Attacks of this package, `evaluate` and `certify` let it read its model when they begin. A plain call reads if
-    PyTorch has counted a write to the model's tensors, or an optimizer has stepped, since the last time. To read is to
-    make the copy again, with all that the model holds; where nothing but the values of parameters and buffers can
-    differ, these are written into the copy. The copy keeps its model alive. A copy that was pickled keeps its weights.
+    In an attack of this package, `evaluate` or `certify`, it reads its model once. Another call reads if PyTorch has
+    counted a write to the model's tensors, or an optimizer has stepped, since the last time. To read is to make the
+    copy again, with all that the model holds; where nothing but the values of parameters and buffers can differ, these
+    are written into the copy. The copy keeps its model alive. A copy that was pickled keeps its weights.
 
     Attributes:
         about: a line that says what the copy is.
@@ -238,24 +238,25 @@ class FrozenCopy(InferenceCopy):
     not_dependencies = frozenset({"_followed"})
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, ...], form: Form, compile: bool):
-        followed, how = Followed(model), form._asdict()
-        super().__init__(model, image_shape, compile=compile, structure=followed.structure, **how)
-        self._followed, followed.is_current = followed, True
-        self._name = type(model).__name__
+        followed = Followed(model)
+        super().__init__(model, image_shape, compile=compile, watch=followed.watch, **form._asdict())
+        self._followed, self._name = followed, type(model).__name__
+        followed.finish()
 
     @property
     def about(self) -> str:
         layout = "channels_last" if self.uses_channels_last else "its own memory format"
         compiled = ", compiled" if self.compiled else ""
         reads = f", reads its model at every call, because {self._followed.reason}" if self._followed.reason else ""
-        unfolded = self.decisions["classifier"].unfolded
+        unfolded = self.prepared.unfolded
         folds = f"{self.folded} folded BatchNorms" + (f" ({unfolded})" if unfolded else "")
         text = f"{self._name} in {self.dtype}, {layout}, {folds}{compiled}{reads}"
         return text.replace("torch.", "")
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self.prepare_replay()
+            if self._followed.changed():
+                self.prepare_replay()
         elif ends_graphs():
             # A compiled graph would keep the first weights, so it ends here.
             self._read_outside()
@@ -263,9 +264,9 @@ class FrozenCopy(InferenceCopy):
 
     def prepare_replay(self) -> None:
         """Follow the model, before a prediction, or before a captured or compiled step runs."""
-        if self._followed.changed():
-            # A model that is read at every call may have graphs of earlier calls, which need their weights.
-            self.update(in_place=self._followed.reason == "")
+        # In a call of `torch.func.functional_call`, the given tensors serve.
+        if self._followed.changed() and not (self._values is not None and self._values.own.swapped()):
+            self.update(in_place=self._followed.may_write)
 
     _read_outside = outside_graphs(prepare_replay)
 
@@ -274,15 +275,15 @@ class FrozenCopy(InferenceCopy):
         return super().compiled_steps()
 
     def update(self, in_place: bool = True) -> None:
-        """Read the model again, if possible into the present tensors.
+        """Read the model again. ``in_place``: whether the present tensors get the new values, if nothing else differs.
 
         Raises:
             TypeError, ValueError: see `purify_fast.speed.followed.Followed.read`.
         """
-        model = self._followed.read()
-        if model is not None:
-            self._make(model, in_place)
-            self._followed.is_current = True
+        if self._followed.has_model:
+            watch = self._followed.read()
+            self._read(watch.roots[0], watch, in_place)
+            self._followed.finish()
 
     def follows(self, model: nn.Module) -> bool:
         """Read the model again; False if it has changed so much that it needs a new copy."""
@@ -295,6 +296,10 @@ class FrozenCopy(InferenceCopy):
     def state_dict(self, *given: Any, **options: Any) -> Any:
         self.prepare_replay()
         return super().state_dict(*given, **options)
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self._followed.refuse_state()
+        super()._load_from_state_dict(*given)
 
     def __getstate__(self) -> Any:
         self.prepare_replay()
@@ -432,6 +437,10 @@ class AttackedCopy:
         self.model, self.dtype = model, dtype
         self.decision: Any = None
         self._made: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A deep copy or pickle makes a copy of its own model.
+        return vars(self) | {"_made": None}
 
     def now(self, x: Tensor, compile: bool = False) -> nn.Module:
         """Return the copy, for images like ``x``, or the model itself. ``compile``: whether attacks compile steps."""

@@ -9,39 +9,44 @@ from typing import Any
 
 from torch import nn
 
-#: By attribute: the objects that blocks hold now, by id, with the number of blocks and the value before the first.
-_HELD: dict[str, dict[int, list[Any]]] = {"training": {}, "requires_grad": {}}
+#: By attribute and object: the values that blocks which have not ended yet will restore, the latest block last.
+_HELD: dict[str, dict[int, list[list[Any]]]] = {"training": {}, "requires_grad": {}}
 _LOCK = threading.Lock()
 
 
 class held:
-    """A block at whose end objects get back the value of an attribute, unless a block of another thread holds them too.
+    """A block at whose end objects get back the value of an attribute.
 
-    The last of these blocks restores the value before the first. A class is faster than a generator.
+    Blocks in several threads may overlap. One that ends before a later one leaves its values for the later to restore.
+    Every attack enters two of these blocks, and a class is faster than a generator.
     """
 
     def __init__(self, name: str, objects: Sequence[Any]):
         self.name, self.objects = name, objects
 
     def __enter__(self) -> None:
-        known, name = _HELD[self.name], self.name
+        name, known = self.name, _HELD[self.name]
         with _LOCK:
-            for one in self.objects:
-                if id(one) in known:
-                    known[id(one)][0] += 1
-                else:
-                    known[id(one)] = [1, getattr(one, name)]
+            self.saved = [[one, getattr(one, name)] for one in self.objects]
+            for entry in self.saved:
+                known.setdefault(id(entry[0]), []).append(entry)
 
     def __exit__(self, *error: object) -> None:
-        known, name = _HELD[self.name], self.name
+        name, known = self.name, _HELD[self.name]
         with _LOCK:
-            for one in self.objects:
-                entry = known[id(one)]
-                entry[0] -= 1
-                if not entry[0]:
+            for entry in self.saved:
+                one, value = entry
+                later = known[id(one)]
+                if later[-1] is entry:
+                    later.pop()
+                    if getattr(one, name) != value:
+                        setattr(one, name, value)
+                else:
+                    at = next(at for at, other in enumerate(later) if other is entry)
+                    del later[at]
+                    later[at][1] = value
+                if not later:
                     del known[id(one)]
-                    if getattr(one, name) != entry[1]:
-                        setattr(one, name, entry[1])
 
 
 @contextlib.contextmanager

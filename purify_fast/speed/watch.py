@@ -1,11 +1,15 @@
-"""Tells whether a model's tensors or parts may have changed."""
+"""Tells whether tensors or parts of models may have been written to or exchanged."""
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_values, _version, _address = methodcaller("values"), attrgetter("_version"), methodcaller("data_ptr")
 
 
 class _Steps:
@@ -20,44 +24,52 @@ def _stepped(*given: Any) -> None:
 
 
 class Watch:
-    """Tells whether a model's tensors or parts may have changed since the last `look`. No value is read.
+    """Tells whether the tensors or parts of modules may have changed since the last `note`. No value is read.
 
     It compares PyTorch's counts of writes, and which tensors and parts there are. A fused optimizer does not count its
     writes, so any step of any optimizer in the process counts as a change too.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, *roots: nn.Module):
         if not _Steps.counted:
             register_optimizer_step_post_hook(_stepped)
             _Steps.counted = True
-        self.look(model)
-
-    def look(self, model: nn.Module) -> None:
-        """Remember the present tensors and parts of the model, and the counts of writes."""
-        parts = list(model.modules())
-        groups = [held for part in parts for held in (part._parameters, part._buffers, part._modules) if held]
-        named = [(vars(part), name) for part in parts for name, one in vars(part).items() if isinstance(one, Tensor)]
-        self._groups, self._named = groups, named
+        self.roots = roots
+        parts = [part for root in roots for part in root.modules()]
+        self._groups = [held for part in parts for held in (part._parameters, part._buffers, part._modules) if held]
+        named = [(vars(part), name) for part in parts for name in vars(part)]
+        self._named = [(held, name) for held, name in named if isinstance(held[name], Tensor)]
         #: The objects are kept alive, because a new object may get the id of one that is gone.
-        self._objects = [*(one for held in groups for one in held.values()), *(held[name] for held, name in named)]
+        registered = [one for held in self._groups for one in held.values()]
+        self._objects = [*registered, *(held[name] for held, name in self._named)]
         self._tensors = [one for one in self._objects if isinstance(one, Tensor)]
         # A tensor that was made in inference mode has no count.
         self._counted = [one for one in self._tensors if not one.is_inference()]
         self.has_uncounted = len(self._counted) < len(self._tensors)
         #: The memory is kept alive too, because ``.data`` may be given other memory at the same address.
         self._memory = [one.detach() for one in self._tensors]
+        self.note()
+
+    def note(self) -> None:
+        """Remember the present counts of writes."""
         self._steps, self._seen = _Steps.count, self._now()
 
     def changed(self) -> bool:
-        """Return True if something has changed since the last `look`."""
+        """Return True if something may have changed since the last `note`."""
         return self.has_uncounted or self._steps != _Steps.count or self._now() != self._seen
 
+    def swapped(self) -> bool:
+        """Return True if a parameter is another one than at first, as in a call of ``torch.func.functional_call``."""
+        at_first = set(map(id, self._tensors))
+        return any(id(one) not in at_first for root in self.roots for one in root.parameters())
+
     def _now(self) -> list[int]:
-        # Every call of a frozen copy runs this function, so it must be fast.
-        now = [id(one) for held in self._groups for one in held.values()]
-        now += [one._version for one in self._counted]
-        now += [one.data_ptr() for one in self._tensors]
-        now += [id(held.get(name)) for held, name in self._named]
+        # Every call of a frozen copy runs this function, so its loops are those of C.
+        now = list(map(id, chain.from_iterable(map(_values, self._groups))))
+        now += map(_version, self._counted)
+        now += map(_address, self._tensors)
+        if self._named:
+            now += [id(held.get(name)) for held, name in self._named]
         return now
 
     def __reduce__(self) -> tuple[Any, ...]:

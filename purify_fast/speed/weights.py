@@ -30,9 +30,12 @@ def matrix_weights(model: nn.Module) -> int:
 
 @torch.no_grad()
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy into the first tensor of each pair the second. On CUDA, all of a dtype are copied in a single launch."""
+    """Copy into the first tensor of each pair the second. On CUDA, all of a dtype and a layout take few launches.
+
+    One tensor of another layout than its source would put all others of its group on PyTorch's slow path.
+    """
     groups = defaultdict[Any, list[tuple[Tensor, Tensor]]](list)
     for target, source in pairs:
-        groups[target.dtype, source.dtype].append((target, source))
+        groups[target.dtype, source.dtype, target.stride() == source.stride()].append((target, source))
     for group in groups.values():
         torch._foreach_copy_([target for target, _ in group], [source for _, source in group])

@@ -18,9 +18,9 @@ from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
-from ..speed.followed import read_copies
 from ..speed.frozen_copy import AttackedCopy
 from ..speed.layout import autocast_to
+from ..speed.reading import reading
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
 from .method_task import MethodTask
@@ -63,8 +63,7 @@ class ClassifierTask(MethodTask):
         with autocast_to(x.device, self.dtype):
             attacked = self.attacked.now(x, self.compiles) if attack.eps > 0 else self.model
             if objective == "trades":
-                read_copies(attacked)
-                with evaluation_mode(attacked), torch.no_grad():
+                with reading(attacked), evaluation_mode(attacked), torch.no_grad():
                     natural = F.log_softmax(attacked(x), 1)
                 if attack.start_std is None and attack.random_start:
                     attack = replace(attack, start_std=TRADES_START)

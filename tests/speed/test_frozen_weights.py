@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from purify_fast.attacks.attacked_model import frozen
 from purify_fast.speed.frozen_weights import images_only
 
 
@@ -22,3 +23,16 @@ def test_weights_made_in_inference_mode_stay_as_they_are():
     with images_only(model):
         pass
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_of_two_blocks_that_overlap_the_last_to_end_restores():
+    model, blocks = nn.Linear(3, 2).train(), []
+    for _ in range(2):
+        blocks += [frozen(model), images_only(model)]
+    for block in blocks:
+        block.__enter__()
+    for block in blocks:
+        assert not model.training or block is blocks[-1]
+        assert not model.weight.requires_grad
+        block.__exit__(None, None, None)
+    assert model.training and model.weight.requires_grad

@@ -16,6 +16,7 @@ from purify_fast.defences.base import Defence
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.models.layers import Normalize
 from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.reading import reading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F = torch.float32
@@ -90,38 +91,22 @@ def test_hooks_of_the_model_are_those_of_the_copy():
     assert close(model, fast)
 
 
-def test_modes_that_the_user_keeps_are_those_of_the_copy():
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_copy_keeps_the_modes_that_its_model_had_when_it_was_made(keeps):
     model = conv(nn.Dropout(0.5))
-    fast = purify_fast.frozen_copy(model, X, dtype=F)
-    assert fast.folded == 1
-    for keeps in (True, False):
-        model[5].train(keeps)
+    defence = carso(model)
+    for one in (model, defence.classifier):
+        one[1].train(keeps), one[5].train(keeps)
+    copies = [purify_fast.frozen_copy(one, X, dtype=F) for one in (model, defence)]
+    assert copies[0].folded == 1 - keeps
+    for one in (model, defence.classifier):
+        one[1].train(not keeps), one[5].train(not keeps)
+    # It is made again, because an attribute has changed.
+    model[2].inplace = defence.classifier[2].inplace = True
+    for fast, network in zip(copies, (copies[0].classifier, copies[1].classifier.classifier), strict=True):
         fast.update()
-        assert torch.equal(fast(X), fast(X)) is not keeps
-    model[1].train()
-    fast.update()
-    assert fast.folded == 0
-    # In a training, the model says nothing of what its user keeps.
-    model.eval()
-    model[5].train()
-    fast.update()
-    model.train()
-    fast.update()
-    assert fast.classifier[5].training and not fast.classifier[1].training
-    defence = carso(conv(nn.Dropout(0.5)))
-    fast = purify_fast.frozen_copy(defence, X, dtype=F)
-    defence.classifier[5].train()
-    fast.update()
-    with fast.fixed_noise(0):
-        assert not torch.equal(fast(X), fast(X))
-
-
-def test_a_folded_batchnorm_that_begins_to_train_is_folded_no_more():
-    model = conv()
-    fast = purify_fast.frozen_copy(model, X, dtype=F)
-    model[1].train()
-    fast.update()
-    assert close(copy.deepcopy(model), fast)
+        assert network[5].training == network[1].training == keeps or not keeps
+        assert torch.equal(fast.classifier(X), fast.classifier(X)) is not keeps
 
 
 def test_tensors_that_share_memory_share_it_in_the_copy():
@@ -420,3 +405,37 @@ def test_what_cannot_be_copied_is_an_error_that_says_so():
     model.table = torch.eye(5).to_sparse()
     with pytest.raises(TypeError, match=r"dense tensors, got torch\.sparse_coo in table"):
         purify_fast.frozen_copy(model, X)
+
+
+def test_a_copy_reads_once_in_a_block_and_a_block_inside_has_a_number_of_its_own():
+    model = conv().append(SizedInModes().sized()).eval()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    with reading():
+        fast(X), fast(X)
+        network, reads = fast.classifier, [fast._followed.reads]
+        fast(X)
+        assert fast.classifier is network and fast._followed.reads == reads[0]
+        with reading(fast):
+            reads.append(fast._followed.reads)
+            fast(X)
+        fast(X)
+        reads.append(fast._followed.reads)
+    assert reads[0] < reads[1] == reads[2]
+    fast(X)
+    assert fast._followed.reads > reads[2]
+
+
+def test_given_tensors_serve_in_a_functional_call_although_a_read_is_due():
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    given = {name: 3 * value for name, value in fast.state_dict().items()}
+    want = torch.func.functional_call(fast, given, (X,))
+    model[5].weight.detach().mul_(-1)
+    assert torch.equal(torch.func.functional_call(fast, given, (X,)), want) and close(model, fast)
+
+
+def test_a_copy_that_is_copied_after_its_model_follows_the_copied_model():
+    model = conv()
+    pair = copy.deepcopy([model, purify_fast.frozen_copy(model, X, dtype=F)])
+    pair[0][5].weight.detach().mul_(-1)
+    assert close(*pair) and not close(model, pair[1])

@@ -200,8 +200,11 @@ def test_a_copy_is_saved_with_the_weights_of_now(how):
         p.detach().mul_(1.5)
     want = model(X).detach()
     if how == "state_dict":
-        other = purify_fast.frozen_copy(net(), X)
+        other = pickle.loads(pickle.dumps(purify_fast.frozen_copy(net(), X)))
         other.load_state_dict(fast.state_dict())
+        # A copy that follows a model would read its own weights again.
+        with pytest.raises(TypeError, match="call load_state_dict of the model"):
+            fast.load_state_dict(other.state_dict())
     elif how == "torch.save":
         torch.save(fast, memory := io.BytesIO())
         other = torch.load(io.BytesIO(memory.getvalue()), weights_only=False)

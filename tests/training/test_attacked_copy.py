@@ -7,8 +7,8 @@ from small_models import Made, NotCopied, images_and_labels
 from torch import nn
 
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed.followed import read_copies
 from purify_fast.speed.frozen_copy import AttackedCopy, FrozenCopy
+from purify_fast.speed.reading import reading
 from purify_fast.training import Batch, ClassifierConfig, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierTask
 
@@ -74,7 +74,8 @@ def test_attributes_and_parts_that_change_are_those_of_the_copy(monkeypatch):
         lambda: setattr(model, "fc", other),
     ):
         change()
-        read_copies(attacked.now(x))
+        with reading(attacked.now(x)):
+            pass
         torch.testing.assert_close(attacked.now(x)(x), model(x), rtol=1e-4, atol=1e-5)
     model.train()
     made = attacked.now(x)

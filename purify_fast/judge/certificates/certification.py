@@ -31,9 +31,9 @@ from ...attacks.arguments import check_labels
 from ...attacks.context import TimeIsOver
 from ...ops import kernels_now
 from ...protocols import Classifier
-from ...speed.followed import read_copies
 from ...speed.memory import BatchLimit
 from ...speed.precision import whole_float32_by_default
+from ...speed.reading import reading
 from ..request.fingerprint import fingerprint
 from ..request.preparation import collect, note_of_modes
 from ..request.subject import device_of
@@ -154,9 +154,8 @@ def certify(
     with Shards(together) as shards, contextlib.ExitStack() as stack:
         notes += note_of_modes(model, name)
         generators = torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
-        for block in (generators, without_autocast(device), frozen(model)):
+        for block in (generators, without_autocast(device), frozen(model), reading(model)):
             stack.enter_context(block)
-        read_copies(model)
         limit = BatchLimit(int(batch_size), device)
         noisy = Draws(model, images, torch.from_numpy(whole.index), sigma=whole.sigma, seed=int(seed), limit=limit)
         if y is not None:

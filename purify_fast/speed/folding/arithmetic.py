@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.representation import Recorder
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRANSPOSED = nn.modules.conv._ConvTransposeNd
@@ -32,9 +34,10 @@ def is_norm(module: Any) -> bool:
     return ours or type(module) in _NORMS
 
 
-def hooked(module: nn.Module) -> bool:
-    """Return True if a module has a forward hook or a forward pre-hook."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def hooked(module: nn.Module, readers: bool = True) -> bool:
+    """Return True if a module has a forward hook or a forward pre-hook. ``readers``: those of representations too."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(readers or not isinstance(hook, Recorder) for hook in hooks)
 
 
 @torch.no_grad()

@@ -7,16 +7,18 @@ several.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..copying import deep_copy
+from ..copying import deep_copy, only_registered
 from ..draws import same_draws
+from ..snapshot import Snapshot
 from ..weights import copy_all, tensors_of
 from .arithmetic import fold, foldable, hooked, is_norm, scales_of
 
@@ -42,10 +44,15 @@ def foldable_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], str]:
 
     The second result is why a model with BatchNorms has no pair, or an empty text.
     """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return [], ""
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
 
     graph = _traced(model)
+    # The hook of a module may read the layers inside.
+    closed = tuple(f"{name}.".lstrip(".") for name, module in model.named_modules() if hooked(module, readers=False))
 
     def fits(layer: Any, norm: Any) -> bool:
         own = [p for part in (layer, norm) for p in part._parameters.values() if p is not None]
@@ -54,9 +61,8 @@ def foldable_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], str]:
         return alone and all(owners[id(p)] == 1 for p in own) and foldable(layer, norm)
 
     found = _in_sequentials(model) if graph is None else _in_graph(graph)
-    pairs = [pair for pair in found if fits(*map(model.get_submodule, pair))]
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if pairs or not norms:
+    pairs = [pair for pair in found if not pair[0].startswith(closed) and fits(*map(model.get_submodule, pair))]
+    if pairs:
         return pairs, ""
     odd = {type(norm).__name__ for norm in norms if not is_norm(norm)}
     if odd:
@@ -75,37 +81,64 @@ def fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
                 setattr(parent, name, nn.Identity().eval())
 
 
-@torch.no_grad()
-def read_values(network: nn.Module, model: nn.Module, pairs: list[tuple[str, str]], more: dict[str, Tensor]) -> bool:
-    """Write the values of a model into its copy, in which the pairs of these names are folded.
+class Values:
+    """Writes the values of models into the networks that were copied from them, in which BatchNorms may be folded.
 
-    ``more``: the values of tensors that only the copy has, by name.
-
-    Returns:
-        False, before anything is written, if a tensor of the copy has no counterpart in the model, or one that is
-        rounded first.
+    Args:
+        watch: what the models held when the networks were made.
+        copies: for each network: the network, its model, and the names of the folded pairs.
+        more: further tensors of the copies, each with its source, or with a function that computes its value.
     """
-    targets, sources = dict(tensors_of(network)), dict(tensors_of(model)) | more
-    # A tensor may have several names, so the values are found by the tensors.
-    found: dict[int, tuple[Any, ...]] = {
-        id(target): (target, sources.get(name), None) for name, target in targets.items()
-    }
-    parts = [(model.get_submodule(layer), model.get_submodule(norm)) for layer, norm in pairs]
-    for (layer, _), (factor, new) in zip(pairs, scales_of(parts), strict=True):
-        weight, bias = targets[f"{layer}.weight"], targets[f"{layer}.bias"]
-        found |= {id(weight): (weight, sources[f"{layer}.weight"], factor), id(bias): (bias, new, None)}
-    if any(source is None or source.dtype not in (torch.float32, target.dtype) for target, source, _ in found.values()):
-        return False
-    copies = [(target, source) for target, source, factor in found.values() if factor is None]
-    for target, source, factor in found.values():
-        if factor is not None:
+
+    def __init__(
+        self,
+        watch: Snapshot,
+        copies: Sequence[tuple[nn.Module, nn.Module, list[tuple[str, str]]]],
+        more: Sequence[tuple[Tensor, Any]] = (),
+    ):
+        self.watch, self.own = watch, Snapshot(*(network for network, _, _ in copies))
+        # A tensor may have several names, so the sources are found by the tensors.
+        found = dict[int, tuple[Tensor, Any]]()
+        self._folded, self._folds = list[tuple[Any, Any]](), list[tuple[Tensor, Tensor, Tensor]]()
+        for network, model, pairs in copies:
+            targets, sources = dict(tensors_of(network)), dict(tensors_of(model))
+            found |= {id(target): (target, sources.get(name)) for name, target in targets.items()}
+            self._folded += [(model.get_submodule(layer), model.get_submodule(norm)) for layer, norm in pairs]
+            for name, _ in pairs:
+                self._folds.append((targets[f"{name}.weight"], sources[f"{name}.weight"], targets[f"{name}.bias"]))
+        found |= {id(target): (target, source) for target, source in more}
+        for weight, _, bias in self._folds:
+            del found[id(weight)], found[id(bias)]
+        self._computed = [(target, source) for target, source in found.values() if callable(source)]
+        self._pairs = [(target, source) for target, source in found.values() if not callable(source)]
+        known = [*self._pairs, *((weight, source) for weight, source, _ in self._folds)]
+        # A value that is not rounded at once would have other bits than in a new copy.
+        self._possible = only_registered(*(model for _, model, _ in copies)) and all(
+            source is not None and source.dtype in (torch.float32, target.dtype) for target, source in known
+        )
+
+    def fit(self, watch: Snapshot) -> bool:
+        """Return True if new copies would differ in these values only. ``watch``: what the models hold now."""
+        return self._possible and watch is self.watch and self.own.same()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the present values of the models into the copies, where this is possible."""
+        if not self._possible:
+            return
+        pairs = [*self._pairs, *((target, compute()) for target, compute in self._computed)]
+        for (weight, source, bias), (factor, new) in zip(self._folds, scales_of(self._folded), strict=True):
+            pairs.append((bias, new))
             # A CPU is slow to change the dtype and the layout at once.
-            exact = target if target.dtype == factor.dtype else torch.empty_like(target, dtype=factor.dtype)
+            exact = weight if weight.dtype == factor.dtype else torch.empty_like(weight, dtype=factor.dtype)
             torch.mul(source, factor, out=exact)
-            if exact is not target:
-                copies.append((target, exact))
-    copy_all(copies)
-    return True
+            if exact is not weight:
+                pairs.append((weight, exact))
+        copy_all(pairs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The copy of a network has tensors of its own, so a copy or pickle of this object is None.
+        return type(None), ()
 
 
 def _read(*values: Any) -> None:
@@ -113,12 +146,29 @@ def _read(*values: Any) -> None:
 
 
 class _Tracer(fx.Tracer):
-    """Traces a model without calling its hooks. What they could read has a second reader in the graph."""
+    """Traces a model without calling its hooks. What they could read has a second reader in the graph.
+
+    PyTorch patches the calls of all modules in the process, so those in other threads are left as they are.
+    """
+
+    lock = threading.Lock()
+    # A buffer may decide the path of the model, and its value may change.
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        mine = threading.get_ident() == self.thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if mine else attr_val
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         if not hooked(m) or self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
         out = m.forward(*args, **kwargs)
@@ -128,7 +178,7 @@ class _Tracer(fx.Tracer):
 
 def _traced(model: nn.Module) -> fx.Graph | None:
     """Trace a copy of a model; None if its path may depend on the inputs, or on random numbers."""
-    with same_draws(model) as drew:
+    with _Tracer.lock, same_draws(model) as drew:
         try:
             graph = _Tracer().trace(deep_copy(model))
         except Exception:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze
 from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
-from ..structure import Decisions, Place, Structure
+from ..snapshot import Snapshot
 from ..weights import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
-from .batchnorm import fold_pairs, foldable_pairs, read_values
+from .batchnorm import Values, fold_pairs, foldable_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For a model with fewer weights, the conversion of an image to channels_last takes longer than it saves.
@@ -140,6 +141,20 @@ def _attend_sequence_first(model: nn.Module) -> None:
                 module.__class__, module.batch_first = _SequenceFirst, False
 
 
+class Prepared(NamedTuple):
+    """How a network was prepared for inference.
+
+    Attributes:
+        pairs: the names of the folded layers and BatchNorms.
+        unfolded: why no BatchNorm is folded, or an empty text.
+        channels_last: whether the network runs in channels_last.
+    """
+
+    pairs: list[tuple[str, str]]
+    unfolded: str
+    channels_last: bool
+
+
 def prepare_for_inference(
     model: nn.Module,
     image_shape: tuple[int, ...],
@@ -147,29 +162,27 @@ def prepare_for_inference(
     fine: bool = False,
     plain: bool = False,
     *,
-    decided: Decisions | None = None,
-) -> None:
-    """Prepare a frozen model for `autocast_to`, in place; ``decided`` gets the decisions, or has them already.
+    channels_last: bool | None = None,
+) -> Prepared:
+    """Prepare a frozen model for `autocast_to`, in place.
 
     With ``fine``, the layers that read the images compute in float32, for small radii. With ``plain``, no BatchNorm is
     folded, and the layout of the weights remains. Tiny models, and models in float32 with transposed convolutions, are
-    slower in channels_last, so they are not converted either.
+    slower in channels_last, so they are not converted either. ``channels_last`` is known if it has been tried before.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    decided = Decisions() if decided is None else decided
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for _, tensor in tensors_of(model)):
         model.float()
-    if decided.pairs is None:
-        decided.pairs, decided.unfolded = ([], "") if plain else foldable_pairs(model)
-    fold_pairs(model, decided.pairs)
-    if decided.channels_last is None:
+    pairs, unfolded = ([], "") if plain else foldable_pairs(model)
+    fold_pairs(model, pairs)
+    if channels_last is None:
         transposed = any(isinstance(one, TRANSPOSED) for one in model.modules())
         slower = matrix_weights(model) < TINY or (dtype == torch.float32 and transposed)
         with same_draws(model):
             # The trial runs another copy, because a call may fill caches or move counters.
-            decided.channels_last = not (plain or slower) and convert_to_channels_last(deep_copy(model), image_shape)
-    if decided.channels_last:
+            channels_last = not (plain or slower) and convert_to_channels_last(deep_copy(model), image_shape)
+    if channels_last:
         to_format(model, torch.channels_last)
     if not plain:
         _attend_sequence_first(model)
@@ -179,6 +192,19 @@ def prepare_for_inference(
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     products = (nn.modules.conv._ConvNd, nn.Linear)
     convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
+    return Prepared(pairs, unfolded, channels_last)
+
+
+def computed_values(network: nn.Module, model: nn.Module) -> list[tuple[Tensor, Any]]:
+    """The tensors that only a prepared network has, each with the function that computes its value from its model."""
+    parts = [(name, part) for name, part in network.named_modules() if isinstance(part, _NormalizesAtOnce)]
+    layers = [(part, partial(_scale_and_shift, model.get_submodule(name))) for name, part in parts]
+    return [(getattr(part, key), lambda at=key, of=of: of()[at]) for part, of in layers for key in ("scale", "shift")]
+
+
+def kept_modes(model: nn.Module) -> set[str]:
+    """The names of modules that the user keeps in training mode in a model in evaluation mode, such as a dropout."""
+    return set() if model.training else {name for name, part in model.named_modules() if part.training}
 
 
 def set_modes(model: nn.Module, kept: set[str]) -> None:
@@ -200,10 +226,12 @@ class InferenceCopy(nn.Module):
         compile: whether to compile the copy by `torch.compile`, and whole steps of attacks on it.
         fine: whether the layers that read the images compute in float32, for attacks with a small radius.
         plain: whether no BatchNorm is folded, and the layout of the weights remains.
-        structure: the structure of the classifier, which the caller looks at before each `_make`; None: `refresh` does.
+        kept: the `kept_modes` of the copy, which never change; None: those of the classifier.
+        watch: the caller's watch of the classifier; None: the copy makes its own.
 
     Attributes:
         classifier: the prepared network.
+        prepared: how it was prepared.
         steps: the compiled steps of attacks on the copy; None if they are not to be compiled.
 
     Raises:
@@ -211,7 +239,7 @@ class InferenceCopy(nn.Module):
     """
 
     #: Captured steps read the refreshed weights.
-    not_dependencies = frozenset({"_structure", "steps", "_place"})
+    not_dependencies = frozenset({"steps", "_values"})
     classifier: nn.Module
 
     def __init__(
@@ -222,37 +250,30 @@ class InferenceCopy(nn.Module):
         compile: bool = False,
         fine: bool = False,
         plain: bool = False,
-        structure: Structure | None = None,
+        kept: set[str] | None = None,
+        watch: Snapshot | None = None,
     ):
         super().__init__()
         self.training = False
         self.image_shape, self.dtype, self.compiled = image_shape, dtype, compile
         self.fine, self.plain = fine, plain
-        #: The names of modules that the user keeps in training mode in a model in evaluation mode, such as a dropout.
-        self._kept = set[str]()
-        self._place = Place()
+        self._kept = kept_modes(classifier) if kept is None else kept
+        self.prepared: Any = None
         self.steps: Any = None
         if compile:
             self.compile_steps()
-        self._structure = Structure() if structure is None else structure
-        if structure is None:
-            self._structure.look(classifier)
-        self._make(classifier)
-
-    @property
-    def decisions(self) -> dict[str, Decisions]:
-        """The decisions about parts of the classifier, or of the defence around it, by name."""
-        return self._structure.decisions
+        self._values: Any = None
+        self._read(classifier, Snapshot(classifier) if watch is None else watch)
 
     @property
     def folded(self) -> int:
         """The number of folded BatchNorms."""
-        return len(self.decisions["classifier"].pairs or ())
+        return len(self.prepared.pairs)
 
     @property
     def uses_channels_last(self) -> bool:
         """True if the copy accepts images in channels_last."""
-        return bool(self.decisions["classifier"].channels_last)
+        return bool(self.prepared.channels_last)
 
     @property
     def device(self) -> torch.device:
@@ -268,7 +289,7 @@ class InferenceCopy(nn.Module):
         return self._predict(x)
 
     def _predict(self, x: Tensor) -> Tensor:
-        x = x.float() if self.uses_channels_last else x.float().contiguous()
+        x = x.float() if self.prepared.channels_last else x.float().contiguous()
         # An attribute that PyTorch searches among the parts, and a context, take as long as a small layer.
         classifier: Any = self._modules["classifier"]
         if self.dtype == torch.float32 and not torch._C._is_any_autocast_enabled():
@@ -288,36 +309,28 @@ class InferenceCopy(nn.Module):
 
     def refresh(self, classifier: nn.Module) -> None:
         """Make the copy from the present state of the classifier: its tensors, its attributes and all that it holds."""
-        self._structure.look(classifier)
-        self._make(classifier)
+        known: Any = None if self._values is None else self._values.watch
+        same = known is not None and known.roots[0] is classifier
+        self._read(classifier, known.again() if same else Snapshot(classifier))
 
     @torch.inference_mode(False)
-    def _make(self, classifier: nn.Module, in_place: bool = True) -> None:
+    def _read(self, classifier: nn.Module, watch: Snapshot, in_place: bool = True) -> None:
+        """Read the classifier. ``watch``: what it holds now; ``in_place``: whether present tensors may be written."""
         with section("a copy reads its model"):
-            kept = {name for name, part in classifier.named_modules() if part.training}
-            if not classifier.training and kept != self._kept:
-                # A BatchNorm in training mode cannot be folded.
-                self._kept = kept
-                self._structure.forget()
-            decided, structure = self.decisions["classifier"], self._structure
-            if not (in_place and self._place.holds(structure.number) and self._read_values(classifier)):
-                made = freeze(without_recorders(deep_copy(classifier)))
-                set_modes(made, self._kept)
-                prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, decided=decided)
-                self.classifier = self._place.put(made, structure.number, in_place)
-                self._read_values(classifier)
-                if self.classifier is made:
-                    if self.compiled:
-                        from ..graphs.compiled_step import compile_calls
+            if not (in_place and self._values is not None and self._values.fit(watch)):
+                self._make(classifier, watch, in_place)
+            self._values.write()
 
-                        compile_calls(made)
+    def _make(self, classifier: nn.Module, watch: Snapshot, in_place: bool) -> None:
+        made = freeze(without_recorders(deep_copy(classifier)))
+        set_modes(made, self._kept)
+        how: dict[str, Any] = {} if self.prepared is None else {"channels_last": self.prepared.channels_last}
+        self.prepared = prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, **how)
+        if not (in_place and self._values is not None and self._values.own.took(made)):
+            self.classifier = made
+            if self.compiled:
+                from ..graphs.compiled_step import compile_calls
 
-    def _read_values(self, classifier: nn.Module) -> bool:
-        """Read the values of tensors alone, if a new copy would differ in nothing else; return True if it was so."""
-        if not self._structure.only_registered:
-            return False
-        more = dict[str, Tensor]()
-        for name, layer in classifier.named_modules():
-            if type(layer) is Normalize:
-                more |= {f"{name}.{key}".lstrip("."): value for key, value in _scale_and_shift(layer).items()}
-        return read_values(self.classifier, classifier, self.decisions["classifier"].pairs or [], more)
+                compile_calls(made)
+        more = computed_values(self.classifier, classifier)
+        self._values = Values(watch, [(self.classifier, classifier, self.prepared.pairs)], more)

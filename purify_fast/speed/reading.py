@@ -1,0 +1,40 @@
+"""The blocks in which frozen copies read their models once."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+#: The numbers of blocks and of reads, in the order in which they began.
+NUMBERS = itertools.count(1)
+#: The number of the innermost block; 0 outside of all blocks.
+block = ContextVar("block", default=0)
+
+
+def graphs_of(model: object) -> Any:
+    """Return the `StepGraphs` that `purify_fast.frozen_copy` has given to a copy; None for any other model."""
+    followed = getattr(model, "__dict__", {}).get("_followed")
+    return None if followed is None else followed.graphs
+
+
+@contextlib.contextmanager
+def reading(*models: object) -> Iterator[None]:
+    """A block in which each frozen copy reads its model once: the parts of the given modules now, others when called.
+
+    Writes may not have been counted, and a copy may be hidden in functions and objects. A step in the block meets the
+    same networks as the step before.
+    """
+    token = block.set(next(NUMBERS))
+    try:
+        for model in models:
+            for part in model.modules() if isinstance(model, nn.Module) else ():
+                if vars(part).get("_followed") is not None:
+                    part.prepare_replay()  # type: ignore[operator]
+        yield
+    finally:
+        block.reset(token)
