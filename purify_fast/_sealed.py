@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ._files import atomic
-from ._tensors import digest, text_hash
+from ._hashes import digest, text_hash
 
 #: The only key of a file's metadata, for a checksum, a space, and JSON: several entries would have no fixed order.
 _ENTRY = "purify_fast"

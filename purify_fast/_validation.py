@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -142,43 +141,3 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         type_, words = _KINDS[kind]
         if not isinstance(value, type_) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{name} must be {words}, got {value!r}")
-
-
-def check_folder(name: str, path: str | Path | None) -> None:
-    """Raise a ValueError if the path of a folder, or one of its parents, is a file."""
-    if path is None:
-        return
-    for place in (Path(path), *Path(path).parents):
-        # `exists` comes first: a folder that is created between the calls would otherwise be taken for a file.
-        if place.exists():
-            if not place.is_dir():
-                raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
-            return
-
-
-def usable_device(name: str) -> str:
-    """Check the name of a device, and replace "auto" by "cuda" or "cpu"."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N") from error
-    return name
-
-
-def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """Raise an error if tensors are missing, unknown or have a wrong shape."""
-    missing = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
-    unknown = [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]
-    other = [
-        f"{name} is {list(shapes[name])}, must be {list(wanted[name])}"
-        for name in sorted(wanted.keys() & shapes.keys())
-        if tuple(shapes[name]) != tuple(wanted[name])
-    ]
-    first = [problem for problems in (missing, unknown, other) for problem in problems[:3]]
-    if first:
-        count = len(missing + unknown + other) - len(first)
-        raise ValueError(f"{what}: {'; '.join(first)}{f', and {count} more' if count else ''}")

@@ -14,12 +14,9 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-
-class Classifier(Protocol):
-    """Maps images to logits."""
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, C, H, W]`` in [0, 1]."""
+from ._classifier import Classifier as Classifier
+from ._classifier import SharesDraws as SharesDraws
+from ._classifier import supports as supports
 
 
 @runtime_checkable
@@ -71,14 +68,6 @@ class DrawsSampleLogits(Protocol):
 
     def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
         """The results of ``draws`` independent calls of `SampleLogits.sample_logits`, ``[draws, B, K, classes]``."""
-
-
-@runtime_checkable
-class SharesDraws(Protocol):
-    """Computes several independent predictions, distributed like those of ``forward``, together in less time."""
-
-    def draw_logits(self, x: Tensor, draws: int) -> Tensor:
-        """The logits of ``draws`` independent calls, ``[draws, B, classes]``."""
 
 
 @runtime_checkable
@@ -191,11 +180,6 @@ class CountsImages(Protocol):
 
     def count(self, images: Passes) -> None:
         """Add to the counts; negative numbers take back trial calls."""
-
-
-def supports(model: object, protocol: type) -> bool:
-    """Return True if the type of ``model`` has the methods of ``protocol``, a protocol of this module."""
-    return issubclass(type(model), protocol)
 
 
 def draws_for_each_image(model: object) -> bool:

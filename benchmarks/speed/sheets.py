@@ -15,6 +15,7 @@ from pathlib import Path
 from purify_fast._files import write_text
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch.choices import in_words
 from purify_fast.ops.dispatch.op import BACKENDS
 
 from ..kept import machines
@@ -72,8 +73,8 @@ def verdicts(rows: list[dict]) -> list[dict]:
             {
                 "op": op,
                 "direction": direction,
-                "eager_calls": known.in_words(backend, known.smallest[kind]),
-                "in_graphs": known.in_words(backend, dict.fromkeys(known.in_graphs.get(kind, ()), 0)),
+                "eager_calls": in_words(known, backend, known.smallest[kind]),
+                "in_graphs": in_words(known, backend, dict.fromkeys(known.in_graphs.get(kind, ()), 0)),
                 "behind_eager": f"{lost}/{len(eager)}",
                 "behind_graph": f"{lost_in_graphs}/{len(graph)}",
                 "gain_on_eager": f"{statistics.geometric_mean(gains) if gains else 0:.2f}",

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._classifier import Classifier, SharesDraws, supports
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules
-from ..protocols import Classifier, SharesDraws, supports
 from ..speed.frozen_weights import held
 from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._classifier import Classifier
 from .._validation import GradientPrecision, NormName, check_counts
-from ..protocols import Classifier
 from ..speed.graphs.step_loop import CapturesSteps
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that

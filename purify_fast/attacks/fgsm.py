@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .._classifier import Classifier
 from .._validation import GradientPrecision
-from ..protocols import Classifier
 from .base import AttackResult, InBall
 from .context import AttackContext
 from .losses import Loss

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._classifier import Classifier
 from .._validation import NormName, check_literal
-from ..protocols import Classifier
 from .arguments import check_labels
 from .base import untraced
 from .context import AttackContext, LossFunction, Radius, chosen_seed

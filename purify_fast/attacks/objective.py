@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .._classifier import Classifier, SharesDraws, supports
 from ..ops.attack_loss import KINDS, OP
-from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.step_loop import CapturesSteps, State
 from .attacked_model import gradient_to, logits_of, logits_of_draws
 from .context import LossFunction

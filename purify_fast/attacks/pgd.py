@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._classifier import Classifier
 from .._validation import AtLeast0, Count, GradientPrecision, Norm, Range
 from ..ops.pgd_step import NORMS, per_pixel, pgd_step
 from ..ops.pgd_step import OP as STEP
-from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .ball import Ball, normal_in_ball, sample_in_ball

@@ -16,7 +16,7 @@ import tyro
 
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
-from .._validation import usable_device
+from .._places import usable_device
 from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
 from .command import Command, DataCommand

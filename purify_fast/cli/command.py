@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .._validation import check_types, usable_device
+from .._places import usable_device
+from .._validation import check_types
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
-from .._validation import Count, Norm, Precision, read_norm, usable_device
+from .._places import usable_device
+from .._validation import Count, Norm, Precision, read_norm
 from ..judge.request.config import EvaluateConfig
 from ..methods.discovery import METHODS
 from .command import Command, DataCommand

@@ -14,6 +14,7 @@ from .._version import __version__
 from ..judge.show.text import terminal_table
 from ..ops import REGISTRY
 from ..ops.dispatch import records
+from ..ops.dispatch.choices import in_words
 from ..ops.dispatch.registry import Op, forced_backends, sizes_here
 from ..ops.dispatch.verify import known_verdict
 
@@ -45,8 +46,8 @@ def _state(op: Op, kind: str) -> tuple[str, str, str]:
         return "reference", "reference", f"the {op.kernel(kind)} kernel is {WRONG}: {verdict.words()}; please report it"
     device = torch.device(kind) if present is None else present
     sizes, why = sizes_here(op.name, device)
-    eager = op.in_words(op.kernel(kind), sizes)
-    graph = op.in_words(op.kernel(kind), dict.fromkeys(op.in_graphs.get(kind, ()), 0))
+    eager = in_words(op, op.kernel(kind), sizes)
+    graph = in_words(op, op.kernel(kind), dict.fromkeys(op.in_graphs.get(kind, ()), 0))
     return eager, graph, f"{why}; {verdict.words() if verdict else 'verified at first use'}"
 
 

@@ -28,7 +28,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._validation import NormName, check_counts, check_folder, check_literal, read_norm
+from .._places import check_folder
+from .._validation import NormName, check_counts, check_literal, read_norm
 from ..attacks import Attack, frozen
 from ..defences.stochastic import undecided
 from ..protocols import Classifier

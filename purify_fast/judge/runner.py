@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._places import check_folder
 from .._process import processes
-from .._validation import Count, NormName, Positive, check_folder, read_norm
+from .._validation import Count, NormName, Positive, read_norm
 from ..attacks import Attack, frozen
 from ..attacks.arguments import check_eps
 from ..attacks.base import ThreatModel

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._tensors import digest
+from .._hashes import digest
 from ..attacks.context import TimeIsOver
 from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
 from .alarms.signs import Evidence, findings, signs_of_masking

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._tensors import torch_defaults, weights_fingerprint
+from .._hashes import weights_fingerprint
+from .._settings import torch_defaults
 from ..defences.base import Defence
 from ..training import load_classifier
 from ..training.checkpoint import read_model

@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .._hashes import weights_fingerprint
 from .._process import processes
-from .._tensors import weights_fingerprint
 from ..defences.base import Defence
 from ..speed.weights import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._tensors import weights_fingerprint
+from .._hashes import weights_fingerprint
 from ..defences.base import Defence
 from ..training.checkpoint import save_model
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._tensors import first_tensor
+from .._settings import first_tensor
 
 #: For each module by its name, its outputs in a pass, each with the count of writes to it.
 Outputs = dict[str, list[tuple[Any, int]]]

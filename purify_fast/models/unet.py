@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import without_autocast
+from .._settings import without_autocast
 from .._validation import check_counts
 
 #: The number of channels in a group of the normalization, at most the network's width. The paper's network has 4 at

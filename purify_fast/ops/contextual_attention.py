@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import check_floating, check_one_device, last_channels, without_autocast
+from .._settings import without_autocast
+from .._tensors import check_floating, check_one_device, last_channels
+from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.gradient import SAVING_KERNELS, cpu_kernel, differentiable, may_save, needs_gradient
-from .dispatch.registry import define_backward, define_op, wide
+from .dispatch.registry import define_op, wide
 
 _SMALLEST_NORM = 1e-4
 

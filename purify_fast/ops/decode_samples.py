@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from .._tensors import memory_format, without_autocast
+from .._settings import without_autocast
+from .._tensors import memory_format
 from ..kernels import decoder_sizes as tiles
+from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import define_backward, define_op, wide
+from .dispatch.registry import define_op, wide
 from .philox import Stream, default_stream, philox
 
 

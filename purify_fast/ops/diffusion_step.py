@@ -27,10 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_floating, per_image, without_autocast
+from .._settings import without_autocast
+from .._tensors import check_floating, per_image
+from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import define_backward, define_op
+from .dispatch.registry import define_op
 from .philox import DISTRIBUTIONS, Stream, default_stream, drawn
 from .stitch import layout
 

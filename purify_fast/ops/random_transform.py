@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import FLOATING, check_floating, memory_format, without_autocast
+from .._settings import without_autocast
+from .._tensors import FLOATING, check_floating, memory_format
+from .dispatch.backward import define_backward
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import differentiable, needs_gradient
-from .dispatch.registry import define_backward, define_op, wide
+from .dispatch.registry import define_op, wide
 from .philox import Stream, default_stream, philox
 
 #: The owner of a block is stored as one byte.

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_floating, check_one_device, last_channels, per_image
+from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import define_backward, define_op, wide
+from .dispatch.registry import define_op, wide
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")
 LEAST_NORMS = 1e-30

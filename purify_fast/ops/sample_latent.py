@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_alike
+from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
-from .dispatch.registry import define_backward, define_op, wide
+from .dispatch.registry import define_op, wide
 from .philox import Stream, default_stream, philox
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import without_autocast
+from .._settings import without_autocast
 from ..kernels.decoder_sizes import Geometry, Layer
 from ..ops import REGISTRY
 from ..ops.decode_samples import decode_prior, pack

@@ -1,10 +1,11 @@
-"""A dispatch mode in which compiled functions run as they were written."""
+"""Blocks in which compiled functions, or the compiled parts of a model, run as they were written."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class EagerDispatchMode(TorchDispatchMode):
-    """A dispatch mode in which compiled functions run as they were written."""
+    """Blocks in which compiled functions, or the compiled parts of a model, run as they were written."""
 
     #: The stance belongs to the whole process: the first of several modes sets it, and the last restores it.
     _lock = threading.Lock()
@@ -43,3 +44,16 @@ class EagerDispatchMode(TorchDispatchMode):
                 if mode._active == 0 and mode._stance is not None:
                     mode._stance.__exit__(None, None, None)
                     mode._stance = None
+
+
+@contextlib.contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
+    compiled = [(part, call) for part in model.modules() if (call := part._compiled_call_impl) is not None]
+    try:
+        for part, _ in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call

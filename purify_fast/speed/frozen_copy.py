@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import ends_graphs, is_compiled, outside_graphs
-from .._tensors import dtype_of, refuse_divided, without_autocast
+from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
 from .copying import deep_copy, freeze
 from .draws import same_draws
+from .eager_mode import eager
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
-from .frozen_weights import eager, images_only
+from .frozen_weights import images_only
 from .precision import float32_products
 from .processor import fast_bfloat16
 from .products import is_dense

@@ -1,4 +1,4 @@
-"""Blocks in which the weights of models need no gradients, or in which the parts of a model are not compiled."""
+"""Blocks in which the weights of models need no gradients, and at whose end models are as before."""
 
 from __future__ import annotations
 
@@ -63,16 +63,3 @@ def images_only(*models: nn.Module) -> Iterator[None]:
             if weight.requires_grad:
                 weight.requires_grad_(False)
         yield
-
-
-@contextlib.contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """A block in which the parts of a model run without the compiled calls of ``nn.Module.compile``."""
-    compiled = [(part, call) for part in model.modules() if (call := part._compiled_call_impl) is not None]
-    try:
-        for part, _ in compiled:
-            part._compiled_call_impl = None
-        yield
-    finally:
-        for part, call in compiled:
-            part._compiled_call_impl = call

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._tensors import first_tensor
+from .._settings import first_tensor
 from ..models.representation import evaluation_mode
 from .weights import CONVOLUTIONS
 

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from .._files import atomic
-from .._tensors import per_image, text_hash
+from .._hashes import text_hash
+from .._tensors import per_image
 from .._validation import Count, Norm, Share, check_types
 from ..attacks.ball import Ball, projected
 from ..ops.dispatch.records import folder as cache_folder

@@ -23,7 +23,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from .._process import patience, processes, sendable
-from .._tensors import in_memory_order, laid_out_like
+from .._settings import in_memory_order, laid_out_like
 from ..models.layers import BatchNorm1d, BatchNorm2d, Synchronized, synchronized
 
 logger = logging.getLogger("purify_fast")

@@ -25,7 +25,7 @@ import torch
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._process import processes
-from .._tensors import refuse_divided
+from .._settings import refuse_divided
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
 from ..speed.processor import fast_bfloat16

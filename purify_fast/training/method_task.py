@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._tensors import first_tensor
+from .._settings import first_tensor
 from ..models.moving_average import AveragedModel
 from ..speed.processor import with_known_precision
 from .config import settings

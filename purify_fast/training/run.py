@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._files import write_text
+from .._hashes import text_hash
 from .._process import processes
-from .._tensors import text_hash
 from ..data import crop_flip, mirrored, to_float
 from ..models.representation import evaluation_mode
 from ..speed.agreement import FLOAT32, apart, differ

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from .._hashes import digest
 from .._process import processes
-from .._tensors import digest
 from ..data import batches
 from ..speed.memory import free_memory
 from .batches import check_channels, check_range, read_batch, seed_generators

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._tensors import check_one_device, first_tensor
+from .._settings import first_tensor
+from .._tensors import check_one_device
 from .._validation import Precision
 from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode

@@ -12,7 +12,7 @@ from benchmarks.robustness.studies import diffusion, run
 from benchmarks.robustness.studies.diffusion import found_by_pgd, images_of, predictions, told
 from benchmarks.robustness.studies.run_study import RESULTS
 from purify_fast import zoo
-from purify_fast._tensors import weights_fingerprint
+from purify_fast._hashes import weights_fingerprint
 from purify_fast.evaluation import lee_kim_2023
 
 

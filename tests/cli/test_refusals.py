@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save
 
 import purify_fast
-from purify_fast._tensors import weights_fingerprint
+from purify_fast._hashes import weights_fingerprint
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import checkpoint, load_classifier, save_classifier
 from purify_fast.training.checkpoint import read_model, save_model

@@ -10,7 +10,7 @@ from evaluating import evaluate
 from reports import MASKED, forms, row
 
 from purify_fast import frozen_copy, zoo
-from purify_fast._tensors import digest
+from purify_fast._hashes import digest
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import EvaluateConfig, Examples, Report, merge

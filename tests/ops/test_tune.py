@@ -10,7 +10,7 @@ from purify_fast import _library, cli
 from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import tuning, verify
-from purify_fast.ops.dispatch.examples import tile
+from purify_fast.ops.dispatch.example_tensors import tile
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..._files import write_text
-from ..._validation import Count, Positive, Range, check_folder, check_types
+from ..._places import check_folder
+from ..._validation import Count, Positive, Range, check_types
 from ..show.text import render
 from .sequences import LARGEST, MOST, Floats, answers, distances, looks, lower_bounds, most_wrong
 

@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..._tensors import digest, weights_fingerprint, without_autocast
-from ..._validation import Range, check_folder, check_number
+from ..._hashes import digest, weights_fingerprint
+from ..._places import check_folder
+from ..._settings import without_autocast
+from ..._validation import Range, check_number
 from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..._tensors import digest
+from ..._hashes import digest
 from ...attacks.context import TimeIsOver
 from ..run.cache import RowCache
 from ..run.shards import Shards

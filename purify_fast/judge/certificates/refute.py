@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..._tensors import digest, weights_fingerprint
+from ..._hashes import digest, weights_fingerprint
 from ..._validation import Range, check_number
 from ...defences.noisy_ensemble import NoisyEnsemble
 from ...defences.wrappers import MajorityVote

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._compiler import is_compiled
-from ..._tensors import digest, text_hash
+from ..._hashes import digest, text_hash
 from ...model_description import NAMESPACES, PLAIN, SIMPLE, Description, Inside
 from ...model_state import EMPTY, attributes, is_users, left_out
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..._hashes import digest
 from ..._memory import ran_out_of_memory
-from ..._tensors import digest
 from ...attacks.attacked_model import logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
 from ...attacks.losses import margin

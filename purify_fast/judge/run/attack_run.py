@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..._tensors import text_hash
+from ..._hashes import text_hash
 from ...attacks import AttackResult, GradientHealth
 from ...attacks.context import TimeIsOver
 from ...attacks.losses import margin

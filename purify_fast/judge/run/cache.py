@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ... import _library
+from ..._hashes import text_hash
 from ..._sealed import read_sealed, write_sealed
-from ..._tensors import text_hash
 from ...ops.dispatch.registry import forced_backends
 from ...speed.precision import float32_settings
 from ...speed.processor import fast_bfloat16

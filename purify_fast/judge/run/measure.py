@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._tensors import digest
+from ..._hashes import digest
 from ...attacks import frozen
 from ...defences.wrappers import WithAggregation
 from ...model_state import is_users

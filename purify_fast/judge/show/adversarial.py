@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._files import atomic
-from ..._tensors import digest, text_hash
+from ..._hashes import digest, text_hash
 from ..._validation import Range, check_counts
 from ...attacks import frozen
 from ...protocols import Classifier

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._files import write_text
-from ..._validation import check_folder
+from ..._places import check_folder
 from ...protocols import Classifier
 from ..alarms.signs import Finding
 from ..results.rows import ClaimTest, Paired, Row, judge_claim

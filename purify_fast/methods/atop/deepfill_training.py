@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._tensors import without_autocast
+from ..._settings import without_autocast
 from ..._validation import Range, check_counts
 from ...models.layers import LeakyReLU
 

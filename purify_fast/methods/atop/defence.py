@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import dtype_of
+from ..._settings import dtype_of
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...ops.random_transform import random_transform

@@ -63,7 +63,7 @@ class TrainGenerator(TrainPurifier):
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
 
     def task(self, images: DataSet, classifier: Any) -> AtopTask:
-        from ..._tensors import weights_fingerprint
+        from ..._hashes import weights_fingerprint
         from .defence import Atop
         from .generators import DeepFillGenerator
         from .purifier import build_purifier
@@ -106,7 +106,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         return options | recipe.part("defence", official_code) | {"block": None}
 
     def task(self, images: DataSet, classifier: Any) -> AtopTask:
-        from ..._tensors import weights_fingerprint
+        from ..._hashes import weights_fingerprint
         from .defence import Atop
         from .task import AtopTask
 

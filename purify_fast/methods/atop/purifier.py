@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import first_tensor
+from ..._settings import first_tensor
 from ...models.representation import evaluation_mode
 from .generators import DeepFillGenerator, SmallGenerator
 

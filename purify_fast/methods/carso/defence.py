@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import dtype_of
+from ..._settings import dtype_of
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
 from ...models.layers import normalization

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._validation import check_shapes
+from ..._places import check_shapes
 from ...models.classifiers import WideResNet
 from ...models.foreign import read_weights
 from ...models.layers import Normalize

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import first_tensor
+from ..._settings import first_tensor
 from ...models.foreign import load_weights
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet

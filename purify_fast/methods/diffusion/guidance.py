@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._tensors import without_autocast
+from ..._settings import without_autocast
 
 Guidance = Literal["mse", "ssim"]
 #: Constants of SSIM: the window's side, its standard deviation in pixels, and two terms that avoid a division by 0.

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._tensors import first_tensor, structure_fingerprint
+from ..._hashes import structure_fingerprint
+from ..._settings import first_tensor
 from ..._validation import Precision
 from ...models.representation import evaluation_mode
 from ...ops.philox import Stream, philox, philox_key

@@ -6,8 +6,9 @@ import json
 
 import torch
 
-from ..._tensors import text_hash
-from .registry import REGISTRY, forced_backends, sizes_here
+from ..._hashes import text_hash
+from .op import Backend, Sizes
+from .registry import REGISTRY, Op, forced_backends, sizes_here
 
 
 def kernels_now(device: torch.device) -> str:
@@ -30,3 +31,13 @@ def forget_choices() -> None:
     sizes_here.cache_clear()
     for op in REGISTRY.values():
         op.chosen.clear()
+
+
+def in_words(op: Op, backend: Backend, sizes: Sizes) -> str:
+    """Say which calls use a kernel of ``backend``, given their smallest sizes."""
+    variants: dict[str, list[str]] = {}
+    for variant in sorted(op.smallest["cpu"], key=lambda one: sizes.get(one) is None):
+        least = sizes.get(variant)
+        kernel = f"{backend} from {least:,} elements" if least else backend
+        variants.setdefault("reference" if least is None else kernel, []).append(variant or "others")
+    return "; ".join(f"{one} for {', '.join(own)}" if len(variants) > 1 else one for one, own in variants.items())

@@ -69,12 +69,3 @@ class Definition:
             # All files, because kernels call functions of other kernels, and definitions call other definitions.
             return files_digest((*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py"))))
         return files_digest((definition, Path(_library.path)) if _library.path else (definition,))
-
-    def in_words(self, backend: Backend, sizes: Sizes) -> str:
-        """Say which calls use a kernel of ``backend``, given their smallest sizes."""
-        variants: dict[str, list[str]] = {}
-        for variant in sorted(self.smallest["cpu"], key=lambda one: sizes.get(one) is None):
-            least = sizes.get(variant)
-            kernel = f"{backend} from {least:,} elements" if least else backend
-            variants.setdefault("reference" if least is None else kernel, []).append(variant or "others")
-        return "; ".join(f"{one} for {', '.join(own)}" if len(variants) > 1 else one for one, own in variants.items())

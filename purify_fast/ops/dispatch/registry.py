@@ -17,13 +17,12 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from ... import _library
-from .examples import Example, normal, properties_of, tensors
+from .examples import Example
 from .op import BACKENDS, KERNELS, Backend, Definition, Sizes
 
 
@@ -241,44 +240,6 @@ def define_op(
         differentiable=differentiable,
     )
     return REGISTRY[name]
-
-
-def define_backward(
-    op: Op,
-    schema: str,
-    *,
-    reference: Callable,
-    fake: Callable = like_second,
-    size: Callable[..., int] = lambda _, x, *__: x.numel(),
-    saved: Callable[[tuple, tuple], tuple] = lambda inputs, outputs: inputs,
-    constants: int = 0,
-    changes: dict[str, Any] | None = None,
-    **flags: Any,
-) -> Op:
-    """Register the backward of an op. ``saved`` makes the arguments that follow the gradients.
-
-    ``flags`` are the arguments ``cpu``, ``cuda`` and ``in_graphs`` that differ from those of the op.
-    """
-
-    def derived(example: Example) -> Example:
-        def make(dtype: torch.dtype, seed: int) -> tuple:
-            inputs = example.make(dtype, seed)
-            outputs = tensors(op.reference(*inputs))
-            changing = enumerate(outputs[: len(outputs) - constants])
-            grads = [torch.empty_like(one).copy_(normal(seed + 500 + i, *one.shape)) for i, one in changing]
-            return *grads, *saved(inputs, outputs)
-
-        return replace(example, make=make, **properties_of(example.setting, changes or {}))
-
-    return define_op(
-        f"{op.name}_backward",
-        schema,
-        reference=reference,
-        fake=fake,
-        examples=[derived(example) for example in op.examples],
-        size=size,
-        **op.smallest | {"in_graphs": op.in_graphs} | flags,
-    )
 
 
 def _narrow(kernel: Callable, plain: Callable) -> Callable:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from . import records
 from .choices import forget_choices
-from .examples import Example, tile, to
+from .example_tensors import tile, to
+from .examples import Example
 from .registry import REGISTRY, Op
 from .verify import verdict_of
 

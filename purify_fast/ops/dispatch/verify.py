@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from . import records
-from .examples import Example, double, tensors, to
+from .example_tensors import double, tensors, to
+from .examples import Example
 from .op import Definition
 
 logger = logging.getLogger("purify_fast")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..._compiler import section
-from ..._tensors import first_tensor, without_autocast
+from ..._settings import first_tensor, without_autocast
 from ...models.layers import Normalize
 from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed

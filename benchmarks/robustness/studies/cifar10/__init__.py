@@ -18,7 +18,7 @@ from torch import nn
 
 from purify_fast import data
 from purify_fast._files import write_text
-from purify_fast._validation import usable_device
+from purify_fast._places import usable_device
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import EvaluateConfig, Report, evaluate, merge
 

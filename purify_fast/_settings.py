@@ -1,0 +1,62 @@
+"""Helpers for whole models: their dtypes and devices, PyTorch's defaults, and memory layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def refuse_divided(model: nn.Module) -> None:
+    """Raise ValueError if the weights of a model are on several devices, or are DTensors."""
+    devices = list(dict.fromkeys(str(weight.device) for weight in model.parameters()))
+    if any(type(weight).__name__ == "DTensor" for weight in model.parameters()):
+        raise ValueError("the model has DTensors as weights (FSDP2, tensor parallel): give each process a whole model")
+    if len(devices) > 1:
+        text = "the model's weights are on several devices (device_map)"
+        raise ValueError(f"{text}, {', '.join(devices)}: move the model to one, and start a process for each device")
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Permute the dimensions of a tensor into their order in memory, from the largest stride to the smallest."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+
+
+def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
+    """View a vector with the shape and the memory layout of ``x``."""
+    ordered = in_memory_order(x)
+    if ordered.is_contiguous():
+        return numbers.as_strided(x.shape, x.stride(), numbers.storage_offset())
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return numbers.view(ordered.shape).permute([order.index(i) for i in range(x.dim())])
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch ``torch.autocast`` off within a block, so that operators keep the dtypes of their inputs."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """A block with PyTorch's own defaults: float32, tensors on the CPU, and no inference mode."""
+    dtype = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def first_tensor(module: nn.Module) -> Tensor:
+    """The first floating-point parameter or buffer of a module. Callers use its device and dtype as the module's."""
+    every = itertools.chain(module.parameters(), module.buffers())
+    return next(filter(Tensor.is_floating_point, every), torch.zeros((), dtype=torch.float32))
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of `first_tensor`."""
+    return first_tensor(module).dtype
