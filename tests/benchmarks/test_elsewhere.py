@@ -88,6 +88,16 @@ def test_the_committed_rows_of_copies_are_complete_and_follow_the_present_rule()
         assert all(row[f"{who}_ms"] for who in architectures.TIMED)
 
 
+def test_all_rows_of_small_networks_are_measured_and_committed(tmp_path):
+    small_networks.run([small_networks.NAME], quick=True, out=tmp_path, resume=False)
+    written, committed = (sheets.read_csv(folder / small_networks.FILE) for folder in (tmp_path, RESULTS / "cpu"))
+    for rows in (written, committed):
+        assert [(row["row"], int(row["images"])) for row in rows] == [*small_networks.ROWS]
+    for row in committed:
+        timed = ("call", "call_copy") if row["row"] == small_networks.CALL else small_networks.ATTACKS
+        assert all(float(row[f"{who}_us"]) > 0 for who in timed), row["row"]
+
+
 @pytest.mark.parametrize("name", ["linear", "CNN"])
 def test_attacks_on_small_networks_raise_the_loss_inside_the_ball(name):
     model, x, y = small_networks.example(name, 4)
