@@ -25,7 +25,7 @@ from ..robustness import answer, contests, pack_zoo, smoothing
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
-from ..speed.elsewhere import architectures
+from ..speed.elsewhere import architectures, small_networks
 from ..speed.elsewhere import measuring as elsewhere
 from . import front_page, methods_table, performance
 
@@ -67,6 +67,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "truth": truth.table,
     "elsewhere": elsewhere.table,
     "elsewhere_copies": lambda results: architectures.sentences(results / "cpu"),
+    "elsewhere_small": lambda results: small_networks.table(results / "cpu"),
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.
 MEASURED_PAGE = "performance.md"

@@ -7,10 +7,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks import RESULTS
 from benchmarks.speed import elsewhere, sheets
-from benchmarks.speed.elsewhere import Frozen, architectures, measuring
+from benchmarks.speed.elsewhere import Frozen, architectures, measuring, small_networks
 from benchmarks.speed.elsewhere.loops import PKG_RESOURCES
 from purify_fast.speed.products import PER_VALUE, PRODUCTS
 
@@ -85,3 +86,24 @@ def test_the_committed_rows_of_copies_are_complete_and_follow_the_present_rule()
         dense = products >= PER_VALUE * values and int(row["images"]) * products >= PRODUCTS
         assert row["auto"] == ("bfloat16" if dense else "float32"), row["row"]
         assert all(row[f"{who}_ms"] for who in architectures.TIMED)
+
+
+def test_all_rows_of_small_networks_are_measured_and_committed(tmp_path):
+    small_networks.run([small_networks.NAME], quick=True, out=tmp_path, resume=False)
+    written, committed = (sheets.read_csv(folder / small_networks.FILE) for folder in (tmp_path, RESULTS / "cpu"))
+    for rows in (written, committed):
+        assert [(row["row"], int(row["images"])) for row in rows] == [*small_networks.ROWS]
+    for row in committed:
+        timed = ("call", "call_copy") if row["row"] == small_networks.CALL else small_networks.ATTACKS
+        assert all(float(row[f"{who}_us"]) > 0 for who in timed), row["row"]
+
+
+@pytest.mark.parametrize("name", ["linear", "CNN"])
+def test_attacks_on_small_networks_raise_the_loss_inside_the_ball(name):
+    model, x, y = small_networks.example(name, 4)
+    attacks = small_networks.contestants(name, model, x, y)
+    assert {*attacks} >= {"expert", "model", "copy"}
+    for who, attack in attacks.items():
+        near = attack()
+        assert (near - x).abs().max() <= elsewhere.EPS + 1e-6 and near.min() >= 0 and near.max() <= 1, who
+        assert F.cross_entropy(model(near), y) > F.cross_entropy(model(x), y), who
