@@ -63,6 +63,7 @@ AtLeast0 = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True, below=True)]
 #: A whole number of at least 1, such as a number of steps.
 Count = Annotated[int, Range(1)]
+_COUNTS = (Count, Count | None)
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 
@@ -106,9 +107,12 @@ def check_types(config: Any) -> None:
         _types_of[type(config)] = [(field.name, hints[field.name], field.default) for field in fields(config)]
     for name, kind, default in _types_of[type(config)]:
         value = getattr(config, name)
-        # A default needs no check, and most values are defaults.
-        if value is not default:
-            _check_type(name, value, kind)
+        # Every attack runs this loop. A default needs no check, and most other values are truth values and counts.
+        if value is default or (kind is bool and isinstance(value, bool)):
+            continue
+        if kind in _COUNTS and type(value) is int and value >= 1:
+            continue
+        _check_type(name, value, kind)
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .._classifier import Classifier, SharesDraws, supports
 from .._tensors import repeat_batch
 from ..model_state import hidden_modules
-from ..speed.frozen_weights import held
+from ..speed.frozen_weights import hold, release
 from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
@@ -43,7 +43,8 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     weights = [one for part in parts for one in part._parameters.values() if one is not None]
     # The flag of a tensor that was made in inference mode could not be restored.
     weights = [weight for weight in weights if not weight.is_inference()]
-    with held("training", [] if keep_mode else parts), held("requires_grad", weights):
+    modes, flags = hold("training", [] if keep_mode else parts), hold("requires_grad", weights)
+    try:
         if not keep_mode and any([part.training for part in parts]):
             # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
             for whole in (model, *hidden):
@@ -52,6 +53,9 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
             if weight.requires_grad:
                 weight.requires_grad_(False)
         yield
+    finally:
+        release("requires_grad", flags)
+        release("training", modes)
 
 
 class WritesToItsInput(ValueError):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._classifier import Classifier
 from .._compiler import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
-from ..speed.reading import graphs_of, reading
+from ..speed.reading import reading
 from .arguments import check_eps, check_images
 from .attacked_model import first_output, frozen
 from .ball import Ball, ball_around
@@ -220,12 +220,12 @@ class Attack(abc.ABC):
         # `DistributedDataParallel` would exchange buffers in each forward pass.
         model = self.target(model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
         ours = context.loss_function is None
-        graphs = graphs_of(model) if context.graphs is None and ours else None
         # With a user's loss, any labels are allowed.
         token = first_output.set(("targeted" if context.toward else "y", y if ours else y[:0]))
         try:
-            with reading(model):
-                if graphs is None or not graphs.free_for(x.device):
+            with reading(model) as graphs:
+                free = graphs is not None and context.graphs is None and ours and graphs.free_for(x.device)
+                if not free:
                     return self.search(model, x, y, context)
                 try:
                     captured = replace(context, graphs=graphs)
@@ -301,7 +301,9 @@ def worst_of_runs(
             from .shared_draws import drawn_once_per_call
 
             apart = drawn_once_per_call(model, x, draws, most)
-        source = context.source(model, x, precision)
+        source = model
+        if context.copies is not None or precision == "bfloat16":
+            source = context.source(model, x, precision)
         if source is not model:
             stack.enter_context(frozen(source))
         loss = context.loss_function or loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,6 +79,9 @@ class AttackContext:
     Raises:
         ValueError: a count that is not allowed.
     """
+
+    #: The frozen copies of an evaluation; other attacks have none.
+    copies: ClassVar[Any] = None
 
     eps: Radius = 0.0
     norm: NormName = "linf"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._classifier import Classifier
+from .._tensors import per_sample
 from .._validation import AtLeast0, Count, GradientPrecision, Norm, Range
 from ..ops.pgd_step import NORMS, per_pixel, pgd_step
 from ..ops.pgd_step import OP as STEP
@@ -172,7 +173,11 @@ class PGD(InBall):
         if len(x) == 0:
             return AttackResult(x.clone())
         x = x.detach().clone()
-        lengths = {} if self.alpha is None else {"alpha": per_pixel("alpha", self.alpha, x).detach()}
+        lengths = {}
+        if isinstance(self.alpha, Tensor):
+            lengths = {"alpha": per_pixel("alpha", self.alpha, x).detach()}
+        elif self.alpha is not None:
+            lengths = {"alpha": per_sample("alpha", self.alpha, x)}
 
         def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             point, seed, ids = x, context.seed + run, context.sample_ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -14,39 +14,36 @@ _HELD: dict[str, dict[int, list[list[Any]]]] = {"training": {}, "requires_grad":
 _LOCK = threading.Lock()
 
 
-class held:
-    """A block at whose end objects get back the value of an attribute.
+def hold(name: str, objects: Iterable[Any]) -> list[list[Any]]:
+    """Remember the values of an attribute of objects until `release`.
 
     Blocks in several threads may overlap. One that ends before a later one leaves its values for the later to restore.
-    Every attack enters two of these blocks, and a class is faster than a generator.
     """
+    known = _HELD[name]
+    with _LOCK:
+        saved = [[one, getattr(one, name)] for one in objects]
+        for entry in saved:
+            known.setdefault(id(entry[0]), []).append(entry)
+    return saved
 
-    def __init__(self, name: str, objects: Sequence[Any]):
-        self.name, self.objects = name, objects
 
-    def __enter__(self) -> None:
-        name, known = self.name, _HELD[self.name]
-        with _LOCK:
-            self.saved = [[one, getattr(one, name)] for one in self.objects]
-            for entry in self.saved:
-                known.setdefault(id(entry[0]), []).append(entry)
-
-    def __exit__(self, *error: object) -> None:
-        name, known = self.name, _HELD[self.name]
-        with _LOCK:
-            for entry in self.saved:
-                one, value = entry
-                later = known[id(one)]
-                if later[-1] is entry:
-                    later.pop()
-                    if getattr(one, name) != value:
-                        setattr(one, name, value)
-                else:
-                    at = next(at for at, other in enumerate(later) if other is entry)
-                    del later[at]
-                    later[at][1] = value
-                if not later:
-                    del known[id(one)]
+def release(name: str, saved: list[list[Any]]) -> None:
+    """Restore the values that `hold` has returned."""
+    known = _HELD[name]
+    with _LOCK:
+        for entry in saved:
+            one, value = entry
+            later = known[id(one)]
+            if later[-1] is entry:
+                later.pop()
+                if getattr(one, name) != value:
+                    setattr(one, name, value)
+            else:
+                at = next(at for at, other in enumerate(later) if other is entry)
+                del later[at]
+                later[at][1] = value
+            if not later:
+                del known[id(one)]
 
 
 @contextlib.contextmanager
@@ -58,8 +55,11 @@ def images_only(*models: nn.Module) -> Iterator[None]:
     """
     # The flag of a tensor that was made in inference mode could not be restored.
     weights = [one for model in models for one in model.parameters() if not one.is_inference()]
-    with held("requires_grad", weights):
+    saved = hold("requires_grad", weights)
+    try:
         for weight in weights:
             if weight.requires_grad:
                 weight.requires_grad_(False)
         yield
+    finally:
+        release("requires_grad", saved)

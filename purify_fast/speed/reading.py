@@ -16,15 +16,11 @@ NUMBERS = itertools.count(1)
 block = ContextVar("block", default=0)
 
 
-def graphs_of(model: object) -> Any:
-    """Return the `StepGraphs` that `purify_fast.frozen_copy` has given to a copy; None for any other model."""
-    followed = getattr(model, "__dict__", {}).get("_followed")
-    return None if followed is None else followed.graphs
-
-
 @contextlib.contextmanager
-def reading(*models: object) -> Iterator[None]:
+def reading(*models: object) -> Iterator[Any]:
     """A block in which each frozen copy reads its model once: the parts of the given modules now, others when called.
+
+    It gives the `StepGraphs` of the first model if this is a frozen copy itself, and None for any other model.
 
     Writes may not have been counted, and a copy may be hidden in functions and objects. A step in the block meets the
     same networks as the step before.
@@ -35,6 +31,7 @@ def reading(*models: object) -> Iterator[None]:
             for part in model.modules() if isinstance(model, nn.Module) else ():
                 if vars(part).get("_followed") is not None:
                     part.prepare_replay()  # type: ignore[operator]
-        yield
+        followed = getattr(models[0], "__dict__", {}).get("_followed") if models else None
+        yield None if followed is None else followed.graphs
     finally:
         block.reset(token)

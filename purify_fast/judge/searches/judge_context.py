@@ -35,7 +35,7 @@ class JudgeContext(AttackContext):
     judge_share: float = 1.0
     gradients_from: Classifier | None = None
     batch_size: int | None = None
-    copies: Any = None
+    copies: Any = None  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -99,9 +99,6 @@ def compiler_of(function: StepFunction, state: State) -> Any:
 
     A step whose number of images changes is not compiled as a whole, and neither is a step that counts images.
     """
-    # Nothing is compiled before this module is imported. Every attack runs these lines, so they must be fast.
-    if "purify_fast.speed.graphs.compiled_step" not in sys.modules:
-        return None
     model = function.model
     # Inside a larger graph of torch.compile, there is nothing to compile here.
     if not isinstance(model, nn.Module) or _eager.get() or torch.compiler.is_compiling():
@@ -120,6 +117,8 @@ def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: Sta
 
     The step is compiled if the user has asked for this, or ``graphs`` may capture it. Otherwise the loop is eager.
     """
-    if (compiler := compiler_of(function, state)) is not None:
+    # Nothing is compiled before this module is imported.
+    compiles = "purify_fast.speed.graphs.compiled_step" in sys.modules
+    if compiles and (compiler := compiler_of(function, state)) is not None:
         return Steps(compiler.form_of(function, state), state)
     return Steps(function, state) if graphs is None else graphs.begin(function, state)
