@@ -70,23 +70,35 @@ def _is_outside(file: str) -> bool:
     return not (file.startswith(not_users) or "site-packages" in file or "dist-packages" in file)
 
 
-def hidden_modules(model: nn.Module, parts: list[tuple[str, nn.Module]] | None = None) -> list[tuple[str, nn.Module]]:
-    """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know.
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, like `nn.Module.modules` in less time."""
+    parts, known = [model], {id(model)}
+    for part in parts:
+        for child in part._modules.values():
+            if child is not None and id(child) not in known:
+                known.add(id(child))
+                parts.append(child)
+    return parts
 
-    ``parts``: the model's named modules, if the caller has them.
-    """
-    parts, found = list(model.named_modules()) if parts is None else parts, []
-    for path, whole in parts:
-        kind: Any = type(whole)
+
+def may_hide_modules(parts: Iterable[nn.Module]) -> bool:
+    """Return True if a part has an attribute in which a module may be that PyTorch does not know."""
+    for part in parts:
+        kind: Any = type(part)
+        if slots(kind):
+            return True
         without = left_out(kind)
-        held = attributes(whole) if slots(kind) else vars(whole).items()
-        # Every attack runs this loop. Few parts hold a container that PyTorch does not know.
-        inside = [item for item in held if isinstance(item[1], CONTAINERS) and item[0] not in without]
-        if inside:
-            found += [(path, *item) for item in _modules(inside)]
-    if not found:
-        return []
-    known = {id(part) for _, part in parts}
+        for name, value in vars(part).items():
+            if isinstance(value, CONTAINERS) and name not in without:
+                return True
+    return False
+
+
+def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know."""
+    parts = dict(model.named_modules())
+    known = set(map(id, parts.values()))
+    found = [(path, *item) for path, whole in parts.items() for item in _modules(attributes(whole))]
     return [(f"{path}.{name}".lstrip("."), part) for path, name, part in found if id(part) not in known]
 
 

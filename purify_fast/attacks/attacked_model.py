@@ -11,11 +11,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._classifier import Classifier, SharesDraws, supports
 from .._tensors import repeat_batch
-from ..model_state import hidden_modules
+from ..model_state import hidden_modules, may_hide_modules, modules_of
 from ..speed.frozen_weights import hold, release
 from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
@@ -37,9 +38,9 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    named = list(model.named_modules())
-    hidden = [module for _, module in hidden_modules(model, named)]
-    parts = [part for _, part in named] + [part for whole in hidden for part in whole.modules()]
+    parts = modules_of(model)
+    hidden = [module for _, module in hidden_modules(model)] if may_hide_modules(parts) else []
+    parts += [part for whole in hidden for part in modules_of(whole)]
     weights = [one for part in parts for one in part._parameters.values() if one is not None]
     # The flag of a tensor that was made in inference mode could not be restored.
     weights = [weight for weight in weights if not weight.is_inference()]
@@ -117,14 +118,18 @@ def _check_first(logits: Tensor, name: str, labels: Tensor) -> None:
 
 
 def gradient_to(leaf: Tensor, value: Tensor, weights: Tensor | None = None) -> Tensor | None:
-    """The gradient of the sum of ``value``, or of ``value * weights``, with respect to ``leaf``.
+    """The gradient of ``value``, a number, or of the sum of ``value * weights``, with respect to ``leaf``.
 
-    None if there is no dependence or no derivative. ``value`` without ``weights`` must be a number.
+    None if there is no dependence or no derivative.
     """
     if not value.requires_grad:
         return None
     try:
-        return torch.autograd.grad(value, leaf, weights, allow_unused=True)[0]
+        if weights is None or type(value) is not Tensor:
+            return torch.autograd.grad(value, leaf, weights, allow_unused=True)[0]
+        # This is the call that `torch.autograd.grad` makes after its checks, which take a tenth of a small step.
+        flags = {"keep_graph": False, "create_graph": False, "allow_unreachable": True, "accumulate_grad": False}
+        return _engine_run_backward((value,), (weights,), inputs=(leaf,), **flags)[0]
     except RuntimeError as error:
         if "derivative for" in str(error) and "is not implemented" in str(error):
             return None

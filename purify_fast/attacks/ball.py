@@ -88,7 +88,7 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int | Tensor = 0, sample_ids:
     key, size, stream = philox_key(seed, x.device), x[0].numel(), Stream.ATTACK_START
     if ball.norm == "linf":
         # `philox` without its checks.
-        noise = DRAW(key, ids, size, int(stream), UNIFORM, 1, 0).mul_(2).sub_(1)
+        noise = DRAW(key, ids, size, *(int(stream), UNIFORM, 1, 0)).view(x.shape)
     else:
         draw = partial(philox, key, ids, stream=stream)
         if ball.norm == "l2":
@@ -101,7 +101,12 @@ def sample_in_ball(x: Tensor, ball: Ball, *, seed: int | Tensor = 0, sample_ids:
         shrink = draw(1, first_draw=1)[:, 0] ** (1 / size)
         noise = noise / noise.norm(p=2 if ball.norm == "l2" else 1, dim=1, keepdim=True) * shrink
     radii = ball.eps if ball.eps.dim() > 1 else ball.eps.view(-1, *[1] * (x.dim() - 1))
-    point = x + noise.view_as(x) * radii
+    if ball.norm != "linf":
+        point = x + noise.view_as(x) * radii
+    elif x.dtype == noise.dtype == radii.dtype:
+        point = torch.addcmul(x, noise, radii, value=2).sub_(radii)
+    else:
+        point = x + (2 * noise - 1) * radii
     if isinstance(ball.clip_min, Tensor) or isinstance(ball.clip_max, Tensor):
         return clamped(point, ball.clip_min, ball.clip_max).to(x.dtype)
     return point.clamp_(ball.clip_min, ball.clip_max).to(x.dtype)

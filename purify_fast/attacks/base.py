@@ -307,7 +307,8 @@ def worst_of_runs(
         if source is not model:
             stack.enter_context(frozen(source))
         loss = context.loss_function or loss
-        objective = Objective(source, loss, draws, most, context.graphs, apart, context.toward)
+        how: dict[str, Any] = {"graphs": context.graphs, "apart": apart, "toward": context.toward}
+        objective = Objective(source, loss, draws, most, **how)
         best = one_run(objective, 0, health)
         if attack.restarts == 1:
             return AttackResult(best, health)

@@ -110,12 +110,11 @@ class Ascent(ObjectiveStep):
     def step(self, state: State, gradient: Tensor, density: float) -> Tensor:
         """The next points: a step along the gradient, and the projection onto the ball and the box."""
         points, lengths = (state["point"], gradient, state["x"]), (state["alpha"], state["eps"])
-        lo = state["lo"] if self.lo is None else self.lo
-        hi = state["hi"] if self.hi is None else self.hi
+        box = state["lo"] if self.lo is None else self.lo, state["hi"] if self.hi is None else self.hi
         if self.pixelwise:
-            return pgd_step(*points, *lengths, self.norm, lo, hi, density)
+            return pgd_step(*points, *lengths, self.norm, *box, density)
         # The arguments were checked when the attack began.
-        return STEP(*points, *lengths, NORMS.index(self.norm), lo, hi, density, variant=self.norm)
+        return STEP(*points, *lengths, NORMS.index(self.norm), *box, density, variant=self.norm)
 
 
 def fall(i: int, steps: int) -> float:
@@ -172,7 +171,8 @@ class PGD(InBall):
         ball, steps = self.ball(x, y, context), self.resolved_for(context).steps
         if len(x) == 0:
             return AttackResult(x.clone())
-        x = x.detach().clone()
+        # A model that writes to its images, by x.data, must not write to the caller's.
+        x = x.detach() if self.random_start else x.detach().clone()
         lengths = {}
         if isinstance(self.alpha, Tensor):
             lengths = {"alpha": per_pixel("alpha", self.alpha, x).detach()}
@@ -224,7 +224,13 @@ class PGD(InBall):
         if changes:
             state["gradient"] = torch.zeros_like(state["x"])
         density = None if changes else FIRST_DENSITY * (fall(first, steps) if norm == "l1" else 1.0)
-        ascent = Ascent(objective, norm, lo, hi, pixelwise, density, health is not None, self.keep_best)
+        ascent = Ascent(
+            objective,
+            *(norm, lo, hi, pixelwise),
+            density=density,
+            counts=health is not None,
+            keeps=self.keep_best,
+        )
         loop = begin_steps(objective.graphs, ascent, state)
         with keeping(lambda: loop.values()["best" if self.keep_best else "point"]):
             for i in range(first, steps if end is None else end):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -27,7 +28,8 @@ def reading(*models: object) -> Iterator[Any]:
     """
     token = block.set(next(NUMBERS))
     try:
-        for model in models:
+        # Without this module there is no frozen copy. Every attack runs these lines, so they must be fast.
+        for model in models if "purify_fast.speed.followed" in sys.modules else ():
             for part in model.modules() if isinstance(model, nn.Module) else ():
                 if vars(part).get("_followed") is not None:
                     part.prepare_replay()  # type: ignore[operator]

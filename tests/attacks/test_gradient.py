@@ -154,9 +154,9 @@ def test_the_default_step_falls_from_eps_to_a_hundredth(monkeypatch):
     module = importlib.import_module("purify_fast.attacks.pgd")  # the package's attribute is the function
 
     steps, shares = [], []
-    original = module.pgd_step
-    record = lambda *a, **b: steps.append(float(a[3][0])) or shares.append(b["density"]) or original(*a, **b)  # noqa: E731
-    monkeypatch.setattr(module, "pgd_step", record)
+    original = module.STEP
+    record = lambda *a, **b: steps.append(float(a[3][0])) or shares.append(a[8]) or original(*a, **b)  # noqa: E731
+    monkeypatch.setattr(module, "STEP", record)
     model, x, y = torch.nn.Flatten(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
     pgd(model, x, y, eps=0.5, steps=5, norm="l1")
     assert shares == pytest.approx([0.1 * 100 ** (-i / 4) for i in range(5)])

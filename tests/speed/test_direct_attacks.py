@@ -12,7 +12,7 @@ from torch import nn
 
 import purify_fast
 from purify_fast import Atop
-from purify_fast.attacks import losses, pgd, square
+from purify_fast.attacks import pgd, square
 from purify_fast.methods.atop import SmallGenerator
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS
@@ -113,7 +113,7 @@ def test_what_a_users_loss_reads_is_not_frozen(capture):
             return -nn.functional.cross_entropy(logits, target, reduction="none")  # noqa: B023
 
         found = pgd(fast, x, y, loss=towards, **options)
-        how = {"loss_function": losses.towards("ce"), "graphs": StepGraphs("off"), **options}
+        how = {"toward": True, "graphs": StepGraphs("off"), **options}
         assert torch.equal(found, direct(pgd, fast, x, target, **how))
     assert capture.recorded == 0
     pgd(fast, x, None, targeted=y, **options)

@@ -12,7 +12,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,16 +99,18 @@ def compiler_of(function: StepFunction, state: State) -> Any:
 
     A step whose number of images changes is not compiled as a whole, and neither is a step that counts images.
     """
+    from ...protocols import CompilesSteps, CountsImages, supports
+
     model = function.model
     # Inside a larger graph of torch.compile, there is nothing to compile here.
     if not isinstance(model, nn.Module) or _eager.get() or torch.compiler.is_compiling():
         return None
     found = None
     for part in model.modules():
-        if hasattr(type(part), "counted"):
+        if supports(part, CountsImages):
             return None
-        if found is None and hasattr(type(part), "compiled_steps"):
-            found = part.compiled_steps()  # type: ignore[operator]
+        if found is None and supports(part, CompilesSteps):
+            found = cast(Any, part).compiled_steps()
     return found if found is not None and function.may_be_compiled(state) else None
 
 
