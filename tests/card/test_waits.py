@@ -66,25 +66,25 @@ def carso(target: str, **options) -> Task:
 
 #: Each training, and the launches of its gradients, of its optimizers, and of what comes after them.
 STEPS = {
-    "PGD-AT": (classifier, 218),
-    "PGD-AT, bfloat16": (lambda: classifier(precision="bfloat16"), 269),
-    "PGD-AT, l2": (lambda: classifier_task(attack=attack(steps=3, norm="l2")), 221),
+    "PGD-AT": (classifier, 128),
+    "PGD-AT, bfloat16": (lambda: classifier(precision="bfloat16"), 172),
+    "PGD-AT, l2": (lambda: classifier_task(attack=attack(steps=3, norm="l2")), 133),
     "TRADES": (lambda: classifier(objective="trades"), 240),
-    "TRADES, bfloat16": (lambda: classifier(objective="trades", precision="bfloat16"), 310),
-    "MART": (lambda: classifier(objective="mart"), 313),
-    "MART, bfloat16": (lambda: classifier(objective="mart", precision="bfloat16"), 369),
-    "ARREST": (arrest, 265),
-    "ARREST, bfloat16": (lambda: arrest(precision="bfloat16"), 332),
-    "ARREST, average": (lambda: arrest(ema_decay=0.9), 267),
-    "ARREST, l1, no replay": (lambda: arrest(attack=attack(steps=3, norm="l1"), replay=False), 257),
-    "CARSO": (lambda: carso("classifier"), 401),
-    "CARSO, bfloat16": (lambda: carso("classifier", precision="bfloat16"), 445),
-    "CARSO, pipeline": (lambda: carso("pipeline"), 579),
+    "TRADES, bfloat16": (lambda: classifier(objective="trades", precision="bfloat16"), 298),
+    "MART": (lambda: classifier(objective="mart"), 223),
+    "MART, bfloat16": (lambda: classifier(objective="mart", precision="bfloat16"), 272),
+    "ARREST": (arrest, 176),
+    "ARREST, bfloat16": (lambda: arrest(precision="bfloat16"), 230),
+    "ARREST, average": (lambda: arrest(ema_decay=0.9), 178),
+    "ARREST, l1, no replay": (lambda: arrest(attack=attack(steps=3, norm="l1"), replay=False), 169),
+    "CARSO": (lambda: carso("classifier"), 282),
+    "CARSO, bfloat16": (lambda: carso("classifier", precision="bfloat16"), 326),
+    "CARSO, pipeline": (lambda: carso("pipeline"), 489),
     "CARSO, pipeline, bfloat16": (lambda: carso("pipeline", precision="bfloat16"), 645),
-    "AToP": (lambda: atop_task("classifier"), 276),
-    "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 473),
-    "AToP, pipeline": (lambda: atop_task("pipeline", 3), 842),
-    "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 1074),
+    "AToP": (lambda: atop_task("classifier"), 248),
+    "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 445),
+    "AToP, pipeline": (lambda: atop_task("pipeline", 3), 753),
+    "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 985),
     "diffusion": (diffusion_task, 233),
     "diffusion, bfloat16": (lambda: diffusion_task(precision="bfloat16"), 394),
 }
@@ -165,17 +165,17 @@ LINF, L2, L1 = {"eps": 0.1}, {"eps": 1.0, "norm": "l2"}, {"eps": 5.0, "norm": "l
 NORMS = {"linf": LINF, "l2": L2, "l1": L1}
 #: Each attack, its model and its options, and the launches of all kinds of its steps together.
 ATTACKS = {
-    **{f"PGD, {norm}": (pgd, plain, {"steps": 3, **ball}, 56) for norm, ball in NORMS.items()},
-    "PGD, best of two draws": (pgd, random_model, {"steps": 3, "keep_best": True, "eot_iter": 2, **LINF}, 171),
-    "PGD, a diffusion purifier": (pgd, lambda: purifier(SHAPE, process=Process(steps=6)), {"steps": 2, **LINF}, 273),
-    "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 88),
-    "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 88),
-    "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 120),
-    "APGD, targets": (apgd, plain, {"steps": 10, "loss": "dlr_targeted", "n_target_classes": 2, **LINF}, 92),
-    **{f"FAB, {norm}": (fab_t, plain, {"steps": 5, "n_target_classes": 2, **ball}, 69) for norm, ball in NORMS.items()},
-    **{f"Square, {norm}": (square, plain, {"n_queries": 40, **ball}, 25) for norm, ball in NORMS.items()},
-    "Square, two draws": (square, random_model, {"n_queries": 20, "eot_iter": 2, **LINF}, 99),
-    "StAdv": (stadv, plain, {"steps": 3, "keep_best": True}, 47),
+    **{f"PGD, {norm}": (pgd, plain, {"steps": 3, **ball}, 27) for norm, ball in NORMS.items()},
+    "PGD, best of two draws": (pgd, random_model, {"steps": 3, "keep_best": True, "eot_iter": 2, **LINF}, 137),
+    "PGD, a diffusion purifier": (pgd, lambda: purifier(SHAPE, process=Process(steps=6)), {"steps": 2, **LINF}, 244),
+    "APGD, linf": (apgd, plain, {"steps": 10, **LINF}, 54),
+    "APGD, l2": (apgd, plain, {"steps": 10, **L2}, 54),
+    "APGD, l1": (apgd, plain, {"steps": 10, **L1}, 86),
+    "APGD, targets": (apgd, plain, {"steps": 10, "loss": "dlr_targeted", "n_target_classes": 2, **LINF}, 54),
+    **{f"FAB, {norm}": (fab_t, plain, {"steps": 5, "n_target_classes": 2, **ball}, 52) for norm, ball in NORMS.items()},
+    **{f"Square, {norm}": (square, plain, {"n_queries": 40, **ball}, 21) for norm, ball in NORMS.items()},
+    "Square, two draws": (square, random_model, {"n_queries": 20, "eot_iter": 2, **LINF}, 88),
+    "StAdv": (stadv, plain, {"steps": 3, "keep_best": True}, 26),
 }
 
 
@@ -220,9 +220,9 @@ def test_a_whole_attack_waits_for_nothing(run, norm):
 
 #: Each copy, and its launches in a prediction, a prediction with the gradient of the images, and an update of weights.
 COPIES = {
-    "ResNet-18, float32": (lambda: PreActResNet18(width=4), torch.float32, (58, 118, 80)),
-    "ResNet-18, bfloat16": (lambda: PreActResNet18(width=4), torch.bfloat16, (60, 122, 88)),
-    "CARSO, bfloat16": (random_model, torch.bfloat16, (76, 126, 66)),
+    "ResNet-18, float32": (lambda: PreActResNet18(width=4), torch.float32, (58, 118, 29)),
+    "ResNet-18, bfloat16": (lambda: PreActResNet18(width=4), torch.bfloat16, (60, 122, 30)),
+    "CARSO, bfloat16": (random_model, torch.bfloat16, (76, 126, 18)),
     "CARSO, bfloat16, packed": (random_model, torch.bfloat16, (53, 95)),
 }
 
