@@ -19,6 +19,7 @@ from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
 from ...attacks.losses import margin, usable_loss
+from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.fingerprint import state_hash
@@ -323,7 +324,9 @@ class _Short:
 
         def leads(x: Tensor) -> list[float]:
             """The margins by which the model itself is right; less than 0 counts as 0."""
-            draws = torch.stack([-margin(self.model(x).float(), self.y[at]) for _ in range(self.judges)])
+            draws = torch.stack(
+                [-attack_loss(self.model(x).float(), self.y[at], "margin")[1] for _ in range(self.judges)]
+            )
             return draws.mean(0).nan_to_num(0.0, posinf=LARGEST).clamp(0, LARGEST).tolist()
 
         def make() -> dict[str, Any]:

@@ -15,11 +15,11 @@ from ..._hashes import digest
 from ..._memory import ran_out_of_memory
 from ...attacks.attacked_model import logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
-from ...attacks.losses import margin
 from ...attacks.outputs import are_one_hot, are_probabilities
 from ...attacks.shared_draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
 from ...defences.stochastic import undecided
 from ...defences.wrappers import MajorityVote
+from ...ops import attack_loss
 from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_each_image, supports
 from ...speed.agreement import FLOAT32, apart, differ
 from ...speed.memory import BatchLimit
@@ -247,7 +247,7 @@ class Subject:
                 for logits in torch.cat(calls, 1):
                     check_classes(logits, self.num_classes)
                     decided, nameless = logits.argmax(1), undecided(logits)
-                    leads += -margin(logits.float(), y.to(logits.device)).cpu()
+                    leads += -attack_loss(logits.float(), y.to(logits.device), "margin")[1].cpu()
                     nonfinite += int(nameless.sum())
                     right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
                     named.append(decided.masked_fill(nameless, -1).cpu().numpy())

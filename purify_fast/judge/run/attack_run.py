@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._hashes import text_hash
 from ...attacks import AttackResult, GradientHealth
 from ...attacks.context import TimeIsOver
-from ...attacks.losses import margin
+from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
@@ -136,7 +136,7 @@ class AttackRun:
         """Return the margin of the attacked model on each attacked image."""
         subject, most = self.subject, self.subject.batch_limit.limit(self.context.max_forward_batch)
         logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
-        return (-margin(logits.double(), subject.y[part].to(logits.device))).tolist()
+        return (-attack_loss(logits.double(), subject.y[part].to(logits.device), "margin")[1]).tolist()
 
     def sums(self, shards: Shards, reach: Callable[[int], None]) -> AttackedBatch:
         """Obtain all batches from the processes, and sum up their results; ``reach`` gets the images of each batch."""
