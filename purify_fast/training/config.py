@@ -191,7 +191,7 @@ class FitConfig:
         compile: whether `torch.compile` compiles what a step computes: the steps of attacks on a copy of the model,
             each as a whole, and the objective with its gradients. The first step then takes minutes for a large
             network, and a further number of images compiles again. Validations compute the objective without the
-            compiler. A run must be resumed with the same choice, because compiled code rounds otherwise. It is not for
+            compiler. A run that is resumed with the other choice rounds otherwise from there on. It is not for
             several processes whose BatchNorms exchange their statistics.
         sync_batchnorm: whether the BatchNorms of torch and timm take the statistics of all processes during a training
             by several processes, as those of this package do. Without it such a model is refused. Afterwards the
