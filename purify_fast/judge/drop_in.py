@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -58,50 +58,28 @@ RUN: dict[str, tuple[AttackName, ...]] = {
 JUDGES = 20
 
 
-# With slots, setting an attribute that this package does not support raises an error.
-@dataclass(slots=True)
-class FabSettings:
-    """FAB's settings, by their names in AutoAttack.
-
-    Args:
-        n_restarts: number of runs of ``fab`` for each target class. ``fab-t`` has a single run for each target class.
-        n_iter: number of steps in a run.
-        n_target_classes: number of wrong classes that are tried as targets.
-    """
-
-    n_restarts: int = 5
-    n_iter: int = 100
-    n_target_classes: int = 9
+#: The fields of our attacks by their names in AutoAttack, if the names differ.
+FIELDS = {"n_iter": "steps", "n_restarts": "restarts", "thr_decr": "rho"}
 
 
-@dataclass(slots=True)
-class ApgdSettings(FabSettings):
-    """Auto-PGD's settings, by their names in AutoAttack.
+class Settings:
+    """An attack, whose settings are read and set by their names in AutoAttack. Other names raise an AttributeError."""
 
-    Args:
-        n_restarts: number of runs on each image; ``apgd-t`` makes this number of runs for each target class.
-        n_iter: number of gradient steps in a run.
-        n_target_classes: number of wrong classes that ``apgd-t`` tries as targets. The other losses have no targets.
-        eot_iter: number of draws of a random model over which each gradient step averages the gradient.
-        thr_decr: the step size is checked several times in a run. A check halves the step size if at most this share of
-            the steps since the previous check raised the loss.
-    """
+    def __init__(self, attack: Any, *names: str):
+        vars(self).update(attack=attack, names=names)
 
-    eot_iter: int = 1
-    thr_decr: float = 0.75
+    def __getattr__(self, name: str) -> Any:
+        field = self._field(name)
+        return getattr(self.attack, field)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self)["attack"] = replace(self.attack, **{self._field(name): value})
 
-@dataclass(slots=True)
-class SquareSettings:
-    """Square's settings, by their names in AutoAttack.
-
-    Args:
-        n_queries: number of queries in a run.
-        n_restarts: number of runs on each image.
-    """
-
-    n_queries: int = 5000
-    n_restarts: int = 1
+    def _field(self, name: str) -> str:
+        # A copy that is being made has no names yet.
+        if name not in (names := vars(self).get("names", ())):
+            raise AttributeError(f"{name} is not supported: the settings of this attack are {', '.join(names)}")
+        return FIELDS.get(name, name)
 
 
 class AutoAttack:
@@ -122,10 +100,12 @@ class AutoAttack:
         log_path: path of a file to which the accuracy after each attack is appended. If None, no file is written.
 
     Attributes:
-        apgd: `ApgdSettings` of ``apgd-ce`` and ``apgd-dlr``.
-        apgd_targeted: `ApgdSettings` of ``apgd-t``.
-        fab: `FabSettings` of ``fab`` and ``fab-t``.
-        square: `SquareSettings` of ``square``.
+        apgd: `Settings` of ``apgd-ce`` and ``apgd-dlr``: ``n_iter`` steps in each of ``n_restarts`` runs. A step
+            averages the gradient over ``eot_iter`` draws of a random model. The step size is checked several times in a
+            run, and is halved if at most the share ``thr_decr`` of the steps since the last check raised the loss.
+        apgd_targeted: `Settings` of ``apgd-t``, also ``n_target_classes``, the number of wrong classes that are tried.
+        fab: ``n_restarts``, ``n_iter`` and ``n_target_classes`` of ``fab``. ``fab-t`` has a single run for each class.
+        square: ``n_queries`` and ``n_restarts`` of ``square``.
         logger: ``logger.log(text)`` prints if ``verbose``, and appends to the file at ``log_path``.
 
     Raises:
@@ -159,8 +139,12 @@ class AutoAttack:
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
         self.log_path, self.device = log_path, None if device is None else torch.device(device)
         self.attacks_to_run: list[AttackName] = list(attacks_to_run)
-        self.apgd, self.apgd_targeted = ApgdSettings(), ApgdSettings(n_restarts=1)
-        self.fab, self.square = FabSettings(), SquareSettings()
+        common, of_apgd = ("n_restarts", "n_iter", "n_target_classes"), ("eot_iter", "thr_decr")
+        apgd = APGD(steps=100, eot_iter=1, restarts=5, give_up=True)
+        self.apgd = Settings(apgd, *common, *of_apgd)
+        self.apgd_targeted = Settings(replace(apgd, loss="dlr_targeted", restarts=1), *common, *of_apgd)
+        self.fab = Settings(FABT(steps=100, restarts=5, give_up=True), *common)
+        self.square = Settings(Square(give_up=True), "n_queries", "n_restarts")
         self.logger: Any = SimpleNamespace(log=self._log)
         self.set_version(version)
 
@@ -287,22 +271,11 @@ class AutoAttack:
     def _attack(self, name: str) -> Attack:
         """Make an attack by its name, with the current settings."""
         check_literal("attacks_to_run", name, AttackName)
-        if name == "square":
-            return Square(n_queries=self.square.n_queries, restarts=self.square.n_restarts, give_up=True)
-        if name in ("fab", "fab-t"):
-            fab = self.fab
-            restarts = fab.n_restarts if name == "fab" else 1
-            return FABT(steps=fab.n_iter, n_target_classes=fab.n_target_classes, restarts=restarts, give_up=True)
-        apgd = self.apgd_targeted if name == "apgd-t" else self.apgd
-        return APGD(
-            loss={"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr_targeted"}[name],  # type: ignore[arg-type]
-            steps=apgd.n_iter,
-            restarts=apgd.n_restarts,
-            eot_iter=apgd.eot_iter,
-            rho=apgd.thr_decr,
-            n_target_classes=apgd.n_target_classes,
-            give_up=True,
-        )
+        if name in ("apgd-ce", "apgd-dlr"):
+            return replace(self.apgd.attack, loss=name.removeprefix("apgd-"))
+        if name == "fab-t":
+            return replace(self.fab.attack, restarts=1)
+        return {"apgd-t": self.apgd_targeted, "fab": self.fab, "square": self.square}[name].attack
 
     @torch.no_grad()
     @whole_float32_by_default()

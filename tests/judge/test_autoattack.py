@@ -1,5 +1,7 @@
 """AutoAttack's class by this engine: the names of the original, what it refuses, and RobustBench, which calls it."""
 
+import copy
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -11,7 +13,7 @@ import pytest
 import torch
 from small_models import Made, labelled
 
-from purify_fast.attacks import APGD
+from purify_fast.attacks import APGD, FABT, Square
 from purify_fast.autoattack import AutoAttack
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.judge.drop_in import RUN
@@ -112,7 +114,7 @@ def test_what_scripts_for_the_original_call(plain, tmp_path, capsys):
     l1 = AutoAttack(model, norm="L1", version="rand")
     l1.set_version()
     same = AutoAttack(model, norm="L1")
-    assert (l1.apgd, l1.apgd_targeted) == (same.apgd, same.apgd_targeted)
+    assert (l1.apgd.attack, l1.apgd_targeted.attack) == (same.apgd.attack, same.apgd_targeted.attack)
     with pytest.raises(ValueError, match="version must be one of standard, plus, rand, custom"):
         adversary.set_version("fast")
     assert torch.equal(adversary.get_logits(x), model(x))
@@ -171,6 +173,29 @@ def test_what_cannot_be_honoured_is_refused(plain, options, run, message):
             setattr(AutoAttack(model).apgd, name, 1)
         with pytest.raises(AttributeError, match=name):
             setattr(AutoAttack(model), name, 1)
+    for part, name in (("fab", "eot_iter"), ("square", "n_iter"), ("apgd", "steps"), ("apgd", "n_restart")):
+        with pytest.raises(AttributeError, match=f"{name} is not supported: the settings of this attack are n_"):
+            setattr(getattr(AutoAttack(model), part), name, 1)
+
+
+def test_the_settings_are_those_of_the_attacks(plain):
+    adversary = AutoAttack(plain[0], version="plus")
+    assert adversary._attack("apgd-ce") == APGD(loss="ce", steps=100, restarts=5, eot_iter=1, give_up=True)
+    targeted = APGD(loss="dlr_targeted", steps=100, restarts=1, eot_iter=1, give_up=True)
+    assert adversary._attack("apgd-t") == targeted and adversary._attack("square") == Square(give_up=True)
+    assert [adversary._attack(name).restarts for name in ("fab", "fab-t")] == [5, 1]
+    adversary.apgd.n_restarts, adversary.apgd_targeted.n_iter, adversary.apgd.eot_iter = 2, 50, 3
+    adversary.fab.n_target_classes, adversary.fab.n_iter = 3, 7
+    adversary.square.n_queries, adversary.square.n_restarts = 100, 2
+    other = copy.deepcopy(adversary.apgd)
+    other.n_restarts = 4
+    expected = APGD(loss="dlr", steps=100, restarts=2, eot_iter=3, give_up=True)
+    assert (adversary._attack("apgd-dlr"), other.n_restarts) == (expected, 4)
+    assert adversary._attack("apgd-t") == dataclasses.replace(targeted, steps=50)
+    assert adversary._attack("fab") == FABT(steps=7, restarts=5, n_target_classes=3, give_up=True)
+    assert adversary._attack("square") == Square(n_queries=100, restarts=2, give_up=True)
+    with pytest.raises(ValueError, match="restarts must be"):
+        adversary.fab.n_restarts = 0
 
 
 def test_without_attacks_the_images_come_back(plain):
