@@ -70,12 +70,9 @@ class OriginalAutoAttack(InBall):
     n_queries: Count = QUERIES
 
     def name(self, context: AttackContext) -> str:
-        name = f"AutoAttack {self.version}"
-        if self.steps not in (None, STEPS):
-            name += f", {self.steps} steps"
-        if self.version == "standard" and self.n_queries != QUERIES:
-            name += f", {self.n_queries} queries"
-        return name
+        steps = f", {self.steps} steps" if self.steps not in (None, STEPS) else ""
+        queries = f", {self.n_queries} queries" if self.version == "standard" and self.n_queries != QUERIES else ""
+        return f"AutoAttack {self.version}{steps}{queries}"
 
     def draws(self, context: AttackContext) -> int:
         differ = context.draws_differ and self.version == "rand"
@@ -110,17 +107,33 @@ class OriginalAutoAttack(InBall):
         """
         if len(x) == 0:
             return AttackResult(x.clone())
-        context = JudgeContext.of(context)
-        if not context.num_classes:
-            with frozen(target):
-                context = replace(context, num_classes=check_model(target, x[:SAMPLE]))
-        threat, warnings = self.threat_model(context), list[str]()
-        health = GradientHealth() if context.counts_health else None
+        context, warnings = JudgeContext.of(context), list[str]()
         with frozen(target):
+            classes = context.num_classes or check_model(target, x[:SAMPLE])
+            context = replace(context, num_classes=classes)
+            norm, eps = self.threat_model(context)
+            steps, draws, *_ = self.resolved_for(context)
             with _listening(warnings):
-                points = self._packaged(target, x, y, context)
+                adversary = implementation()(
+                    target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
+                )
+                adversary.attacks_to_run = list(ATTACKS[self.version])
+                adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = min(9, classes - 1)
+                for part in (adversary.apgd, adversary.apgd_targeted):
+                    part.n_iter = part.n_iter_orig = steps
+                    # APGD's constructor has computed these lengths of its intervals from the old number of steps.
+                    lengths = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
+                    part.n_iter_2, part.n_iter_min, part.size_decr = lengths
+                adversary.apgd.eot_iter, adversary.fab.n_iter, adversary.square.n_queries = draws, steps, self.n_queries
+                # The package autoattack prints, names the batch size `bs`, and returns only the images. pyautoattack
+                # does not print, names the batch size `batch_size`, and returns a tuple.
+                adversary.verbose = False
+                size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
+                result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size or len(x)})
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
-            points = projected(x, points.detach(), ball_around(x, threat.eps, threat.norm))
+            found = result[0] if isinstance(result, tuple) else result
+            points = projected(x, found.detach(), ball_around(x, eps, norm))
+            health = GradientHealth() if context.counts_health else None
             if health is not None:
                 # This is the cross-entropy as the package computes it.
                 loss = partial(F.cross_entropy, reduction="none")
@@ -128,31 +141,6 @@ class OriginalAutoAttack(InBall):
                 for images in (x, points):
                     health.see_gradient(objective.gradient(images, y).image)
         return AttackResult(points, health, warnings)
-
-    def _packaged(self, target: Classifier, x: Tensor, y: Tensor, context: JudgeContext) -> Tensor:
-        """The images that the installed package finds."""
-        norm, eps = self.threat_model(context)
-        steps, draws, *_ = self.resolved_for(context)
-        adversary = implementation()(
-            target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
-        )
-        adversary.attacks_to_run = list(ATTACKS[self.version])
-        targets = min(9, context.num_classes - 1)
-        adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = targets
-        for part in (adversary.apgd, adversary.apgd_targeted):
-            part.n_iter = part.n_iter_orig = steps
-            # APGD's constructor has computed these lengths of its intervals from the old number of steps.
-            part.n_iter_2, part.n_iter_min, part.size_decr = (max(int(r * steps), 1) for r in (0.22, 0.06, 0.03))
-        adversary.fab.n_iter = steps
-        adversary.square.n_queries = self.n_queries
-        if self.version == "rand":
-            adversary.apgd.eot_iter = draws
-        # The package autoattack prints, names the batch size `bs`, and returns only the images. pyautoattack does not
-        # print, names the batch size `batch_size`, and returns a tuple.
-        adversary.verbose = False
-        size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
-        result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size or len(x)})
-        return result[0] if isinstance(result, tuple) else result
 
 
 @contextlib.contextmanager
