@@ -103,7 +103,15 @@ def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def used_modules(function: Any) -> list[tuple[str, nn.Module]]:
-    """Find the modules among the variables that a function reads, or in the attributes of a callable object."""
+    """Find the modules among the variables that a function reads, or in the attributes of a callable object.
+
+    Of a module, they are those that the forward passes of its parts read, and that are no parts of it.
+    """
+    if isinstance(function, nn.Module):
+        parts = {id(part): getattr(part, "forward", None) for part in function.modules()}
+        functions = {getattr(forward, "__func__", forward) for forward in parts.values()}
+        found = [one for forward in functions if isinstance(forward, FunctionType) for one in used_modules(forward)]
+        return [(name, one) for name, one in found if id(one) not in parts]
     if isinstance(function, functools.partial):
         given = [*function.keywords.items(), ("args", function.args)]
         return [*_modules(given), *used_modules(function.func)]

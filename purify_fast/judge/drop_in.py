@@ -188,8 +188,7 @@ class AutoAttack:
             return_labels: whether to return also the classes that are predicted for the returned images.
             state_path: a folder that keeps the results of finished attacks, where the original has a file. A run that
                 was killed continues with the attack that was killed if the call is repeated, and returns the same
-                images. With another model, other images or other settings, the attacks run again. The model must be a
-                module: results of a function are not kept, with a warning.
+                images. With another model, other images or other settings, the attacks run again.
             batch_size: the name of ``bs`` in pyautoattack. If both are given, ``bs`` is ignored.
 
         Returns:

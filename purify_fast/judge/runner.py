@@ -31,7 +31,7 @@ from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
 from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
 from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
-from .request.fingerprint import fingerprint
+from .request.fingerprint import state_digest
 from .request.naming import feasible, row_name, threat_name
 from .request.preparation import collect, facts, note_of_modes, read_attacks, warn_of_probabilities
 from .request.specs import AttackFunction, AttackSpec
@@ -105,12 +105,12 @@ def evaluate(
         attacks: a list of attacks that replaces a protocol: attacks of `purify_fast.attacks`, such as ``PGD()``;
             functions ``(model, x, y) -> x_adv``, see `as_attack`; or an `AttackSpec`. An empty list measures only the
             clean accuracy.
-        out: a folder. Finished rows are cached in ``out/rows``, and used again if settings, weights, data and the code
-            that the model and the attacks reach are the same. If nothing would show a change of the model, as for a
-            plain function, its rows are not cached, with a warning.
+        out: a folder. Finished rows are cached in ``out/rows``, and used again if settings, data, weights, the model's
+            answers for some images and your source files are the same. If the same seed gives other answers in a
+            second call, rows are not cached, with a warning.
         name: name of the model in the report.
-        revision: a name for the model's code, with which the rows of every model are cached. Choose another name after
-            a change that Python does not show, such as one of a file that the model reads.
+        revision: a name for the model's version: rows of another name are not used. Choose another name after a change
+            that a few images may not show, such as one of a file that the model reads.
         progress: whether to show a progress bar for each attack, which counts forward passes of single images.
         protocol: name of a list of attacks, such as "fast". None: ``attacks``, or else "standard".
         n_eval: number of predictions on each image of a random model; by default 5.
@@ -197,10 +197,8 @@ def _answer(call: _Call, draws: bool) -> Report:
         stack.enter_context(reading(model, call.base, *(spec.through for spec in call.attacks)))
         judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
         subject = Subject(model, call.x, call.y, batch_size=config.images_together, draws=draws, **judging)
-        # After the trial predictions, so that it is the same in every run: a model's last input may be part of it.
-        mark = fingerprint(model, call.revision)
-        if mark is not None:
-            report.about["model"] = mark
+        weights = state_digest(model)
+        report.about |= {"model": weights} if weights else {}
         warn_of_probabilities(subject, name)
         known = {"config": config, "name": name, "modes": modes}
         report.notes += [f"the model: {VARYING}"] * draws
@@ -209,11 +207,8 @@ def _answer(call: _Call, draws: bool) -> Report:
         before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
         context = _context(config, subject, ball)
         folder = call.out if shards.rank == 0 else None
-        if folder is not None and mark is None:
-            why = "because it is a function, or holds a value that cannot be compared. In Python, "
-            logger.warning('out: the rows of %s are not kept, %sevaluate(..., revision="1") keeps them', name, why)
         cache = RowCache(folder, kernels_now(device), call.revision)
-        cache.register(model, mark)
+        cache.register(name, model, subject.asked_images())
 
         def plan() -> Sequence[AttackSpec]:
             asked = call.attacks
@@ -226,7 +221,7 @@ def _answer(call: _Call, draws: bool) -> Report:
         measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
         about = {"random": subject.is_random, "precision": report.about.get("precision"), **judging}
         suspicion = Suspicion(report, measure, before, config.probes is None)
-        return _Evaluation(report, measure, suspicion, mark=mark, stack=stack, until=call.until).fill(plan, about)
+        return _Evaluation(report, measure, suspicion, stack=stack, until=call.until).fill(plan, about)
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> JudgeContext:
@@ -259,15 +254,14 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Jud
 
 
 def _admit(models: Sequence[Classifier | None], subject: Subject, cache: RowCache, stack: contextlib.ExitStack) -> None:
-    """Freeze the other models that attacks use, and add their fingerprints to the cache."""
+    """Freeze the other models that attacks use, and register them in the cache."""
     for model in {id(model): model for model in models if model is not None}.values():
         stack.enter_context(frozen(model))
         asked = subject.deadline.watch(model)
         check_leaves_images(asked, subject.sample_images()[:1])
-        if cache.folder is not None:
-            torch.manual_seed(subject.seed)
-            asked(subject.sample_images())
-            cache.register(model, fingerprint(model, cache.revision))
+        # Without a name for the rows of the judged model itself, there is none for rows of others.
+        if cache.key({}, subject.model) is not None:
+            cache.register(f"attacks through {type(model).__name__}", model, subject.asked_images(), asked)
 
 
 @dataclass
@@ -277,7 +271,6 @@ class _Evaluation:
     report: Report
     measure: Measure
     suspicion: Suspicion
-    mark: str | None
     stack: contextlib.ExitStack
     #: The value of `time.monotonic` at which the time is over.
     until: float
@@ -295,7 +288,7 @@ class _Evaluation:
         shards.check_same(
             {
                 "images": subject.data,
-                "models": [self.mark, subject.num_classes, subject.is_random],
+                "models": [report.about.get("model"), subject.num_classes, subject.is_random],
                 "seed": subject.seed,
                 "batch size": [context.batch_size, context.max_forward_batch],
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],

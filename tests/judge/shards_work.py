@@ -82,7 +82,6 @@ def made(kind, out=None, **more):
         fixed = AttackSpec(PGD(steps=2), through=WithFixedNoise(model))
         return evaluate(model, x, y, **options | {"attacks": [*options["attacks"], *nearest, fixed]} | more)
     if kind == "own":
-        # a function has nothing that tells whether it is the same: its rows are not kept
         model = Noisy(plain)
         return evaluate(lambda x: model(x), x, y, **options | more)
     if kind == "masked":

@@ -166,6 +166,11 @@ def closure(network):
     return lambda x: network(x)
 
 
+def reading(network):
+    """A module whose forward pass reads a network that is no part of it."""
+    return type("Reading", (nn.Module,), {"forward": lambda self, x: network(x)})()
+
+
 def partly_trained(network):
     """The dropout of a Bayesian network, in a model in evaluation mode."""
     network.eval()[1].train()
@@ -177,6 +182,7 @@ def partly_trained(network):
     [
         (closure, "network (Dropout)"),
         (lambda network: Called(network=network), "network (Dropout)"),
+        (lambda network: reading(network).eval(), "network (Dropout)"),
         (partly_trained, "1 (Dropout): they were put into evaluation mode"),
         # A module is put into evaluation mode for its user.
         (nn.Module.train, None),

@@ -77,22 +77,17 @@ class Moves(PGD):
 
 
 def moved(x):
-    return (x + SHIFT).clamp(0, 1)
+    return (x + 0.05).clamp(0, 1)
 
 
-SHIFT = 0.05
-
-
-def test_a_users_attack_is_named_by_its_code_too(counted, monkeypatch):
-    attacks = [Moves(), as_attack(lambda model, x, y: moved(x), revision="1")]
-    assert counted(model(), attacks=attacks) == 3
-    assert counted(model(), attacks=attacks) == 0
-    assert counted(model(), attacks=[as_attack(lambda model, x, y: moved(x), revision="2")]) == 1
-    monkeypatch.setitem(globals(), "SHIFT", 0.04)
-    assert counted(model(), attacks=attacks) == 2
-    monkeypatch.setitem(globals(), "moved", lambda x: (x - 0.04).clamp(0, 1))
-    assert counted(model(), attacks=[Moves()]) == 1
-    assert counted(model(), attacks=[Moves()]) == 0
+def test_a_users_attack_is_kept_under_its_revision(counted, monkeypatch):
+    function = as_attack(lambda model, x, y: moved(x), revision="1")
+    assert counted(model(), attacks=[Moves(), function]) == 3
+    assert counted(model(), attacks=[Moves(), function]) == 0
+    assert counted(model(), attacks=[as_attack(function.function, revision="2")]) == 1
+    monkeypatch.setattr(Moves, "code_version", "2")
+    assert [counted(model(), attacks=[Moves()]) for _ in "12"] == [1, 0]
+    assert [counted(model(), attacks=[function.function]) for _ in "12"] == [1, 1]
 
 
 def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel
@@ -22,7 +22,7 @@ from ...attacks.losses import margin, usable_loss
 from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.agreement import BFLOAT16, apart, differ
-from ..request.fingerprint import state_hash
+from ..request.fingerprint import state_digest
 from ..request.subject import Subject
 from ..searches.apgd import APGD
 from ..searches.judge_context import JudgeContext
@@ -87,7 +87,7 @@ class Probes:
         varying: share of the correctly classified images whose class changes from draw to draw.
         watched_changes: share of the images whose logits change while gradients are recorded; None if not measured.
         later_changes: share of the predictions on clean images that have changed since before the attacks.
-        state_changed: whether weights, buffers or attributes have changed since before the attacks.
+        state_changed: whether weights or buffers have changed since before the attacks.
         sets_seed: whether the model sets the seed of torch's generator.
         whole: whether the fields after ``left`` could be measured before the time was over.
     """
@@ -363,7 +363,7 @@ class Before:
         self.predicted = self.predictions()
         # A random model that draws from another generator than PyTorch's differs even with the same seed.
         self.repeatable = bool((self.predicted == self.predictions()).all()) or not subject.is_random
-        self.mark = self._state()
+        self.state = state_digest(subject.model)
 
     def predictions(self) -> Tensor:
         """The predicted classes of the clean images, with the same noise every time if the model allows it."""
@@ -379,19 +379,11 @@ class Before:
         """Predict the clean images several times again, and return the largest share of changed predictions."""
         return max(_share(self.predicted != self.predictions()) for _ in range(AGAIN)) if self.repeatable else 0.0
 
-    def _state(self) -> str | None:
-        """A hash of the model's state; None for a function, and for a model that cannot be compared."""
-        try:
-            return state_hash(self.subject.model) if isinstance(self.subject.model, nn.Module) else None
-        # A user's module may raise any error while its state is read.
-        except Exception:
-            return None
-
     def state_changed(self) -> bool:
-        """Return True if weights, buffers or attributes have changed since this object was made."""
+        """Return True if weights or buffers have changed since this object was made."""
         # A model's last input may be a part of its state.
         self.predictions()
-        return self.mark != self._state()
+        return self.state != state_digest(self.subject.model)
 
 
 def _share(which: Tensor) -> float:

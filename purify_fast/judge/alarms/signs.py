@@ -484,7 +484,7 @@ def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
         text = f"{100 * share:.0f} % of the predictions on clean images differ from those before the attacks"
         return Outcome(_verdict(share > ROUNDED, noted=True), text, row)
     if probes.state_changed:
-        text = "weights, buffers or attributes differ from those before the attacks; the predictions are the same"
+        text = "weights or buffers differ from those before the attacks; the predictions are the same"
         return Outcome("noted", text, row)
     return Outcome("passed", "the predictions on clean images are the same as before the attacks", row)
 

@@ -135,17 +135,18 @@ def warn_of_probabilities(subject: Subject, name: str) -> None:
 
 
 def note_of_modes(model: Classifier, name: str) -> list[str]:
-    """A note and a warning on modules in training mode inside a model in evaluation mode, or used by a function."""
-    if isinstance(model, nn.Module):
-        parts = [] if model.training else [*model.named_modules()]
-        what = "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"
-    else:
-        # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
-        parts = [(at, part) for at, one in used_modules(model) if "eval" not in vars(one) for part in one.modules()]
-        what = "stayed so, because they belong to a function; if this is not intended, call .eval() on them"
-    odd = [(place, part) for place, part in parts if part.training and not [*part.children()]]
-    names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))
-    notes = [f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}"] if names else []
-    for note in notes:
-        logger.warning(note)
+    """Notes and warnings on modules in training mode inside a model in evaluation mode, or read by a function."""
+    own = [*model.named_modules()] if isinstance(model, nn.Module) and not model.training else []
+    # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
+    read = [(at, part) for at, one in used_modules(model) if "eval" not in vars(one) for part in one.modules()]
+    notes = list[str]()
+    for parts, what in (
+        (own, "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"),
+        (read, "stayed so, because they belong to a function; if this is not intended, call .eval() on them"),
+    ):
+        odd = [(place, part) for place, part in parts if part.training and not [*part.children()]]
+        names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))
+        if names:
+            notes.append(f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}")
+            logger.warning(notes[-1])
     return notes

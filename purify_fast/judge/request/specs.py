@@ -45,7 +45,7 @@ def as_attack(
         name: name of the attack in the report; None takes the function's name.
         eps: radius of the ball in image units. None takes the evaluation's radius.
         norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
-        revision: a name for the function's code, with which results are cached; choose another name after a change.
+        revision: a name for the function's version, with which results are cached; choose another name after a change.
             None: no caching. Functions with the same module and name, such as lambdas, need different revisions.
         uses_gradients: whether the function follows gradients of the model. If it does not, and images fall to it that
             withstood the attacks with gradients, the report takes this as a sign that the gradients mislead.

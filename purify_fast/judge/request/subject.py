@@ -42,6 +42,8 @@ Phase = Literal["choose", "attack", "judge"]
 PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
 #: The largest number of images on which repeated predictions are compared.
 TRIED = 64
+#: The number of images whose answers tell models apart.
+ASKED = 16
 #: At least this number of draws chooses between two points of an image.
 CHOOSING = 10
 #: Noise counts as fixed unless the logits of more than this share of the images differ by more than rounding. A few
@@ -161,6 +163,10 @@ class Subject:
     def sample_images(self) -> Tensor:
         """A copy of a few images, for tests of models."""
         return self.x[:SAMPLE].to(self.device, copy=True)
+
+    def asked_images(self) -> Tensor:
+        """A copy of images from all places of the data, whose answers tell models apart."""
+        return self.x[:: max(1, len(self.x) // ASKED)][:ASKED].to(self.device, copy=True)
 
     def surrogates(self, ball: ThreatModel) -> tuple[Surrogates, dict[str, str]]:
         """Surrogates, which an adaptive attacker would attack, by name; and the reason why others are missing."""

@@ -18,7 +18,9 @@ from torch import Tensor
 from ... import _library
 from ..._hashes import text_hash
 from ..._sealed import read_sealed, write_sealed
+from ..._version import __version__
 from ...ops.dispatch.registry import forced_backends
+from ...protocols import Classifier
 from ...speed.precision import float32_settings
 from ...speed.processor import fast_bfloat16
 from ..request.fingerprint import fingerprint
@@ -62,7 +64,7 @@ class RowCache:
 
     def key(self, settings: Mapping[str, Any], *models: object) -> str | None:
         """The name of the row with these settings and these models."""
-        marks = [] if self.folder is None else [self._mark(model) for model in models]
+        marks = [self._marks.get(id(model), (model, None))[1] for model in models]
         if self.folder is None or None in marks:
             return None
         # The name contains both settings of the backend, because `use_backend` overrides the environment variable.
@@ -71,19 +73,18 @@ class RowCache:
         autocasts = [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds]
         # "auto" chooses the precision of gradients by the answer of `fast_bfloat16`.
         chosen = [float32_settings(), fast_bfloat16(torch.device("cpu")), *autocasts]
-        machine = [str(torch.__version__), _library.loaded(), *backends, *chosen]
+        machine = [__version__, str(torch.__version__), _library.loaded(), *backends, *chosen]
         whole = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
 
-    def register(self, model: object, mark: str | None) -> None:
-        """Set the model's mark, a `fingerprint`, for the names of its rows; with None its rows are not cached."""
-        self._marks[id(model)] = model, mark
-
-    def _mark(self, model: object) -> str | None:
-        if id(model) not in self._marks:
-            # The models are known by now, so this is the code of an attack, which has a revision of its own.
-            self.register(model, fingerprint(model, ""))
-        return self._marks[id(model)][1]
+    def register(self, name: str, model: Classifier, x: Tensor, asked: Classifier | None = None) -> None:
+        """Let the rows of a frozen model be cached, named by its `fingerprint`; a warning says if they cannot be."""
+        if self.folder is None:
+            return
+        self._marks[id(model)] = model, fingerprint(model, x, asked)
+        if self._marks[id(model)][1] is None:
+            why = "with the same seed, it answers the same images differently"
+            logger.warning("out: the rows of %s are not kept, because %s", name, why)
 
     def row(self, key: str | None, make: Callable[[], Row]) -> Row:
         """Read a row from the cache, or make the row and cache it."""

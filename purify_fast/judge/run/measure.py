@@ -17,10 +17,9 @@ from torch import Tensor
 from ..._hashes import digest
 from ...attacks import frozen
 from ...defences.wrappers import WithAggregation
-from ...model_state import is_users
 from ...protocols import Classifier
 from ..request.naming import row_name, threat_name
-from ..request.specs import AttackSpec, FunctionAttack
+from ..request.specs import AttackSpec
 from ..request.subject import Judgement, Subject
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.judge import has_fallen
@@ -176,7 +175,7 @@ class Measure:
             "settings": settings,
         }
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
-        models = [subject.model] if spec is None else [subject.model, spec.through, own_code(spec)]
+        models = [subject.model] if spec is None else [subject.model, spec.through]
         row = self.cache.row(None if revision is None else self.cache.key(whole, *models), make)
         # The following fields are not a part of the key, so they are also set for a cached row.
         row.model = self.name
@@ -339,13 +338,6 @@ def target_of(spec: AttackSpec, subject: Subject) -> Classifier:
 def aggregates_only(other: Classifier, model: Classifier) -> bool:
     """Return True if another model differs from the judged model only in the aggregation of its samples."""
     return isinstance(other, WithAggregation) and other.defence is model and not other.without_noise
-
-
-def own_code(spec: AttackSpec) -> object:
-    """The function or the class that a user wrote for an attack; None for an attack of this package."""
-    if isinstance(spec.attack, FunctionAttack):
-        return spec.attack.function
-    return type(spec.attack) if is_users(type(spec.attack).__module__) else None
 
 
 def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     clean = (row for row in report.rows if row.kind == "clean")
     images = "; ".join(dict.fromkeys(f"{row.n:,}{of}, hash {row.data[:SHORT]}" for row in clean))
     known = report.about | {"images": images}
-    words = {"model": "hash of the model", "claim": "claimed, %", "peak_memory": "memory at the peak"}
+    words = {"model": "hash of the weights", "claim": "claimed, %", "peak_memory": "memory at the peak"}
     words["captured"] = "CUDA graphs"
     names = ["date", "command", "images", "seed", "model", "processor", "gradients", "captured"]
     names += ["passes", "seconds", "peak_memory", "claim"]
