@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from purify_fast._compiler import EagerDispatchMode
+from purify_fast.speed.eager_mode import EagerDispatchMode
 
 #: The number of images on which matrices and model are compared.
 COMPARED = 16
