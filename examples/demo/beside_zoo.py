@@ -21,11 +21,12 @@ from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.atop import Atop, AtopTask
 from purify_fast.methods.atop.generators import SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionPurifier, DiffusionTask
+from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models import UNet
 from purify_fast.protocols import Classifier
 from purify_fast.training import Callback, FitConfig, Task, TrainingAttack, TrainingState, fit
 
+from ..your_diffusion_loop import PATCH, WIDTH, Denoising
 from .methods import ARREST_CONFIG, PRETRAINING, THROUGH_ATOP, THROUGH_CARSO, save
 from .setting import EPS, LAYERS, SIZES, digits
 from .summary import percent, signs, template
@@ -61,11 +62,10 @@ def _arrest(train: Stage) -> Classifier:
 
 
 def _diffusion(train: Stage) -> Classifier:
-    shape, last = digits().image_shape, 0.4
-    task = DiffusionTask(UNet(shape[0], 16, patch=2), DiffusionConfig(last_time=last))
+    shape, process = digits().image_shape, zoo.load("digits-diffpure-at").process
+    task = Denoising(UNet(shape[0], WIDTH, patch=PATCH))
     train(task, 30, 64)
-    # The process is that of the zoo's model.
-    return DiffusionPurifier(task.result, zoo.load(BASE), shape, zoo.load("digits-diffpure-at").process, last_time=last)
+    return DiffusionPurifier(task.result, zoo.load(BASE), shape, process, last_time=task.last_time)
 
 
 class Method(NamedTuple):
