@@ -15,9 +15,7 @@ from torchvision.datasets import ImageFolder
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.atop import AtopTask, DeepFillGenerator
 from purify_fast.methods.carso import CarsoTask
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask, save_denoiser
 from purify_fast.methods.recipes import recipe
-from purify_fast.models.unet import UNet
 from purify_fast.training import FitConfig, fit, load_classifier, save_classifier
 from purify_fast.training.task import Task
 
@@ -33,8 +31,6 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def task_of(method: str, classifier: nn.Module, shape: tuple[int, int, int], classes: int) -> tuple[Task, FitConfig]:
     """Return the training of a method and the settings of its loop."""
-    if method == "diffusion":
-        return DiffusionTask(UNet(shape[0], 8, patch=4), DiffusionConfig()), FitConfig(epochs=1)
     name, changes = RECIPES[method]
     made = recipe(name).for_data(shape, classes).for_batch(BATCH)
     config = made.config()
@@ -62,9 +58,7 @@ def train(method: str, data: Path, classifier: Path, out: Path, side: int = 64) 
     model, shape = load_classifier(classifier), (3, side, side)
     task, loop = task_of(method, model, shape, len(images.classes))
     fit(task, batches, None, replace(loop, epochs=3, steps_per_epoch=2), out)
-    if method == "diffusion":
-        save_denoiser(task.result, out, shape, {"schedule": "linear", "prediction": "noise"})
-    elif method == "arrest":
+    if method == "arrest":
         save_classifier(task.result, out)
     else:
         task.result.save(out)

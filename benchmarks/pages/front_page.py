@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from purify_fast._files import atomic
-from purify_fast.evaluation import Report, Row
+from purify_fast.evaluation import Row
 from purify_fast.judge.show.text import percent
 
 from ..kept import rows_of
 from ..robustness import answer, contests
 from ..robustness.broken import run_broken
+from ..robustness.merged import FILE, read_rows
 from ..robustness.studies import diffusion
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
@@ -52,8 +53,8 @@ TOLD = {CPU: STEPS[:2], GPU: (*STEPS[1:], GPU_ATTACK)}
 
 
 def _row(results: Path, model: str, attack: str) -> Row:
-    report = Report.from_json((results / "studies" / STUDY / "report.json").read_text())
-    (found,) = [row for row in report.rows if (row.model, row.attack) == (model, attack)]
+    rows = read_rows(results / "studies" / STUDY / FILE)
+    (found,) = [row for row in rows if (row.model, row.attack) == (model, attack)]
     return found
 
 

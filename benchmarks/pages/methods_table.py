@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from purify_fast.evaluation import Report
 from purify_fast.judge.show.text import markdown_table
 
 from ..kept import rows_of
+from ..robustness.merged import FILE, read_rows
 from ..robustness.studies import diffusion
 
 NOT_MEASURED = "not measured"
@@ -32,7 +32,7 @@ class Accuracy(NamedTuple):
 
 def _of_mnist(results: Path, model: str) -> Accuracy | None:
     """Return the accuracies of a model of the study of CARSO on MNIST."""
-    rows = Report.from_json((results / "studies" / "carso_mnist" / "report.json").read_text()).rows
+    rows = read_rows(results / "studies" / "carso_mnist" / FILE)
     found = {row.attack: row for row in rows if row.model == model}
     return Accuracy(found["clean"].accuracy, found["worst"].accuracy) if found else None
 

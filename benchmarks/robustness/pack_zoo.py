@@ -138,7 +138,7 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
         asked |= {"config": EvaluateConfig(dataset_name=card.data), "name": name, "out": out / name / protocol}
         report = evaluate(judged, to_float(chosen.x), chosen.y, eps=card.eps, norm=read_norm(card.norm), **asked)
         report.save(out / name / protocol, model)
-        lowest = report.headlines[name]
+        lowest = report.headline
         print(f"{name}, {protocol}: {lowest}")
         one_draw = None if lowest.n_eval == 1 else lowest.mean
         attacked[protocol] = Accuracy(lowest.accuracy, lowest.n, lowest.reliable, one_draw)

@@ -16,17 +16,18 @@ from typing import NamedTuple
 import torch
 
 from purify_fast import zoo
-from purify_fast.evaluation import EvaluateConfig, Report, evaluate, merge
+from purify_fast.evaluation import EvaluateConfig, Report, evaluate
 from purify_fast.methods.arrest import ArrestTask
 from purify_fast.methods.atop import Atop, AtopTask
 from purify_fast.methods.atop.generators import SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionPurifier, DiffusionTask
+from purify_fast.methods.diffusion import DiffusionPurifier
 from purify_fast.models import UNet
 from purify_fast.protocols import Classifier
 from purify_fast.training import Callback, FitConfig, Task, TrainingAttack, TrainingState, fit
 
-from .methods import ARREST_CONFIG, PRETRAINING, THROUGH_ATOP, THROUGH_CARSO, save, saved
+from ..your_diffusion_loop import PATCH, WIDTH, Denoising
+from .methods import ARREST_CONFIG, PRETRAINING, THROUGH_ATOP, THROUGH_CARSO, save
 from .setting import EPS, LAYERS, SIZES, digits
 from .summary import percent, signs, template
 from .workers import two_workers
@@ -61,11 +62,10 @@ def _arrest(train: Stage) -> Classifier:
 
 
 def _diffusion(train: Stage) -> Classifier:
-    shape, last = digits().image_shape, 0.4
-    task = DiffusionTask(UNet(shape[0], 16, patch=2), DiffusionConfig(last_time=last))
+    shape, process = digits().image_shape, zoo.load("digits-diffpure-at").process
+    task = Denoising(UNet(shape[0], WIDTH, patch=PATCH))
     train(task, 30, 64)
-    # The process is that of the zoo's model.
-    return DiffusionPurifier(task.result, zoo.load(BASE), shape, zoo.load("digits-diffpure-at").process, last_time=last)
+    return DiffusionPurifier(task.result, zoo.load(BASE), shape, process, last_time=task.last_time)
 
 
 class Method(NamedTuple):
@@ -97,15 +97,15 @@ class Says(Callback):
             print(f"{self.title}, epoch {state.epoch + 1} of {state.epochs}: {metrics}", flush=True)
 
 
-def run(out: Path, seed: int) -> Report:
-    """Train and attack the models, and write ``report.md`` and a folder with an HTML page and JSON.
+def run(out: Path, seed: int) -> list[Report]:
+    """Train and attack the models, and write ``report.md``, and for each model a page and JSON in its folder.
 
     Args:
         out: folder of the results. Parts that an earlier run has finished are not computed again.
         seed: seed of all random draws.
 
     Returns:
-        The report of all models.
+        The reports of all models.
     """
     print(f"digits: {len(digits().x_train)} training images, {IMAGES} attacked held-out images, L-inf eps {RADIUS}")
     with two_workers() as pool:
@@ -114,26 +114,23 @@ def run(out: Path, seed: int) -> Report:
         zoos = {name: pool.submit(_of_the_zoo, out, method.card, name, seed) for name, method in METHODS.items()}
         jobs = (*alone.values(), *ours.values(), *zoos.values())
         for number, job in enumerate(as_completed(jobs), 1):
-            print(f"attacked ({number} of {len(jobs)}): {job.result().models[0]}", flush=True)
+            print(f"attacked ({number} of {len(jobs)}): {job.result().model}", flush=True)
     shown = [("-", job.result()) for job in alone.values()]
     for name, method in METHODS.items():
         shown += [(method.classifier, ours[name].result()), (method.classifier, zoos[name].result())]
-    report = merge(report for _, report in shown)
-    report.save(out / "report", {job.result().models[0]: saved(out / name) for name, job in ours.items()})
     rows = [(classifier, *_row(each)) for classifier, each in shown]
     values = {"rows": rows, "radius": RADIUS, "images": IMAGES, "out": out.as_posix()}
     page = template("beside_zoo.md.jinja").render(values)
     (out / "report.md").write_text(page)
     print(f"\n{page}")
-    return report
+    return [report for _, report in shown]
 
 
 def _row(report: Report) -> tuple[str, str, str, str, str]:
     """Cells about a model: name, clean accuracy, accuracy under attack, that of a single prediction, and signs."""
-    (name,) = report.models
     lowest = report.headline
     single = f"{100 * lowest.mean:.1f} ± {100 * lowest.mean_error:.1f}"
-    return name, percent(report.row("clean")), percent(lowest), single, signs(report, name)
+    return report.model, percent(report.row("clean")), percent(lowest), single, signs(report)
 
 
 def _trained(out: Path, method: str, seed: int) -> Report:
@@ -161,4 +158,6 @@ def _attacked(folder: Path, model: Classifier, name: str, seed: int) -> Report:
     """Attack a model by the protocol ``fast``."""
     x, y = digits().x_test[:IMAGES], digits().y_test[:IMAGES]
     config = EvaluateConfig("fast", seed=seed, dataset_name=digits().name)
-    return evaluate(model, x, y, eps=RADIUS, out=folder, name=name, progress=False, config=config)
+    report = evaluate(model, x, y, eps=RADIUS, out=folder, name=name, progress=False, config=config)
+    report.save(folder / "report", model)
+    return report

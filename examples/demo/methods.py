@@ -15,7 +15,7 @@ import torch
 
 from purify_fast.attacks import PGD, OriginalAutoAttack
 from purify_fast.defences import Defence, WithoutNoise
-from purify_fast.evaluation import AttackSpec, Report, merge
+from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask
 from purify_fast.methods.atop.generators import SmallGenerator
@@ -160,8 +160,8 @@ def saved(folder: Path) -> Any:
     return load_classifier(folder) if is_classifier(folder) else load_defence(folder)
 
 
-def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Report:
-    """Attack a model of `FOLDERS`. Attacks that an earlier run has finished are not run again.
+def attack(workspace: Workspace, name: str, constant_step: bool = True) -> list[Report]:
+    """Attack a model of `FOLDERS`, and a CARSO also at z = 0. Attacks of an earlier run are not run again.
 
     AToP is attacked as in the ablations of its paper, and also with attacks on the whole defence. For the base,
     ``constant_step`` adds attacks with a constant step size.
@@ -200,6 +200,5 @@ def attack(workspace: Workspace, name: str, constant_step: bool = True) -> Repor
     report = attacked(target, budget.images, attacks, name=name, **how)
     if isinstance(target, Carso):
         # AutoAttack's standard version is only for deterministic models, such as CARSO without its randomness.
-        zero = attacked(WithoutNoise(target), budget.images, [ce, dlr, auto], name=f"{name}, z = 0", **how)
-        report = merge([report, zero])
-    return report
+        return [report, attacked(WithoutNoise(target), budget.images, [ce, dlr, auto], name=f"{name}, z = 0", **how)]
+    return [report]

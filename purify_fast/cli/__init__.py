@@ -42,6 +42,8 @@ def _read(arguments: list[str]) -> Command:
         name = " ".join(arguments[:length])
         if name in _KINDS:
             return parse(_KINDS[name], arguments[length:])
+        if name in train.ELSEWHERE:
+            raise ValueError(f"{name} is no command: {train.ELSEWHERE[name]}")
     if arguments[:1] == ["--version"]:
         print(f"purify-fast {__version__}")
         raise SystemExit

@@ -42,7 +42,7 @@ class ModelCommand(DataCommand):
         folder: Model: a folder that a `train` command wrote, or zoo:NAME. Or your function, as path/to/file.py:function
             or package.module:function. It is called without arguments, and must return a module, or a function from
             images in [0, 1] to logits.
-        classifier: Classifier behind a denoiser that `train diffusion` wrote: a folder or zoo:NAME. Folders of other
+        classifier: Classifier behind a denoiser that `save_denoiser` wrote: a folder or zoo:NAME. Folders of other
             defences contain their classifier.
         images: Number of held-out images. The seed chooses them; the numbers per class differ by at most 1. If the data
             set has fewer, all are used, and the report says so.

@@ -42,9 +42,8 @@ class TrainCommand(Training, DataCommand):
         write_run_file(self, self.out)
         print(summary(last))
         what, most = self.measured
-        if what:
-            share = accuracy_text(task.result, images.x_test, images.y_test, self.loop.batch_size, most)
-            print(f"{what}: {share}")
+        share = accuracy_text(task.result, images.x_test, images.y_test, self.loop.batch_size, most)
+        print(f"{what}: {share}")
         given = {"--data": (self.data,), "--size": self.size or ()}
         given |= {"--num-classes": (self.num_classes,), "--data-root": (self.data_root,)}
         words = [str(word) for name, own in given.items() if any(own) for word in (name, *own)]
@@ -121,3 +120,5 @@ def _command(training: type[Training]) -> type[TrainCommand]:
 
 #: The commands of all trainings of methods, by their names.
 TRAININGS = {training.called: _command(training) for method in METHODS.values() for training in method.trainings}
+#: What trains the networks of a method without a training here, by the name that its command would have.
+ELSEWHERE = {f"train {name}": method.trained_by for name, method in METHODS.items() if method.trained_by}

@@ -23,6 +23,5 @@ if TYPE_CHECKING:
     from ..judge.show.adversarial import CheckedAdversarial as CheckedAdversarial
     from ..judge.show.adversarial import check_adversarial as check_adversarial
     from ..judge.show.report import Report as Report
-    from ..judge.show.report import merge as merge
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -282,7 +282,7 @@ class _Evaluation:
     def fill(self, plan: Callable[[], Sequence[AttackSpec]], about: dict[str, Any]) -> Report:
         """Run the evaluation and return the report; all other processes return the report of the first process."""
         report, measure = self.report, self.measure
-        context, shards, name, subject = measure.context, measure.shards, measure.name, measure.subject
+        context, shards, subject = measure.context, measure.shards, measure.subject
         asked_for = self.in_time("the plan of the attacks", plan)
         self.choose_attacks(asked_for or [])
         shards.check_same(
@@ -309,7 +309,7 @@ class _Evaluation:
         if subject.deadline.over:
             self.left_out.append("the questions of the signs after the attacks")
         self.tell_what_was_left_out()
-        headline = report.headlines.get(name)
+        headline = report.lowest.get(None)
         report.notes += notes_on_rows(report.rows, headline)
         if headline is not None and (test := report.claim_test(headline)) is not None:
             report.about["claim_test"] = test.verdict

@@ -45,7 +45,7 @@ class Suspicion:
             # On a random model, a probe's point also counts if it is worse than the points of the attacks.
             fallen = probes.found() if subject.is_random else probes.fallen()
             count_fallen(report.rows, fallen, self.judged_points(probes, fallen))
-            report.curves.setdefault(name, {}).update(probes.curves())
+            report.curves |= probes.curves()
         else:
             with contextlib.suppress(TimeIsOver):
                 evidence = replace(evidence, **self.about_gradients(evidence))

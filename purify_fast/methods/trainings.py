@@ -178,6 +178,7 @@ class Method:
 
     Args:
         trainings: the trainings, each of which is a command ``train NAME``.
+        trained_by: for a method without a training: what trains its networks, and how the result is used.
         defence: the public name of the defence in the method's package. None: the method trains classifiers.
         parts: the kinds of files that hold only a part of the defence and no classifier. Each has the prefix of the
             names of the part's tensors in the defence.
@@ -185,7 +186,8 @@ class Method:
         recipes: whether the module ``recipes`` of the method has published systems, as the mapping ``RECIPES``.
     """
 
-    trainings: Sequence[type[Training]]
+    trainings: Sequence[type[Training]] = ()
+    trained_by: str = ""
     defence: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
     loading: type[LoadOptions] | None = None

@@ -35,12 +35,12 @@ class MethodTask(Task):
         self.tf32 = config.precision == "tf32"
         self.dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
-    def keep_average(self, name: str, decay: float, warm_up: bool = False) -> None:
+    def keep_average(self, decay: float) -> None:
         """Update a moving average of the weights after every step; it is "average" in the checkpoints."""
         self.averaged = self.model
         if decay > 0:
-            self.average = AveragedModel(self.averaged, decay, warm_up)
-            self.model = nn.ModuleDict({name: self.averaged, "average": self.average})
+            self.average = AveragedModel(self.averaged, decay)
+            self.model = nn.ModuleDict({"model": self.averaged, "average": self.average})
 
     def describe(self) -> dict[str, Any]:
         return {"task": self.name, **settings(self.config), "origin": self.origin}

@@ -11,9 +11,9 @@ from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
+from benchmarks.robustness.merged import FILE, Merged, read_rows
 from benchmarks.robustness.studies import RESULT, Job, run, run_study
 from purify_fast import data
-from purify_fast.evaluation import Report
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,7 +98,7 @@ def test_carso_on_mnist_end_to_end(mnist, tmp_path, capsys, monkeypatch, forking
     program.main(words)
     assert {path: path.stat().st_mtime_ns for path in runs.glob(f"*/{RESULT}")} == first
     assert lines_of(capsys.readouterr().out) == rows and not (tmp_path / "results").exists()
-    report = Report.from_json((runs / "carso_mnist" / "report.json").read_text())
+    report = Merged(read_rows(runs / "carso_mnist" / FILE))
     attacks = [job for job in run_study.STUDIES["carso_mnist"].jobs_of(chosen(*words[1:])) if "group" in job.settings]
     # The table has what the jobs found.
     for job in attacks:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import RESULTS
+from benchmarks.robustness.merged import read_rows
 from benchmarks.robustness.studies import cifar10
 from benchmarks.robustness.studies.cifar10 import models
 from benchmarks.robustness.studies.cifar10 import study as names
@@ -108,7 +109,7 @@ def test_the_committed_table_is_that_of_the_committed_numbers(tmp_path):
     lines = {(line["name"], line["seed"]): line for line in json.loads((folder / "cifar10.json").read_text())}
     reports = {}
     for seed, name in enumerate(("report.json", "report-1.json")):
-        rows = Report.from_json((folder / "cifar10" / name).read_text()).rows
+        rows = read_rows(folder / "cifar10" / name)
         for row_name, of in lines:
             if of == seed:
                 own = [row for row in rows if row.model == row_name]

@@ -14,7 +14,7 @@ from cuda_launches import CudaLaunches
 from denoisers import defence as purifier
 from direct import direct
 from fake_cuda import FakeCuda, RefusedOnCuda
-from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
+from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 from torch import nn
 
 from purify_fast import frozen_copy
@@ -85,8 +85,6 @@ STEPS = {
     "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 445),
     "AToP, pipeline": (lambda: atop_task("pipeline", 3), 753),
     "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 985),
-    "diffusion": (diffusion_task, 233),
-    "diffusion, bfloat16": (lambda: diffusion_task(precision="bfloat16"), 394),
 }
 
 

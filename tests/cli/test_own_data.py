@@ -20,7 +20,6 @@ SMALL = {
     "carso": "--recipe cifar10 --layers conv2 hidden --cond-dim 8 --latent-dim 4 --samples 2 --steps 1 --alpha None",
     "atop": "--recipe cifar_rt2 --width 4 --discriminator-width 4",
     "arrest": "--recipe resnet18 --steps 1 --alpha None",
-    "diffusion": "--width 4 --patch 4",
 }
 #: A delayed term of the loss acts from the first step.
 AT_ONCE = {"carso": ["--kl-delay", "0"], "atop": ["--cls-delay", "0"]}
@@ -57,8 +56,7 @@ class Own:
         # The optimizer of CARSO's recipe moves the weights that are saved only at every sixth step.
         length = ["--batch-size", "8", "--epochs", "2", "--steps-per-epoch", "3", "--checkpoint-seconds", "0"]
         words = [*SMALL[method].split(), *AT_ONCE.get(method, []), *length, *self.size.get(method, [])]
-        words += [] if method == "diffusion" else ["--classifier", self.base]
-        return cli.main(["train", method, *words, *self.common, "--out", str(out)])
+        return cli.main(["train", method, *words, *self.common, "--classifier", self.base, "--out", str(out)])
 
 
 class Loaded(Own):
@@ -109,4 +107,4 @@ def test_each_method_on_own_data_is_killed_and_resumed(own, method, tmp_path):
 def loaded(own, folder, method):
     if method == "arrest":
         return load_classifier(folder).eval()
-    return purify_fast.load_defence(folder, load_classifier(own.base) if method == "diffusion" else None)
+    return purify_fast.load_defence(folder)

@@ -20,6 +20,7 @@ from torch import nn
 
 import benchmarks.__main__ as benchmarks
 import purify_fast
+from examples import your_diffusion_loop
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.carso.recipes import RECIPES
@@ -87,7 +88,6 @@ SHORT_COMMANDS = {
     "train": "--epochs 1 --steps-per-epoch 2 --batch-size 16",
     "train classifier": "--width 4",
     "train atop --recipe": "--width 8",
-    "train diffusion": "--width 8",
     "train --steps": "--steps 2 --alpha 0.3",
     "pets": "--size 16",
     "evaluate": "--images 4 --steps 2 --protocol fast --probes False --n-eval 1 --eot-iter 1",
@@ -156,10 +156,13 @@ def short(words):
 
 
 def run_commands(block):
-    """Run the commands of this package in a block, except one that would take minutes."""
+    """Run the commands of this package in a block, except one that would take minutes, and trainings of denoisers."""
     for words in commands(block):
         if words[0] == "purify-fast" and words[1] not in ("tune", "--tyro-write-completion"):
             assert cli.main(short(words[1:])) == 0, words
+        if words[:3] == ["python", "examples/your_diffusion_loop.py", "--train"]:
+            size = ["--size", "16", "16"] if "pets" in words else []
+            your_diffusion_loop.main([*words[2:], "--epochs", "1", *size])
 
 
 #: The pages with blocks that run, among them those that a new user reads first, and those that are not slow.

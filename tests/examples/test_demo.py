@@ -29,7 +29,7 @@ def report(model: str, **rows: int | list[int]) -> Report:
 def test_a_sum_is_over_the_images_of_autoattack():
     # a sum needs one set of images: clean accuracy on all of them is another number
     few = {"clean": [1, 1, 1, 0, 1, 1, 1, 1], "worst": 2, AUTOATTACK: [1, 1, 0, 0]}
-    lines = sentences("ARREST", {name: report(name, **few) for name in COMPARED}, Budget()).splitlines()
+    lines = sentences("ARREST", {name: [report(name, **few)] for name in COMPARED}, Budget()).splitlines()
     parts = ("87.5 ± 11.7 % of the clean images", "Under PGD, its accuracy is 25.0 ± 15.3 %.")
     parts += ("Under AutoAttack, its accuracy is 50.0 ± 25.0 %", "On the 4 images of AutoAttack")
     assert all(part in each for each in lines[:4] for part in (*parts, "its sum is 125.0 and its NRR 60.0."))

@@ -114,9 +114,9 @@ def test_an_honest_model_passes(make):
     found = {alarm: verdict for alarm, (verdict, _) in verdicts(report).items()}
     assert "unreliable" not in found.values(), report.findings
     assert report.row("worst").reliable and "doubts" not in report.row("worst").settings
-    assert len(found) == (8 if report.curves["defence"].get("EOT draws") else 7)
+    assert len(found) == (8 if report.curves.get("EOT draws") else 7)
     # Of a random model, the short attacks compare numbers of draws, and of another model numbers of steps.
-    assert list(report.curves["defence"]) == ["steps" if report.row("clean").deterministic else "EOT draws"]
+    assert list(report.curves) == ["steps" if report.row("clean").deterministic else "EOT draws"]
 
 
 @pytest.mark.parametrize(

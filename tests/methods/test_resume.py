@@ -7,7 +7,7 @@ import torch
 import torchvision
 from small_models import atop as atop_defence
 from small_models import first_digits
-from small_runs import StopAt, Stopped, arrest_task, atop_task, attack, carso_task, diffusion_task
+from small_runs import StopAt, Stopped, arrest_task, atop_task, attack, carso_task
 from torch.nn import functional as F
 
 from purify_fast import Carso, data
@@ -30,8 +30,6 @@ TASKS = {
     "atop": atop,
     "atop, discriminator": partial(atop, gan_grad=True, discriminator_width=2),
     "carso": partial(carso, optimizer="radam_lookahead", lookahead_steps=2),
-    "diffusion": diffusion_task,
-    "diffusion, no average": partial(diffusion_task, precision="bfloat16", ema_decay=0.0, noise_schedule="vp"),
     "carso, pipeline": partial(carso, "pipeline"),
 }
 
@@ -83,7 +81,7 @@ def trained(name, folder, *callbacks):
 
 #: Their parts are those of other trainings here.
 SLOW = (
-    *("arrest, average", "arrest, AdamW", "atop, discriminator", "diffusion, no average"),
+    *("arrest, average", "arrest, AdamW", "atop, discriminator"),
     *(f"{method}, {network}" for method in ("carso", "atop") for network in OTHERS),
     *("classifier, resnet18", "arrest, resnet18", "classifier, mobilenet_v3_small"),
 )

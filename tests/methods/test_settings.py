@@ -7,7 +7,6 @@ from small_models import configured
 from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import AtopConfig
 from purify_fast.methods.carso import CarsoConfig
-from purify_fast.methods.diffusion import DiffusionConfig
 
 
 def arrest(**options):
@@ -39,7 +38,6 @@ REFUSED = {
         ({"steps": 7}, "steps needs attack_method='pgd', got steps=7"),
         ({"attack_method": "none", "alpha": 0.1}, "alpha needs attack_method='pgd', got alpha=0.1"),
     ],
-    DiffusionConfig: [({"last_time": 0.0}, r"last_time must be in \(0, 1\], got 0.0")],
     small_models.atop: [
         ({"transform": "rt4"}, "transform must be one of rt1, rt2, rt3, got 'rt4'"),
         ({"samples": 0}, "samples must be at least 1, got 0"),

@@ -6,8 +6,7 @@ from small_models import atop, carso, images_and_labels
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import AtopConfig, AtopTask
 from purify_fast.methods.carso import CarsoConfig, CarsoTask
-from purify_fast.methods.diffusion import DiffusionConfig, DiffusionTask
-from purify_fast.models import SmallCNN, UNet
+from purify_fast.models import SmallCNN
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
 
@@ -70,11 +69,6 @@ def atop_task(target="classifier", steps=2, device="cpu", **options):
     method, steps = ("fgsm", 10) if target == "classifier" else ("pgd", steps)
     settings = {"attack_method": method, "attack_target": target, "attack": attack(steps=steps), "cls_delay": 0}
     return AtopTask(atop(sigma=0.1).to(device), AtopConfig(**(settings | options)))
-
-
-def diffusion_task(**options):
-    torch.manual_seed(0)
-    return DiffusionTask(UNet(1, 4), DiffusionConfig(**options))
 
 
 class Listener:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import small_runs
 import torch
-from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task, diffusion_task
+from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 from torch import nn
 
 from purify_fast.training import FitConfig, fit
@@ -19,7 +19,7 @@ def carso(precision):
     return carso_task(kl_delay=0.0, precision=precision)
 
 
-@pytest.mark.parametrize("make", [arrest_task, carso, atop_task, classifier_task, diffusion_task])
+@pytest.mark.parametrize("make", [arrest_task, carso, atop_task, classifier_task])
 def test_products_are_rounded_while_it_is_trained_if_asked(make):
     x = torch.randint(256, (16, *SHAPE), dtype=torch.uint8)
     before = float32_settings()
@@ -57,7 +57,7 @@ def step(task):
 CLASSIFIERS = [partial(classifier_task, attack=attack(eps=eps)) for eps in (0.0, 0.1)]
 
 
-@pytest.mark.parametrize("make", [*CLASSIFIERS, arrest_task, partial(diffusion_task, ema_decay=0.0)])
+@pytest.mark.parametrize("make", [*CLASSIFIERS, arrest_task])
 def test_products_are_rounded_and_weights_are_not(make):
     exact, loss, dtypes = step(make(precision="float32"))
     task, near, rounded = step(make(precision="bfloat16"))
@@ -66,7 +66,5 @@ def test_products_are_rounded_and_weights_are_not(make):
     for one, other in zip(task.model.parameters(), exact.model.parameters(), strict=True):
         assert one.dtype == one.grad.dtype == torch.float32
         assert torch.equal(one, other)
-        # a fresh denoiser ends with zeros, which stop the gradients
-        similar = nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), 0)
-        assert similar > 0.9 or not other.grad.any()
+        assert nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), 0) > 0.9
     assert task.describe() != exact.describe()

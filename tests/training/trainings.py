@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from captures import Rerun
-from small_runs import atop_task, attack, carso_task, classifier_task, diffusion_task
+from small_runs import atop_task, attack, carso_task, classifier_task
 from torch import nn
 
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
@@ -52,7 +52,6 @@ TASKS = {
     # with BatchNorm and dropout
     "classifier": lambda: ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(STANDARD)),
     "convolutional": lambda: classifier_task(attack=STANDARD),
-    "diffusion": diffusion_task,
     "BatchNorms of others": lambda: ClassifierTask(of_others(), ClassifierConfig(STANDARD)),
     "atop pipeline": lambda: atop_task("pipeline", **OWN),
     "atop gan": lambda: atop_task(attack_method="pgd", gan_grad=True, discriminator_width=2, **OWN),

@@ -15,13 +15,14 @@ from purify_fast import data, load_defence
 from purify_fast._hashes import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, OriginalAutoAttack
 from purify_fast.defences import WithAggregation, WithoutNoise
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate, merge
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate
 from purify_fast.judge.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import BankConfig, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 
+from ..merged import FILE, merge
 from . import Job, folder_of, settings_of, write_page
 
 EPS = 0.3
@@ -146,32 +147,30 @@ def jobs_of(chosen: argparse.Namespace) -> list[Job]:
     ]
 
 
-def report(root: Path, name: str, budget: SimpleNamespace) -> Report:
-    """Return the report of a model, with the rows of all groups of attacks, and the worst case over all of them.
+def merged_groups(root: Path, name: str, budget: SimpleNamespace) -> list[Report]:
+    """Return the reports of a model, and of the same model at z = 0, with the rows of all groups and their worst case.
 
     The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD on a
     classifier would skip the images that PGD has broken. APGD on a defence would not skip such images, because it
-    attacks the defence without its randomness, which is another model of the report.
+    attacks the defence without its randomness, which is another model.
     """
     folders = [folder_of(root, f"{name} {group}", 0) for group in attacks_of(name, budget)]
     parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
     notes = dict.fromkeys(note for part in parts for note in part.notes)
     # The parts have the same settings, so most facts about the first part are facts about all of them.
     about = {key: value for key, value in parts[0].about.items() if key not in ("command", "date")}
-    whole = Report([], list(notes), about)
-    for model in dict.fromkeys(model for part in parts for model in part.models):
+    merged = []
+    for model in dict.fromkeys(part.model for part in parts):
         # Every group has the row of the clean accuracy. The dictionary contains this row only once.
-        own = [row for part in parts for row in part.rows if row.model == model and row.kind != "worst"]
+        own = [row for part in parts if part.model == model for row in part.rows if row.kind != "worst"]
         rows = list({row.attack: row for row in own}.values())
-        whole.rows += [*rows, *worst_rows(rows)]
-    return whole
+        merged.append(Report([*rows, *worst_rows(rows)], list(notes), about))
+    return merged
 
 
 def write_results(root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
-    """Write the page and the report of all models."""
+    """Write the page and the rows of all models."""
     budget = SimpleNamespace(**settings_of("carso_mnist")[chosen.amount])
-    whole = merge(report(root, name, budget) for name in MODELS)
-    # Remove the report of an earlier run, because Git keeps it. Otherwise `save` would move it into a subfolder.
-    (folder / "carso_mnist" / "report.json").unlink(missing_ok=True)
-    whole.save(folder / "carso_mnist")
+    whole = merge(report for name in MODELS for report in merged_groups(root, name, budget))
+    whole.save(folder / "carso_mnist" / FILE)
     return write_page(folder, "carso_mnist", whole=whole, b=budget)

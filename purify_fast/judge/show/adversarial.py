@@ -66,7 +66,7 @@ class Adversarial:
         """Read the file beside a report. Raises a ValueError if it is damaged or belongs to another report."""
         facts = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("adversarial")
         if facts is None:
-            raise ValueError(f"{folder / 'report.json'} has no adversarial images, as a report on several models")
+            raise ValueError(f"{folder / 'report.json'} has no adversarial images")
         if facts["about"]["predict"] == "votes":
             raise ValueError(f"{folder} was judged by a vote, by an earlier version: evaluate a MajorityVote again")
         try:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, supports
 from ..alarms.probes import PROBED
-from ..alarms.signs import Evidence, Finding
+from ..alarms.signs import Evidence
 from ..request.subject import device_of
 from ..results.rows import Examples, Row
 from .text import advised_once, render
@@ -30,38 +30,27 @@ SAMPLES = 4
 Picture = tuple[Tensor, str, bool | None]
 
 
-def html_page(report: Any, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
+def html_page(report: Any, defence: Classifier | None = None) -> str:
     """Make the page of a report."""
-    known = dict.fromkeys(report.models, defence) if callable(defence) else dict(defence or {})
-    findings = advised_once(report.findings)
-    models = [_model(report, findings, name, known.get(name)) for name in report.models]
-    return render(
-        "page.html.jinja",
-        report=report,
-        models=models,
-        data_uri=data_uri,
-        json=functools.partial(json.dumps, ensure_ascii=False, default=str),
-        widest=max((len(line) for model in models for line in model["pictures"]), default=3),
-    )
-
-
-def _model(report: Any, findings: Sequence[Finding], name: str, defence: Classifier | None) -> dict[str, Any]:
-    rows = [row for row in report.rows if row.model == name]
-    own = [row for row in rows if row.threat is None]
+    own = [row for row in report.rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
     shown = pictured_row(evidence)
     examples = None if shown is None else shown.examples
-    return {
-        "name": name,
-        "rows": rows,
-        "own": own,
-        "lowest": report.headlines.get(name),
-        "counted": evidence.with_counted_gradients(),
-        "findings": [finding for finding in findings if finding.model == name],
-        "curves": [(what, _curve(points)) for what, points in report.curves.get(name, {}).items() if len(points) > 1],
-        "pictures": [] if examples is None else picture_lines(examples, defence),
-        "pictured": shown,
-    }
+    pictures = [] if examples is None else picture_lines(examples, defence)
+    return render(
+        "page.html.jinja",
+        report=report,
+        own=own,
+        lowest=report.lowest.get(None),
+        counted=evidence.with_counted_gradients(),
+        findings=advised_once(report.findings),
+        curves=[(what, _curve(points)) for what, points in report.curves.items() if len(points) > 1],
+        pictures=pictures,
+        pictured=shown,
+        data_uri=data_uri,
+        json=functools.partial(json.dumps, ensure_ascii=False, default=str),
+        widest=max(map(len, pictures), default=3),
+    )
 
 
 def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:

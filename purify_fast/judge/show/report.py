@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..alarms.signs import Finding
 from ..results.rows import ClaimTest, Paired, Row, judge_claim
 from .adversarial import Adversarial
 from .page import html_page
-from .text import comparison, markdown_table, render
+from .text import render
 
 #: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
 FORMAT = 3
@@ -26,7 +25,7 @@ FORMAT = 3
 
 @dataclass(repr=False)
 class Report:
-    """The rows of one model, or of several models (`merge`), with notes and alarms.
+    """The rows of a model, with notes and alarms.
 
     Args:
         rows: the rows, in the order in which they were made.
@@ -38,8 +37,8 @@ class Report:
             CUDA graphs of attack steps, and why some steps have none), and the costs
             ``passes`` (forwards and gradients per image), ``seconds`` and ``peak_memory``.
         findings: the results of the alarms, which test whether the numbers are reliable.
-        curves: by model, the curves of accuracy over the steps and the draws of the probes, for the page.
-        adversarial: the attacked images of the images that fell; None in a report that was read or merged.
+        curves: the curves of accuracy over the steps and the draws of the probes, for the page.
+        adversarial: the attacked images of the images that fell; None in a report that was read.
         stored: the facts about these images in a report that was read, by which `check_adversarial` knows their file.
     """
 
@@ -47,18 +46,19 @@ class Report:
     notes: list[str] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    curves: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
     adversarial: Adversarial | None = field(default=None, compare=False)
     stored: dict[str, Any] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
-        lowest = (f"{model}: {100 * row.accuracy:.1f} % under {row.attack}" for model, row in self.headlines.items())
-        return f"Report({len(self.rows)} rows of {len(self.models)} models; lowest: {', '.join(lowest) or 'no attack'})"
+        row = self.lowest.get(None)
+        lowest = "no attack" if row is None else f"{100 * row.accuracy:.1f} % under {row.attack}"
+        return f"Report({len(self.rows)} rows of {self.model}; lowest: {lowest})"
 
     @property
-    def models(self) -> list[str]:
-        """The names of the models, in order."""
-        return list(dict.fromkeys(row.model for row in self.rows))
+    def model(self) -> str:
+        """The name of the model, empty without rows; ValueError if the rows are of several models."""
+        return one_model(self.rows)
 
     @property
     def attacks(self) -> list[str]:
@@ -67,41 +67,35 @@ class Report:
         ordered = sorted(self.rows, key=lambda row: 3 if row.threat is not None else order.get(row.kind, 1))
         return list(dict.fromkeys(row.attack for row in ordered))
 
-    def row(self, attack: str, model: str | None = None) -> Row:
-        """The row of an attack.
-
-        Args:
-            attack: label of the attack.
-            model: the model's name; it is needed if the report has several models.
+    def row(self, attack: str) -> Row:
+        """The row of an attack, by its label.
 
         Raises:
             KeyError: there is no such row, or there are several; the message lists the rows.
         """
-        rows = [row for row in self.rows if row.attack == attack and model in (None, row.model)]
+        rows = [row for row in self.rows if row.attack == attack]
         if len(rows) != 1:
-            have = ", ".join(f"{row.model}: {row.attack}" for row in self.rows)
-            raise KeyError(f"{attack!r} of {model!r} must name one row, and names {len(rows)}; the report has {have}")
+            have = ", ".join(row.attack for row in self.rows)
+            raise KeyError(f"{attack!r} must name one row, and names {len(rows)}; the report has {have}")
         return rows[0]
-
-    @property
-    def headlines(self) -> dict[str, Row]:
-        """Return, for each model, the row of lowest accuracy, in the report's threat model."""
-        return {model: row for (model, threat), row in self.lowest.items() if threat is None}
 
     def claim_test(self, row: Row | None = None) -> ClaimTest | None:
         """Test the claim of the report; None if there is no claim.
 
         Args:
-            row: the row that tests it; None for the only model's `headline`.
+            row: the row that tests it; None for the `headline`.
         """
         row = self.headline if row is None else row
-        clean = (one for one in self.rows if one.model == row.model and one.kind == "clean")
+        clean = (one for one in self.rows if one.kind == "clean")
         claim = self.about.get("claim")
         return None if claim is None else judge_claim(float(claim) / 100, row, next(clean, None))
 
     @property
-    def lowest(self) -> dict[tuple[str, str | None], Row]:
-        """Return, for each model and threat model (None: the report's), the attack row of lowest accuracy."""
+    def lowest(self) -> dict[str | None, Row]:
+        """Return, for each threat model (None: the report's), the attack row of lowest accuracy.
+
+        Rows of several models raise a ValueError, because the lowest of them would hide the other models.
+        """
 
         def order(row: Row) -> tuple[float, bool, bool]:
             # Among equal accuracies, prefer the row over all attacks, then a reliable row. The draws that judge a
@@ -109,20 +103,19 @@ class Report:
             accuracy = row.accuracy if row.wrong is None else 1 - float(row.wrong.mean())
             return accuracy, row.kind != "worst", not row.reliable
 
-        best: dict[tuple[str, str | None], list[Row]] = {}
+        one_model(self.rows)
+        best: dict[str | None, list[Row]] = {}
         for row in self.rows:
             if row.is_attack or row.kind == "worst":
-                best.setdefault((row.model, row.threat), []).append(row)
-        return {place: min(rows, key=order) for place, rows in best.items()}
+                best.setdefault(row.threat, []).append(row)
+        return {threat: min(rows, key=order) for threat, rows in best.items()}
 
     @property
     def headline(self) -> Row:
-        """The attack row of lowest accuracy of the only model; ValueError for several models or without an attack."""
-        rows = list(self.headlines.values())
-        if len(rows) != 1:
-            text = f"headline needs attacks on one model, got {', '.join(self.headlines) or 'none'}: use "
-            raise ValueError(f"{text}headlines, or row('clean')")
-        return rows[0]
+        """The attack row of lowest accuracy in the report's threat model; ValueError without an attack."""
+        if (row := self.lowest.get(None)) is None:
+            raise ValueError("headline needs an attack on the model, got none: use row('clean')")
+        return row
 
     def attacks_like(self, row: Row) -> list[Row]:
         """Return the attacks on which a ``worst`` row is based; for any other row, return the row itself.
@@ -132,9 +125,7 @@ class Report:
         """
         if row.kind != "worst":
             return [row]
-        of = (row.model, row.threat)
-        mine = [each for each in self.rows if each.is_attack and (each.model, each.threat) == of]
-        return [each for each in mine if each.n >= row.n]
+        return [each for each in self.rows if each.is_attack and each.threat == row.threat and each.n >= row.n]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
         """The accuracy of this report's model minus the accuracy of another model, on their common images.
@@ -163,14 +154,15 @@ class Report:
         return Paired(float(d.mean()), float(d.std() / math.sqrt(n)), n)
 
     def to_json(self) -> str:
-        """The report as JSON, with all rows and the headline of each model."""
+        """The report as JSON, with all rows and the headline."""
+        row = self.lowest.get(None)
         content: dict[str, Any] = {
             "format": FORMAT,
             "about": self.about,
-            "headlines": {m: {"attack": row.attack, "accuracy": row.accuracy} for m, row in self.headlines.items()},
+            "headlines": {} if row is None else {row.model: {"attack": row.attack, "accuracy": row.accuracy}},
             "notes": self.notes,
             "findings": [asdict(finding) for finding in self.findings],
-            "curves": self.curves,
+            "curves": {self.model: self.curves} if self.curves else {},
             "rows": [row.to_dict() for row in self.rows],
         }
         if (known := self.stored if self.adversarial is None else self.adversarial.facts()) is not None:
@@ -179,34 +171,32 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read a report from the result of `to_json`; ValueError for another format."""
+        """Read a report from the result of `to_json`; ValueError for another format, or for several models."""
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the report must have format {FORMAT}, got {content.get('format')!r}: evaluate again")
-        return cls(
+        report = cls(
             rows=[Row.from_dict(values) for values in content["rows"]],
             findings=[Finding(**values) for values in content.get("findings", [])],
+            curves=next(iter(content.get("curves", {}).values()), {}),
             stored=content.get("adversarial"),
-            **{name: content[name] for name in ("notes", "about", "curves") if name in content},
+            **{name: content[name] for name in ("notes", "about") if name in content},
         )
+        # Earlier versions wrote reports on several models, whose numbers must not be taken for those of one.
+        one_model(report.rows)
+        return report
 
     def to_markdown(self) -> str:
-        """The report as Markdown: the headline of each model, a comparison of several models, and all rows."""
-        lowest = sorted(self.lowest.items(), key=lambda item: item[0][1] is not None)
+        """The report as Markdown: the headline, and all rows."""
+        lowest = sorted(self.lowest.items(), key=lambda item: item[0] is not None)
         return render("report.md.jinja", report=self, lowest=lowest)
 
-    def to_html(self, defence: Classifier | Mapping[str, Classifier] | None = None) -> str:
+    def to_html(self, defence: Classifier | None = None) -> str:
         """The report as a HTML page that loads no other files.
 
         Args:
-            defence: the model, which makes predictions and purified images for the pictures. For several models, a
-                mapping from their names to the models. A model without an entry has no such pictures.
-
-        Raises:
-            ValueError: a single defence for several models.
+            defence: the model, which makes predictions and purified images for the pictures; None: no such pictures.
         """
-        if callable(defence) and len(self.models) > 1:
-            raise ValueError(f"defence must be a mapping from {', '.join(self.models)} to models, got a single one")
         return html_page(self, defence)
 
     @property
@@ -217,26 +207,19 @@ class Report:
         words = {"threat": "", "dataset": "", "protocol": "protocol ", "predict": "predict ", "precision": "precision "}
         return [word + known[what] for what, word in (words | {"version": ""}).items() if known.get(what)]
 
-    def comparison(self) -> list[str]:
-        """The lines of a Markdown table with a line for each attack and a column for each model."""
-        return markdown_table(*comparison(self))
-
     def to_text(self) -> str:
-        """Return the report as text for a terminal: title and table, or only the comparison of several models."""
+        """Return the report as text for a terminal: title and table."""
         return render("report.txt.jinja", report=self).rstrip()
 
-    def save(self, folder: str | Path, defence: Classifier | Mapping[str, Classifier] | None = None) -> None:
+    def save(self, folder: str | Path, defence: Classifier | None = None) -> None:
         """Write ``report.html``, ``report.json``, ``report.md`` and ``adversarial.npz``.
 
-        The last file has the arrays of `Adversarial`; a report that was read or merged does not write it. Each file is
-        written atomically. A report that is in the folder is replaced.
+        The last file has the arrays of `Adversarial`; a report that was read does not write it. Each file is written
+        atomically. A report that is in the folder is replaced.
 
         Args:
             folder: folder of the report; it is made if it is missing.
             defence: the model for the pictures, see `to_html`.
-
-        Raises:
-            ValueError: a single defence for several models.
         """
         folder = Path(folder)
         check_folder("folder", folder)
@@ -251,41 +234,9 @@ class Report:
         write_text(folder / "report.html", self.to_html(defence))
 
 
-def merge(reports: Iterable[Report]) -> Report:
-    """Merge reports into a report on several models.
-
-    Args:
-        reports: reports of the models, on the same images or on different images.
-
-    Raises:
-        ValueError: threat models, prediction rules or precisions differ, or two rows have the same model and attack.
-    """
-    merged = Report()
-    together = list(reports)
-    # A report without a threat model has that of the other reports, and without a precision float32.
-    facts = {what: {report.about.get(what) for report in together} for what in ("threat", "precision")}
-    # Every rule of prediction gives the same numbers of a deterministic model.
-    random = [report for report in together if not all(row.deterministic for row in report.rows)]
-    facts["predict"] = {report.about.get("predict") for report in random}
-    facts["threat"].discard(None)
-    differing = [what for what, values in facts.items() if len(values) > 1]
-    if differing:
-        raise ValueError(f"merged reports must have the same {' and '.join(differing)}, got different ones")
-    for report in together:
-        merged.rows += report.rows
-        merged.findings += report.findings
-        merged.curves |= report.curves
-        merged.notes += [note for note in report.notes if note not in merged.notes]
-    if together:
-        # The merged report names no command, because several commands may have made the reports.
-        shared = {key: value for key, value in together[0].about.items() if key != "command"}
-        merged.about = {key: value for key, value in shared.items() if all(r.about.get(key) == value for r in together)}
-        # A protocol that some of the reports changed is not the same.
-        if len({report.about.get("changed") for report in together}) > 1:
-            merged.about.pop("protocol", None)
-        merged.about |= {what: value for what in ("threat", "predict") for value in facts[what] if value}
-    counts = Counter((row.model, row.attack) for row in merged.rows)
-    double = [f"{model}: {attack}" for (model, attack), count in counts.items() if count > 1]
-    if double:
-        raise ValueError(f"merged rows must differ in model or attack, got {', '.join(double)}: give each a name")
-    return merged
+def one_model(rows: Sequence[Row]) -> str:
+    """Return the name of the model of all rows, empty without rows; ValueError for several models."""
+    names = list(dict.fromkeys(row.model for row in rows))
+    if len(names) > 1:
+        raise ValueError(f"a report must have the rows of one model, got those of {', '.join(names)}")
+    return "".join(names)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Report = Any
 
 #: The macros of `sentences.jinja` that all templates may call; in HTML their texts are escaped.
-SENTENCES = ("claim", "means", "outcome", "reason", "rule", "short_legend", "signs", "states", "verdict", "zero_errors")
+SENTENCES = ("claim", "means", "outcome", "reason", "short_legend", "signs", "states", "verdict", "zero_errors")
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
@@ -143,13 +143,6 @@ def short_table(rows: Sequence[Row]) -> Table:
     used |= {"one draw"} if any(row.n_eval > 1 for row in rows) else set()
     head, body = table_of_rows(rows, [name for name in COLUMNS if name in used])
     return Table(["images" if name == "n" else name for name in head], body)
-
-
-def comparison(report: Any) -> Table:
-    """A table with a line for each attack of a `purify_fast.evaluation.Report`, and a column for each model."""
-    cells = {(row.attack, row.model): replace(warning(row), text=percent(row)) for row in report.rows}
-    body = [[attack, *(cells.get((attack, model), "-") for model in report.models)] for attack in report.attacks]
-    return Table(["attack", *report.models], body)
 
 
 def advised_once(findings: Iterable[Finding]) -> list[Finding]:

@@ -98,7 +98,7 @@ class ArrestTask(MethodTask):
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
         self.attacked = AttackedCopy(model, self.dtype)
-        self.keep_average("model", config.ema_decay)
+        self.keep_average(config.ema_decay)
         weights = [p for p in model.parameters() if p.requires_grad]
         rate, decay = config.learning_rate, config.weight_decay
         self.optimizer: torch.optim.Optimizer

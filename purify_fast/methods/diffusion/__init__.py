@@ -1,4 +1,4 @@
-"""Purification by diffusion: the defence, its schedules and solvers, and the training of denoisers."""
+"""Purification by diffusion: the defence, its schedules and solvers, and the files of denoisers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .config import DiffusionConfig as DiffusionConfig
     from .defence import DiffusionPurifier as DiffusionPurifier
     from .denoiser import load_denoiser as load_denoiser
     from .denoiser import save_denoiser as save_denoiser
     from .process import Process as Process
     from .schedule import Schedule as Schedule
-    from .task import DiffusionTask as DiffusionTask
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -1,56 +1,12 @@
-"""The description of purification by diffusion, and the options of a denoiser's training and of a purifier."""
+"""The description of purification by diffusion, and the options of a purifier."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-from ...training import FitConfig
-from ..trainings import Method, Training
-from .config import DiffusionConfig, Solver
-
-if TYPE_CHECKING:
-    from ...data import DataSet
-    from .task import DiffusionTask
-
-
-@dataclass(frozen=True)
-class TrainDiffusion(Training):
-    """Train a denoiser for a diffusion purifier on clean images.
-
-    No classifier is needed: `evaluate OUT --classifier FOLDER` combines both. An interrupted training continues if the
-    same command is run again.
-
-    Args:
-        width: Number of channels of the U-Net at full size: a multiple of 16, or an even number below 16.
-        patch: Side of the squares of pixels that become channels of the U-Net. 2 takes a quarter of the operations of
-            1.
-        attention: Use attention over all positions at the lowest level of the U-Net.
-    """
-
-    called: ClassVar[str] = "train diffusion"
-    measured: ClassVar[tuple[str, int]] = ("", 0)
-
-    out: Path = Path("runs/denoiser")
-    width: int = 32
-    patch: int = 1
-    attention: bool = True
-    method: DiffusionConfig = field(default_factory=DiffusionConfig)
-    loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=100, batch_size=64))
-
-    def task(self, images: DataSet, classifier: Any) -> DiffusionTask:
-        from ...models import UNet
-        from .task import DiffusionTask
-
-        network = UNet(images.image_shape[0], self.width, patch=self.patch, attention=self.attention)
-        return DiffusionTask(network.to(images.y_train.device), self.method)
-
-    def save(self, trained: Any, images: DataSet) -> None:
-        from .denoiser import save_denoiser
-
-        process = {"schedule": self.method.noise_schedule, "prediction": self.method.prediction}
-        save_denoiser(trained, self.out, images.image_shape, process, last_time=self.method.last_time)
+from ..trainings import Method
+from .config import Solver
 
 
 @dataclass(frozen=True)
@@ -78,9 +34,10 @@ class ProcessOptions:
 
 
 METHOD = Method(
-    (TrainDiffusion,),
     defence="DiffusionPurifier",
     parts={"Denoiser": "denoiser.module."},
     loading=ProcessOptions,
     recipes=True,
+    trained_by="examples/your_diffusion_loop.py --train OUT trains a denoiser, "
+    "and `purify-fast evaluate OUT --classifier FOLDER` puts it in front of a classifier",
 )

@@ -14,7 +14,6 @@ alpha_bar(i / N) is the product of 1 - beta_j for j = 1 .. i:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from math import inf, pi
 from typing import Annotated, Literal
@@ -36,15 +35,6 @@ LARGEST_BETA = 0.999
 #: A continuous reverse process ends here: at 0 the score is infinite (DiffPure, runners/diffpure_sde.py:228).
 END = 1e-5
 Beta = Annotated[float, Range(0, 1, above=True, below=True)]
-
-
-# The result is cached, so that it is not copied to the device in every training step. It is kept for ever, because a
-# captured step may read its memory.
-@functools.cache
-def _products(schedule: Schedule, device: torch.device) -> Tensor:
-    """Return alpha_bar at the time 0, where it is 1, and at the times of all training steps, float64 ``[N + 1]``."""
-    with torch.inference_mode(False):
-        return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - schedule.betas).cumprod(0)]).to(device)
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,8 @@ class Schedule:
         if self.is_continuous:
             low, high = USUAL_STEPS * self.first_beta, USUAL_STEPS * self.last_beta
             return torch.exp(-low * t - 0.5 * (high - low) * t.square())
-        return _products(self, t.device)[self._step(t)]
+        products = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - self.betas).cumprod(0)])
+        return products.to(t.device)[self._step(t)]
 
     def noising(self, t: Tensor) -> Tensor:
         """Return the coefficients with which `diffusion_step` computes alpha x + sigma z, float64 ``[..., 8]``."""

@@ -1,23 +1,14 @@
 """Schedules against the formulas of their papers; the formulas of the solvers are in test_gradient.py."""
 
 import math
-import weakref
 
 import pytest
 import torch
 
 from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.schedule import END, _products
+from purify_fast.methods.diffusion.schedule import END
 
 T, EPS = torch.tensor, 1e-12
-
-
-def test_a_table_that_a_captured_step_may_read_is_never_freed():
-    first, device = Schedule("cosine", 7), torch.device("cpu")
-    table = weakref.ref(_products(first, device))
-    for steps in range(8, 60):
-        Schedule("cosine", steps).alpha_bar(T(0.5))
-    assert table() is _products(first, device)
 
 
 def test_linear_and_cosine_are_those_of_their_papers():

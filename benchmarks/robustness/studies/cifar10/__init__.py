@@ -20,8 +20,9 @@ from purify_fast import data
 from purify_fast._files import write_text
 from purify_fast._places import usable_device
 from purify_fast.defences import StochasticDefence, WithAggregation
-from purify_fast.evaluation import EvaluateConfig, Report, evaluate, merge
+from purify_fast.evaluation import EvaluateConfig, Report, evaluate
 
+from ...merged import FILE, merge
 from .. import Job, Work, folder_of, result_of, write_page
 from . import models, study
 from .study import Budget, Judging, budget_of
@@ -148,16 +149,10 @@ class Results:
         return [name for name in names if (name, seed) in self.lines]
 
     def save(self, folder: Path) -> None:
-        """Write the numbers, and the report on all models."""
+        """Write the numbers, and the rows of all models."""
         for seed in sorted({seed for _, seed in self.reports}):
             merged = merge(report for (_, of), report in self.reports.items() if of == seed)
-            if seed == 0:
-                # Git keeps the report of an earlier run. Without this line, `save` would move it into a subfolder.
-                (folder / STEM / "report.json").unlink(missing_ok=True)
-                merged.save(folder / STEM)
-            else:
-                # Save other seeds only as JSON, because pages show the report of the first seed.
-                write_text(folder / STEM / f"report-{seed}.json", merged.to_json())
+            merged.save(folder / STEM / (f"report-{seed}.json" if seed else FILE))
         write_text(folder / f"{STEM}.json", json.dumps(list(self.lines.values()), indent=1) + "\n")
 
 
@@ -183,7 +178,7 @@ def _row_line(root: Path, name: str, seed: int, counts: Judging) -> dict[str, An
     judged = result_of(root, study.judged_name(name, counts.main), seed)
     facts = result_of(root, study.TRAINED_AS.get(name, name), seed)
     protocols = counts.protocols(seed)
-    rows = {protocol: judged_report(root, name, seed, protocol).headlines[name] for protocol in protocols}
+    rows = {protocol: judged_report(root, name, seed, protocol).headline for protocol in protocols}
     line = {"name": name, "seed": seed, "clean": judged["clean"]}
     line |= {protocol: row.accuracy for protocol, row in rows.items()}
     if unreliable := [protocol for protocol, row in rows.items() if not row.reliable]:
