@@ -37,10 +37,10 @@ from .request.preparation import collect, facts, note_of_modes, read_attacks, wa
 from .request.specs import AttackFunction, AttackSpec
 from .request.subject import DrawsUnderAttack, Subject, device_of
 from .results.rows import CUT, Row, worst_rows
+from .run.attack_run import Shards
 from .run.cache import RowCache
 from .run.measure import Measure, Standing, settings_of
 from .run.progress import Progress
-from .run.shards import Shards
 from .searches.judge_context import JudgeContext
 from .searches.model_tests import check_leaves_images
 from .show.adversarial import gathered

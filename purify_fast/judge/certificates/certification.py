@@ -37,8 +37,8 @@ from ...speed.precision import whole_float32_by_default
 from ...speed.reading import reading
 from ..request.preparation import collect, note_of_modes
 from ..request.subject import ASKED, device_of
+from ..run.attack_run import Shards
 from ..run.cache import RowCache
-from ..run.shards import Shards
 from .certificates import Certificates
 from .counted import Counted
 from .noisy_draws import DependentDrawsError, Draws

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ..._hashes import digest
 from ...attacks.context import TimeIsOver
+from ..run.attack_run import Shards
 from ..run.cache import RowCache
-from ..run.shards import Shards
 from .noisy_draws import Draws, Job
 from .sequences import MOST
 

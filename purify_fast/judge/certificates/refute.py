@@ -16,7 +16,7 @@ from ...defences.noisy_ensemble import NoisyEnsemble
 from ...defences.wrappers import MajorityVote
 from ..request.config import EvaluateConfig
 from ..request.preparation import collect
-from ..run.shards import Shards
+from ..run.attack_run import Shards
 from ..runner import evaluate
 from ..show.report import Report
 from .certificates import Certificates

@@ -24,10 +24,9 @@ from ..request.subject import Judgement, Subject
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.judge import has_fallen
 from ..searches.judge_context import JudgeContext
-from .attack_run import AttackedBatch, AttackRun, counts_of
+from .attack_run import AttackedBatch, AttackRun, Shards, counts_of
 from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
-from .shards import Shards
 from .stopping import GROUP, NearestRule, StoppingRule, by_margin, nearest_first
 from .stopping import REVISION as STOPPING
 
