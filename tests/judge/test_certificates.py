@@ -24,8 +24,7 @@ from purify_fast.attacks import PGD
 from purify_fast.cli.certify import Certify
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import Certificates, EvaluateConfig, certify, read_log, refute
-from purify_fast.judge.certificates.noisy_draws import DependentDrawsError, Draws
-from purify_fast.judge.certificates.sequences import (
+from purify_fast.judge.certificates.certificates import (
     MOST,
     answers,
     boundary,
@@ -35,6 +34,7 @@ from purify_fast.judge.certificates.sequences import (
     most_wrong,
     spent,
 )
+from purify_fast.judge.certificates.noisy_draws import DependentDrawsError, Draws
 from purify_fast.ops.philox import Stream, philox, philox_key
 
 NORMAL = NormalDist()

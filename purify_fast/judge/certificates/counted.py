@@ -22,8 +22,8 @@ from ..._hashes import digest
 from ...attacks.context import TimeIsOver
 from ..run.attack_run import Shards
 from ..run.cache import RowCache
+from .certificates import MOST
 from .noisy_draws import Draws, Job
-from .sequences import MOST
 
 #: Increase this number after a change of what a part of the table contains.
 PARTS = 3
