@@ -40,8 +40,7 @@ from ..request.subject import ASKED, device_of
 from ..run.attack_run import Shards
 from ..run.cache import RowCache
 from .certificates import LARGEST, MOST, Certificates, distances, leads, looks, lower_bounds, spent
-from .counted import Counted
-from .noisy_draws import DependentDrawsError, Draws
+from .counted import Counted, DependentDrawsError, Draws
 
 #: The most looks at a largest radius, of which each has about twice as many draws as the look before it.
 ENDS, TWICE = 4, 6
