@@ -15,7 +15,7 @@ from ...attacks import PGD, Attack
 from ...attacks.base import ThreatModel
 from ...attacks.losses import ApgdLoss
 from ...defences.modes import WithFixedNoise, WithoutNoise
-from ...protocols import Classifier, DeterministicMode, FixedNoise, SampleLogits, is_purifier, supports
+from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnAttacks, SampleLogits, is_purifier, supports
 from ..searches.apgd import APGD
 from ..searches.engine.engine_attack import EngineAttack
 from ..searches.fab import FABT
@@ -25,8 +25,26 @@ from ..searches.square import Square
 from ..surrogates.copies import in_order
 from .config import ProtocolName
 from .specs import AttackSpec, lee_kim_2023
-from .strong_attacks import strong_attacks
 from .subject import Subject
+
+#: The names that a model may give in place of an `AttackSpec`, because what trains does not import what judges.
+MAKERS: dict[str, Callable[..., AttackSpec]] = {"AttackSpec": AttackSpec, "lee_kim_2023": lee_kim_2023}
+
+
+def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None:
+    """Return the attacks that the protocol "strong" adds for a model; None if the model has none of its own."""
+    if not supports(model, OwnAttacks):
+        return None
+    given = cast(OwnAttacks, model).strong_attacks(norm, eps)
+    if odd := [item for item in given if not isinstance(item, AttackSpec) and item[0] not in MAKERS]:
+        pairs = f"pairs of {' or '.join(MAKERS)} and its arguments"
+        raise ValueError(
+            f"strong_attacks of {type(model).__name__} must return AttackSpecs, or {pairs}, got {odd[0]!r}"
+        )
+    return [item if isinstance(item, AttackSpec) else MAKERS[item[0]](**item[1]) for item in given]
+
+
+# -- attack lists ------------------------------------------------------------------------------------------------------
 
 #: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
 FIRST_STEPS = 10
