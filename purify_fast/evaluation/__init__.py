@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ..judge.certificates.certification import certify as certify
     from ..judge.certificates.refute import refute as refute
     from ..judge.request.config import EvaluateConfig as EvaluateConfig
-    from ..judge.request.specs import AttackSpec as AttackSpec
-    from ..judge.request.specs import as_attack as as_attack
-    from ..judge.request.specs import lee_kim_2023 as lee_kim_2023
+    from ..judge.request.naming import AttackSpec as AttackSpec
+    from ..judge.request.naming import as_attack as as_attack
+    from ..judge.request.naming import lee_kim_2023 as lee_kim_2023
     from ..judge.results.rows import Examples as Examples
     from ..judge.results.rows import Paired as Paired
     from ..judge.results.rows import Row as Row

@@ -35,8 +35,8 @@ from ..defences.stochastic import undecided
 from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .request.config import EvaluateConfig
+from .request.naming import AttackSpec
 from .request.preparation import collect
-from .request.specs import AttackSpec
 from .request.subject import device_of
 from .runner import evaluate
 from .searches.apgd import APGD

@@ -24,7 +24,7 @@ from ..searches.original_autoattack import OriginalAutoAttack
 from ..searches.square import Square
 from ..surrogates.copies import in_order
 from .config import ProtocolName
-from .specs import AttackSpec, lee_kim_2023
+from .naming import AttackSpec, lee_kim_2023
 from .subject import Subject
 
 #: The names that a model may give in place of an `AttackSpec`, because what trains does not import what judges.

@@ -3,17 +3,223 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
-from ...attacks import Attack, AttackContext
+import torch
+from torch import Tensor
+
+from ..._validation import Count, NormName, Range, check_types
+from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
+from ...attacks.arguments import check_eps
+from ...attacks.base import InBall, ThreatModel
 from ...attacks.losses import usable_loss
+from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier
 from ..searches.original_autoattack import OriginalAutoAttack
-from .specs import AttackSpec
 from .subject import Subject
+
+AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
+#: The allowed rounding error of a float32 value in [0, 1]: two additions of numbers up to 2 cause less.
+BALL_SLACK = 2.0**-21
+LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
+
+
+# -- a user's functions as attacks ------------------------------------------------------------------------------------
+
+
+def as_attack(
+    function: AttackFunction,
+    *,
+    name: str | None = None,
+    eps: float | None = None,
+    norm: NormName | None = None,
+    revision: str | None = None,
+    uses_gradients: bool = False,
+) -> FunctionAttack:
+    """Make an attack from a function, for `evaluate` or an `AttackSpec`.
+
+    Args:
+        function: a function ``(model, x, y) -> x_adv``. ``model`` is a module from images to logits, in evaluation
+            mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, on the model's
+            device. Gradients are enabled. The result must have the same shape and dtype, in [0, 1] and in the ball.
+        name: name of the attack in the report; None takes the function's name.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
+        revision: a name for the function's version, with which results are cached; choose another name after a change.
+            None: no caching. Functions with the same module and name, such as lambdas, need different revisions.
+        uses_gradients: whether the function follows gradients of the model. If it does not, and images fall to it that
+            withstood the attacks with gradients, the report takes this as a sign that the gradients mislead.
+
+    Raises:
+        TypeError: function is not callable.
+        ValueError: the ball is not allowed.
+    """
+    if isinstance(function, type) or not callable(function):
+        text = "an attack must be an object of purify_fast.attacks, such as PGD(), an AttackSpec, or a function "
+        raise TypeError(f"{text}(model, x, y) -> x_adv, got {function!r}")
+    name = getattr(function, "__name__", type(function).__name__) if name is None else name
+    return FunctionAttack(
+        function=function, row_name=name, eps=eps, norm=norm, own_revision=revision, uses_gradients=uses_gradients
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionAttack(InBall):
+    """An attack that calls a function; `as_attack` makes it."""
+
+    kind: ClassVar[str] = "function"
+
+    function: AttackFunction
+    row_name: str
+    own_revision: str | None = None
+    uses_gradients: bool = False  # type: ignore[misc]  # the function of each attack decides
+
+    def name(self, context: AttackContext) -> str:
+        return self.row_name
+
+    def draws(self, context: AttackContext) -> int:
+        """Return 1, because only the function itself can average over draws."""
+        return 1
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        norm, eps = self.threat_model(context)
+        return {"norm": norm, "eps": eps}
+
+    def revision(self) -> str | None:
+        return self.own_revision
+
+    def identity(self) -> list[str]:
+        """Return the module and the name of the function, or of the class of a callable object."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        named = function if inspect.isroutine(function) else type(function)
+        return [str(named.__module__), named.__qualname__]
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        """Call the function on a batch, and check its result."""
+        threat = self.threat_model(context)
+        # `frozen` restores modes and gradient flags, which the function may change.
+        with torch.enable_grad(), frozen(target):
+            images = self.function(target, x.clone(), y.clone())
+        check_adversarial(self.row_name, images, x, threat)
+        # Because of rounding, values may be slightly outside of the ball or of [0, 1], so the images are projected.
+        inside = pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+        return AttackResult(inside)
+
+
+def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
+    """Refuse attacked images that are not allowed; x are the clean images in [0, 1]."""
+    if not isinstance(images, Tensor) or (images.shape, images.dtype, images.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}")
+    images = images.detach()
+    # The condition is negated so that NaN is refused too.
+    if len(images) and not bool(((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).all()):
+        low, high = float(images.amin()), float(images.amax())
+        raise ValueError(f"the attack {name!r} returned values from {low:.6g} to {high:.6g}: all must be in [0, 1]")
+    how_far = moved(images, x, threat)
+    if how_far is not None and len(images) and (length := float(how_far[0].amax())) > how_far[1]:
+        raise ValueError(
+            f"the attack {name!r} left the ball: it changed image {int(how_far[0].argmax())} of the batch by "
+            f"{length:.6g} in the norm {threat.norm}, which is {length - threat.eps:.3g} more than the allowed eps = "
+            f"{threat.eps:.6g}"
+        )
+
+
+def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float] | None:
+    """The distance between each attacked image and its clean image, and the allowed distance."""
+    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
+    if order is None:
+        return None
+    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
+    # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
+    return lengths, threat.eps * (1 + 1e-5) + BALL_SLACK * x.shape[1:].numel() ** (1 / order)
+
+
+# -- an attack of an evaluation ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack of an evaluation, which makes a row of the report: the attack, its images, and its name.
+
+    Args:
+        attack: an attack of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
+        through: another model that the attack follows. Only the evaluated model judges, in every case. An attack such
+            as `purify_fast.attacks.APGD`, whose ``follows_gradients`` is True, takes its gradients from the other
+            model, and the evaluated model checks every success during the search. Any other attack, such as
+            `purify_fast.attacks.PGD`, attacks the other model as a whole, and the evaluated model judges the result.
+        label: the name of the row; None makes a name from the other fields. Another threat model is added to it.
+        max_images: the attack gets only the first images, up to this number. With None, it gets all images.
+        survivors_only: whether the attack gets only images that withstood all earlier attacks in this threat model. All
+            other images count as fallen in this row.
+        seed: a number that is added to the evaluation's seed for this attack, for another random start.
+        until: a share of all images. The attack begins with the smallest margins, and stops when at most this share of
+            all images can still fall, at 95 % confidence. With None, or on a random model, every image is attacked.
+        nearest: the most images to attack: those with the smallest margins after the earlier attacks. They are attacked
+            in groups, and another group follows only while a search has lowered a margin by as much as the next image
+            would need (`purify_fast.judge.run.stopping`). A random model has no groups. None: all images.
+        published: the publication of this attack, if its rule for a robust image differs; the report then says so.
+
+    Raises:
+        ValueError: an option that is not allowed.
+        TypeError: attack is not an attack, or through is not a model.
+    """
+
+    attack: Attack
+    through: Classifier | None = None
+    label: str | None = None
+    max_images: Count | None = None
+    survivors_only: bool = False
+    seed: Annotated[int, Range(0)] = 0
+    until: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
+    nearest: Count | None = None
+    published: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attack, Attack):
+            # Users may give a function, although the field is an attack.
+            object.__setattr__(self, "attack", as_attack(self.attack))
+        if self.through is not None and (isinstance(self.through, type) or not callable(self.through)):
+            raise TypeError(f"through must be a model, a function from images to logits, got {self.through!r}")
+        check_types(self)
+
+
+def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
+    """Make an `AttackSpec` from each attack or function of a list; TypeError for anything else."""
+    if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
+        raise TypeError(f"attacks must be a list, got {attacks!r}: give a single attack as [attack]")
+    return [attack if isinstance(attack, AttackSpec) else AttackSpec(attack) for attack in attacks]
+
+
+def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
+    """The PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
+
+    The attack is in L-inf, with the full gradient, without a random start. It takes 200 steps of length 0.007 at eps =
+    8/255 (in proportion at another eps), by the sign of the mean gradient over 20 draws. Two things differ from the
+    paper. The attack returns the best iterate, not the last. And an image counts as robust only if all ``n_eval``
+    predictions are correct. The field ``mean`` of the row is the accuracy of single predictions.
+
+    Args:
+        eps: radius in image units.
+        leave: whether the attack of an image ends once all 20 draws of a step are wrong (`LeavingPGD`).
+
+    Raises:
+        ValueError: eps is below 0 or above 1.
+    """
+    check_eps(eps, "linf")
+    kind, label = (LeavingPGD, f"{LEE_KIM}, left when 20 draws are wrong") if leave else (PGD, LEE_KIM)
+    attack = kind(steps=200, alpha=0.007 * eps / (8 / 255), eot_iter=20, random_start=False, eps=eps, norm="linf")
+    return AttackSpec(attack, label=label, published="Lee & Kim 2023")
+
+
+# -- selects the attacks that a model allows, and names the rows of the report: one row for each attack ----------------
 
 logger = logging.getLogger("purify_fast")
 

@@ -25,8 +25,7 @@ from ...protocols import Classifier
 from ...training.batches import as_tensor, check_channels, check_range
 from ..searches.original_autoattack import OriginalAutoAttack, implementation
 from .config import EvaluateConfig
-from .naming import ball_name
-from .specs import AttackFunction, AttackSpec, as_specs
+from .naming import AttackFunction, AttackSpec, as_specs, ball_name
 from .subject import Subject, precision_name
 
 logger = logging.getLogger("purify_fast")

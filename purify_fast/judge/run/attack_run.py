@@ -26,7 +26,7 @@ from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
-from ..request.specs import AttackSpec, check_adversarial
+from ..request.naming import AttackSpec, check_adversarial
 from ..request.subject import Subject
 from ..results.rows import CUT
 from ..searches.engine.judge import Judge
