@@ -151,10 +151,9 @@ class FollowedDefence(Followed):
         if self.has_model:
             defence: Any = self._model
             watch = self.read()
-            in_place = in_place and self._values is not None
-            if not (in_place and self._values.fit(watch)):
+            if not (in_place and self._values is not None and self._values.fit(watch)):
                 how = {"compile": copied.classifier.compiled, "plain": copied.classifier.plain, "followed": self}
-                self.take(copied, defence.make_frozen_copy(copied.classifier.dtype, **how), in_place)
+                self.take(copied, defence.make_frozen_copy(copied.classifier.dtype, **how))
             self._values.write()
             self.end_read(copied)
 
@@ -169,12 +168,11 @@ class FollowedDefence(Followed):
         copied._modules |= self.parts
         copied._reads = self.reads
 
-    def take(self, copied: Any, fresh: Any, in_place: bool = False) -> None:
+    def take(self, copied: Any, fresh: Any) -> None:
         """Take the parts of a new copy, and let a copy have its tensors; it may be the new copy itself."""
         defence: Any = self._model
         parts = {name: part for name, part in fresh._modules.items() if part is not None}
-        if not (in_place and self._values.own.took(*self._networks(parts))):
-            self.parts = parts
+        self.parts = parts
         held = {name: one for name, one in vars(fresh).items() if isinstance(one, Tensor) and name != "_noise_ids"}
         vars(copied).update(held)
         # An attribute has no source whose values could be written.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..model_description import SHARED, SIMPLE
 from ..model_state import left_out, slots
 from .watch import Watch
-from .weights import copy_all
 
 #: The methods by which a class may decide how its objects are copied.
 COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__")
@@ -102,15 +101,6 @@ def _alike(one: Any, other: Any) -> bool:
     return repr(one) == repr(other) if kind in SIMPLE else kind in _CONTAINERS and len(one) == len(other)
 
 
-def _alike_copies(one: Any, other: Any) -> bool:
-    """Return True if objects at the same place of two copies can differ in the values of tensors only."""
-    if isinstance(one, Tensor):
-        return type(one) is type(other) and _layout(one)[1:] == _layout(other)[1:] and one.device == other.device
-    kind: Any = type(one)
-    inside = _inside(kind) != _LEAF and kind is type(other) and (kind not in _CONTAINERS or len(one) == len(other))
-    return _alike(one, other) or (inside and (is_open(kind) or issubclass(kind, _CONTAINERS)))
-
-
 def _layout(one: Tensor) -> tuple[Any, ...]:
     return one.data_ptr(), one.shape, one.stride(), one.dtype
 
@@ -139,24 +129,3 @@ class Snapshot(Watch):
             return Snapshot(*self.roots)
         self.note()
         return self
-
-    def took(self, *copies: nn.Module) -> bool:
-        """Write the values of other copies into the tensors of these modules, if they differ in nothing else.
-
-        Captured and compiled steps read the tensors of the modules that were there first. Tensors that came from
-        elsewhere, such as images that a forward pass has kept in an attribute, are never written to.
-        """
-        names, held = held_by(*copies)
-        if names != self._names or len(held) != len(self.held) or not all(map(_alike_copies, self.held, held)):
-            return False
-        pairs = {(id(one), id(new)): (one, new) for one, new in zip(self.held, held, strict=True)}
-        tensors = [pair for pair in pairs.values() if isinstance(pair[0], Tensor)]
-        # Tensors are shared alike in both, if each has one partner.
-        shared_alike = all(len(set(map(id, each))) == len(tensors) for each in zip(*tensors, strict=True))
-        if not shared_alike or not self.same():
-            return False
-        copy_all(tensors)
-        for one, new in pairs.values():
-            for name in getattr(one, "noise_modes", ()) if isinstance(one, nn.Module) else ():
-                setattr(one, name, getattr(new, name))
-        return True

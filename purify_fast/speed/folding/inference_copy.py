@@ -318,19 +318,18 @@ class InferenceCopy(nn.Module):
         """Read the classifier. ``watch``: what it holds now; ``in_place``: whether present tensors may be written."""
         with section("a copy reads its model"):
             if not (in_place and self._values is not None and self._values.fit(watch)):
-                self._make(classifier, watch, in_place)
+                self._make(classifier, watch)
             self._values.write()
 
-    def _make(self, classifier: nn.Module, watch: Snapshot, in_place: bool) -> None:
+    def _make(self, classifier: nn.Module, watch: Snapshot) -> None:
         made = freeze(without_recorders(deep_copy(classifier)))
         set_modes(made, self._kept)
         how: dict[str, Any] = {} if self.prepared is None else {"channels_last": self.prepared.channels_last}
         self.prepared = prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, **how)
-        if not (in_place and self._values is not None and self._values.own.took(made)):
-            self.classifier = made
-            if self.compiled:
-                from ..graphs.compiled_step import compile_calls
+        self.classifier = made
+        if self.compiled:
+            from ..graphs.compiled_step import compile_calls
 
-                compile_calls(made)
+            compile_calls(made)
         more = computed_values(self.classifier, classifier)
         self._values = Values(watch, [(self.classifier, classifier, self.prepared.pairs)], more)
