@@ -9,20 +9,16 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import CellType, FunctionType, MemberDescriptorType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
-#: The attributes that every ``nn.Module`` has, and those that PyTorch adds to a module that it compiled or traced.
-BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
-#: Those of a module that `torch.fx` has traced.
-TRACED = frozenset({"_graph", "_tracer_cls", "meta"})
+from ._modules import left_out, slots
+
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-#: What may hold a module that PyTorch does not know.
-CONTAINERS = (nn.Module, list, tuple, dict)
 #: The cell of a variable of a closure that has no value yet.
 EMPTY = CellType()
 _PATHS = sysconfig.get_paths()
@@ -36,21 +32,6 @@ def attributes(value: Any) -> list[tuple[str, Any]]:
     if own := slots(kind):
         named = {name: getattr(value, name, EMPTY) for name in own} | named
     return [(name, named[name]) for name in sorted(named.keys() - without) if named[name] is not EMPTY]
-
-
-@functools.lru_cache(maxsize=4096)
-def slots(kind: type) -> list[str]:
-    """The names of the attributes that the objects of a class keep outside of their dictionary."""
-    members = [item for base in kind.__mro__ for item in vars(base).items()]
-    return [name for name, of in members if isinstance(of, MemberDescriptorType) and not name.startswith("__")]
-
-
-@functools.lru_cache(maxsize=4096)
-def left_out(kind: type) -> frozenset[str]:
-    """The names of the attributes of a class's objects that do not count."""
-    named = frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
-    named |= TRACED if issubclass(kind, fx.GraphModule) else frozenset()
-    return named | BARE if issubclass(kind, nn.Module) else named
 
 
 def is_users(name: str) -> bool:
@@ -68,30 +49,6 @@ def _is_outside(file: str) -> bool:
     """Return True if a file belongs neither to this package, nor to an installed package, nor to Python."""
     not_users = ("<frozen ", str(Path(__file__).parent), *_LIBRARIES)
     return not (file.startswith(not_users) or "site-packages" in file or "dist-packages" in file)
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model, like `nn.Module.modules` in less time."""
-    parts, known = [model], {id(model)}
-    for part in parts:
-        for child in part._modules.values():
-            if child is not None and id(child) not in known:
-                known.add(id(child))
-                parts.append(child)
-    return parts
-
-
-def may_hide_modules(parts: Iterable[nn.Module]) -> bool:
-    """Return True if a part has an attribute in which a module may be that PyTorch does not know."""
-    for part in parts:
-        kind: Any = type(part)
-        if slots(kind):
-            return True
-        without = left_out(kind)
-        for name, value in vars(part).items():
-            if isinstance(value, CONTAINERS) and name not in without:
-                return True
-    return False
 
 
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -15,9 +15,8 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._classifier import Classifier, SharesDraws, supports
+from .._modules import hold, may_hide_modules, modules_of, release
 from .._tensors import repeat_batch
-from ..model_state import hidden_modules, may_hide_modules, modules_of
-from ..speed.frozen_weights import hold, release
 from .arguments import check_labels
 from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
 
@@ -39,7 +38,11 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
         yield
         return
     parts = modules_of(model)
-    hidden = [module for _, module in hidden_modules(model)] if may_hide_modules(parts) else []
+    hidden = list[nn.Module]()
+    if may_hide_modules(parts):
+        from ..model_state import hidden_modules
+
+        hidden = [module for _, module in hidden_modules(model)]
     parts += [part for whole in hidden for part in modules_of(whole)]
     weights = [one for part in parts for one in part._parameters.values() if one is not None]
     # The flag of a tensor that was made in inference mode could not be restored.

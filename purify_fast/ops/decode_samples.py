@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from .._settings import without_autocast
 from .._tensors import memory_format
 from ..kernels import decoder_sizes as tiles
+from ._streams import default_stream
 from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_op, wide
-from .philox import Stream, default_stream, philox
+from .philox import Stream, philox
 
 
 def _pack(weight: Tensor, columns: int) -> Tensor:

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from .._settings import without_autocast
 from .._tensors import check_floating, per_image
+from ._streams import default_stream
 from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_op
-from .philox import DISTRIBUTIONS, Stream, default_stream, drawn
+from .philox import DISTRIBUTIONS, Stream, drawn
 from .stitch import layout
 
 #: The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_alike, per_image, per_sample
+from ._streams import default_stream
 from .dispatch.examples import IMAGES, ROWS, examples, stream, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
-from .philox import Stream, default_stream, philox
+from .philox import Stream, philox
 
 
 def reference(

@@ -165,19 +165,6 @@ def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **o
     check_one_device(**others, seed=seed, sample_ids=sample_ids)
 
 
-def default_stream(
-    seed: Tensor | None, sample_ids: Tensor | None, batch: int, **others: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Replace a missing seed by a new one from PyTorch's generator, and missing ids by 0 to B - 1; check given ones."""
-    device = next(iter(others.values())).device
-    if seed is None:
-        seed = torch.randint(2**62, (1,), device=device)
-    if sample_ids is None:
-        sample_ids = torch.arange(batch, device=device)
-    check_stream(seed, sample_ids, batch, **others)
-    return seed, sample_ids
-
-
 def philox(
     seed: Tensor,
     sample_ids: Tensor,

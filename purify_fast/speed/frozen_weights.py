@@ -3,47 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from torch import nn
 
-#: By attribute and object: the values that blocks which have not ended yet will restore, the latest block last.
-_HELD: dict[str, dict[int, list[list[Any]]]] = {"training": {}, "requires_grad": {}}
-_LOCK = threading.Lock()
-
-
-def hold(name: str, objects: Iterable[Any]) -> list[list[Any]]:
-    """Remember the values of an attribute of objects until `release`.
-
-    Blocks in several threads may overlap. One that ends before a later one leaves its values for the later to restore.
-    """
-    known = _HELD[name]
-    with _LOCK:
-        saved = [[one, getattr(one, name)] for one in objects]
-        for entry in saved:
-            known.setdefault(id(entry[0]), []).append(entry)
-    return saved
-
-
-def release(name: str, saved: list[list[Any]]) -> None:
-    """Restore the values that `hold` has returned."""
-    known = _HELD[name]
-    with _LOCK:
-        for entry in saved:
-            one, value = entry
-            later = known[id(one)]
-            if later[-1] is entry:
-                later.pop()
-                if getattr(one, name) != value:
-                    setattr(one, name, value)
-            else:
-                at = next(at for at, other in enumerate(later) if other is entry)
-                del later[at]
-                later[at][1] = value
-            if not later:
-                del known[id(one)]
+from .._modules import hold, release
 
 
 @contextlib.contextmanager

@@ -1,0 +1,94 @@
+"""Walks over the modules of a model, and holds values of their attributes until the end of a block."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable
+from types import MemberDescriptorType
+from typing import Any
+
+from torch import fx, nn
+
+#: The attributes that every ``nn.Module`` has, and those that PyTorch adds to a module that it compiled or traced.
+BARE = frozenset({*vars(nn.Module()), "_compiled_call_impl"})
+#: Those of a module that `torch.fx` has traced.
+TRACED = frozenset({"_graph", "_tracer_cls", "meta"})
+#: What may hold a module that PyTorch does not know.
+CONTAINERS = (nn.Module, list, tuple, dict)
+
+
+@functools.lru_cache(maxsize=4096)
+def slots(kind: type) -> list[str]:
+    """The names of the attributes that the objects of a class keep outside of their dictionary."""
+    members = [item for base in kind.__mro__ for item in vars(base).items()]
+    return [name for name, of in members if isinstance(of, MemberDescriptorType) and not name.startswith("__")]
+
+
+@functools.lru_cache(maxsize=4096)
+def left_out(kind: type) -> frozenset[str]:
+    """The names of the attributes of a class's objects that do not count."""
+    named = frozenset(name for base in kind.__mro__ for name in vars(base).get("not_dependencies", ()))
+    named |= TRACED if issubclass(kind, fx.GraphModule) else frozenset()
+    return named | BARE if issubclass(kind, nn.Module) else named
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, like `nn.Module.modules` in less time."""
+    parts, known = [model], {id(model)}
+    for part in parts:
+        for child in part._modules.values():
+            if child is not None and id(child) not in known:
+                known.add(id(child))
+                parts.append(child)
+    return parts
+
+
+def may_hide_modules(parts: Iterable[nn.Module]) -> bool:
+    """Return True if a part has an attribute in which a module may be that PyTorch does not know."""
+    for part in parts:
+        kind: Any = type(part)
+        if slots(kind):
+            return True
+        without = left_out(kind)
+        for name, value in vars(part).items():
+            if isinstance(value, CONTAINERS) and name not in without:
+                return True
+    return False
+
+
+#: By attribute and object: the values that blocks which have not ended yet will restore, the latest block last.
+_HELD: dict[str, dict[int, list[list[Any]]]] = {"training": {}, "requires_grad": {}}
+_LOCK = threading.Lock()
+
+
+def hold(name: str, objects: Iterable[Any]) -> list[list[Any]]:
+    """Remember the values of an attribute of objects until `release`.
+
+    Blocks in several threads may overlap. One that ends before a later one leaves its values for the later to restore.
+    """
+    known = _HELD[name]
+    with _LOCK:
+        saved = [[one, getattr(one, name)] for one in objects]
+        for entry in saved:
+            known.setdefault(id(entry[0]), []).append(entry)
+    return saved
+
+
+def release(name: str, saved: list[list[Any]]) -> None:
+    """Restore the values that `hold` has returned."""
+    known = _HELD[name]
+    with _LOCK:
+        for entry in saved:
+            one, value = entry
+            later = known[id(one)]
+            if later[-1] is entry:
+                later.pop()
+                if getattr(one, name) != value:
+                    setattr(one, name, value)
+            else:
+                at = next(at for at, other in enumerate(later) if other is entry)
+                del later[at]
+                later[at][1] = value
+            if not later:
+                del known[id(one)]
