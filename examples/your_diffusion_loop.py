@@ -125,9 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--flip", action="store_true", help="mirror half of the images")
-    strongest = (
-        "share of the process up to which noise is removed: a small denoiser removes weak noise better; default: 0.4"
-    )
+    strongest = "the strongest noise, as a time: a small denoiser then removes weaker noise better; default: 0.4"
     parser.add_argument("--last-time", type=float, default=0.4, help=strongest)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)

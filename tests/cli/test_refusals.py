@@ -39,6 +39,8 @@ REFUSED = {
     "train classifier --data {bars} --size 0": "image_size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet18": "--model must be small_cnn, preact_resnet18, wide_resnet, "
     "fully_connected, torchvision:NAME such as torchvision:resnet18, timm:NAME or",
+    "train diffusion --epochs 1": "train diffusion is no command: examples/your_diffusion_loop.py --train OUT trains a "
+    "denoiser, and `purify-fast evaluate OUT --classifier FOLDER` puts it in front of a classifier",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
     "train carso --data {bars} --classifier nowhere": "nowhere is not a saved model",
     "train carso --recipe cifar": "recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
