@@ -33,7 +33,7 @@ from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.judge.searches.engine.judge import has_fallen
 from purify_fast.judge.show.text import markdown_table
-from purify_fast.speed.processor import fast_bfloat16
+from purify_fast.speed.precision import fast_bfloat16
 
 from .. import kept, options
 from ..kept import Row

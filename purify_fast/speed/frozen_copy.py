@@ -23,8 +23,7 @@ from .eager_mode import eager
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
 from .frozen_weights import images_only
-from .precision import float32_products
-from .processor import fast_bfloat16
+from .precision import fast_bfloat16, float32_products
 from .products import is_dense
 from .watch import Watch
 from .weights import FEWEST_WEIGHTS, matrix_weights, tensors_of

@@ -27,8 +27,7 @@ from .._memory import ran_out_of_memory
 from .._process import processes
 from .._settings import refuse_divided
 from ..speed.graphs.step_graphs import StepGraphs
-from ..speed.precision import float32_products, raced_convolutions, whole_float32_by_default
-from ..speed.processor import fast_bfloat16
+from ..speed.precision import fast_bfloat16, float32_products, raced_convolutions, whole_float32_by_default
 from .bank import BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig

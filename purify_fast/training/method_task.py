@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .._settings import first_tensor
 from ..models.moving_average import AveragedModel
-from ..speed.processor import with_known_precision
+from ..speed.precision import with_known_precision
 from .config import settings
 from .schedules import one_cycle
 from .task import Task

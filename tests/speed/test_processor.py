@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from purify_fast.judge.run.cache import RowCache
-from purify_fast.speed import processor
+from purify_fast.speed import precision as processor
 
 CPU = torch.device("cpu")
 EPYC, XEON = "AMD EPYC 9654", "Intel(R) Xeon(R) Platinum 8380H"

@@ -35,7 +35,7 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 @pytest.mark.parametrize("make", [arrest_task, classifier_task])
 def test_auto_computes_in_the_dtype_that_is_fast_on_the_device(make, fast, dtype, monkeypatch):
-    monkeypatch.setattr("purify_fast.speed.processor.fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr("purify_fast.speed.precision.fast_bfloat16", lambda device: fast)
     assert make(precision="auto").dtype == dtype
 
 

@@ -21,8 +21,7 @@ from ..._sealed import read_sealed, write_sealed
 from ..._version import __version__
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import Classifier
-from ...speed.precision import float32_settings
-from ...speed.processor import fast_bfloat16
+from ...speed.precision import fast_bfloat16, float32_settings
 from ..request.fingerprint import fingerprint
 from ..results.rows import CUT, Row
 
