@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .copying import deep_copy, freeze
-from .draws import same_draws
+from .copying import deep_copy, freeze, same_draws
 from .eager_mode import EagerDispatchMode
 
 #: A CPU is faster in bfloat16 for a model with at least this many dense products per computed value, and in a batch of
