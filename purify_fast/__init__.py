@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
     from .speed.frozen_copy import frozen_copy as frozen_copy
-    from .speed.frozen_weights import images_only as images_only
+    from .speed.frozen_copy import images_only as images_only
     from .training import fit as fit
     from .training import load_classifier as load_classifier
     from .training import save_classifier as save_classifier

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compiler import ends_graphs, is_compiled, outside_graphs
+from .._modules import hold, release
 from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import CopiesItself, Purifies, supports
@@ -21,11 +22,32 @@ from .copying import deep_copy, freeze, same_draws
 from .eager_mode import eager
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
-from .frozen_weights import images_only
 from .precision import fast_bfloat16, float32_products
 from .products import is_dense
 from .watch import Watch
 from .weights import FEWEST_WEIGHTS, matrix_weights, tensors_of
+
+
+@contextlib.contextmanager
+def images_only(*models: nn.Module) -> Iterator[None]:
+    """A block in which the parameters of modules need no gradients, for attacks on the images alone.
+
+    Use it for attacks that keep the training mode, or that call ``loss.backward()``. Afterwards ``requires_grad`` is as
+    before. Computations in the block give no gradients of weights later.
+    """
+    # The flag of a tensor that was made in inference mode could not be restored.
+    weights = [one for model in models for one in model.parameters() if not one.is_inference()]
+    saved = hold("requires_grad", weights)
+    try:
+        for weight in weights:
+            if weight.requires_grad:
+                weight.requires_grad_(False)
+        yield
+    finally:
+        release("requires_grad", saved)
+
+
+# -- frozen copy -------------------------------------------------------------------------------------------------------
 
 Dtype = torch.dtype | Literal["auto"]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from purify_fast.attacks.attacked_model import frozen
-from purify_fast.speed.frozen_weights import images_only
+from purify_fast.speed.frozen_copy import images_only
 
 
 def test_weights_that_the_user_froze_stay_frozen_and_the_others_learn_again():
