@@ -16,7 +16,7 @@ from ...models.layers import Normalize
 from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze, same_draws
-from ..layout import autocast_to, convert, convert_to_channels_last, to_format
+from ..products import autocast_to, convert, convert_to_channels_last, to_format
 from ..snapshot import Snapshot
 from ..weights import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
