@@ -21,7 +21,7 @@ from ..._validation import check_counts, check_literal
 from ...defences.base import Defence, refuse_wrapped
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..saving import description, rebuilt, save_defence
+from ..loading import description, rebuilt, save_defence
 from .purifier import PURIFIERS, PurifierAdapter
 
 Transform = Literal["rt1", "rt2", "rt3"]

@@ -31,7 +31,7 @@ from ...defences.base import Defence, refuse_wrapped
 from ...defences.wrappers import WithAggregation
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.copying import same_draws
-from ..saving import save_defence
+from ..loading import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
 from .guidance import GRADIENTS
 from .process import Process, StepTable
