@@ -11,6 +11,6 @@ if TYPE_CHECKING:
     from .denoiser import load_denoiser as load_denoiser
     from .denoiser import save_denoiser as save_denoiser
     from .process import Process as Process
-    from .schedule import Schedule as Schedule
+    from .process import Schedule as Schedule
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -33,8 +33,7 @@ from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.copying import same_draws
 from ..loading import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
-from .guidance import GRADIENTS
-from .process import Process, StepTable
+from .process import GRADIENTS, Process, StepTable
 
 DiffusionAggregation = Literal["mean", "mean_softmax", "lse", "vote"]
 #: Surrogates have fewer steps, or fewer steps with a gradient of the denoiser: the number is divided by this factor.

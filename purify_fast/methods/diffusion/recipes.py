@@ -14,8 +14,7 @@ from torch import nn
 
 from ..publication import Recipe, read_recipes
 from .defence import DiffusionPurifier
-from .process import Process
-from .schedule import Schedule
+from .process import Process, Schedule
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.schedule import END
+from purify_fast.methods.diffusion.process import END
 
 T, EPS = torch.tensor, 1e-12
 
