@@ -42,7 +42,7 @@ from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
-from purify_fast.judge.request import subject as evaluated
+from purify_fast.judge.request import deadline as evaluated
 from purify_fast.judge.request.attack_lists import protocol_attacks
 from purify_fast.judge.searches.engine.judge import Judge, has_fallen
 from purify_fast.judge.searches.original_autoattack import implementation

@@ -16,7 +16,7 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.autoattack import AutoAttack
 from purify_fast.defences import MajorityVote, NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, as_attack
-from purify_fast.judge.request.subject import Subject
+from purify_fast.judge.request.deadline import Subject
 
 #: The number of evaluations in a mean.
 SEEDS = int(os.environ.get("CHANCE_SEEDS", 60))

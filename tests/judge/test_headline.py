@@ -18,7 +18,7 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.judge.alarms.signs import Evidence, Finding, findings
-from purify_fast.judge.request.subject import Subject
+from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.results.rows import (
     Worst,
     by_worst_points,

@@ -14,8 +14,7 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.context import TimeIsOver
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import as_attack
-from purify_fast.judge.request.deadline import Deadline
-from purify_fast.judge.request.subject import Subject
+from purify_fast.judge.request.deadline import Deadline, Subject
 from purify_fast.judge.results.rows import CUT
 from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import BLIND

@@ -15,8 +15,8 @@ from purify_fast._hashes import digest
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import EvaluateConfig, Examples, Report
+from purify_fast.judge.request.deadline import precision_name
 from purify_fast.judge.request.preparation import changes
-from purify_fast.judge.request.subject import precision_name
 from purify_fast.speed.precision import float32_products
 
 

@@ -22,8 +22,8 @@ from ...attacks.losses import margin, usable_loss
 from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.agreement import BFLOAT16, apart, differ
+from ..request.deadline import Subject
 from ..request.fingerprint import state_digest
-from ..request.subject import Subject
 from ..searches.apgd import APGD
 from ..searches.judge_context import JudgeContext
 from ..surrogates.copies import Surrogates, in_order

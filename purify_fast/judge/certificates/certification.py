@@ -35,8 +35,8 @@ from ...protocols import Classifier
 from ...speed.memory import BatchLimit
 from ...speed.precision import whole_float32_by_default
 from ...speed.reading import reading
+from ..request.deadline import ASKED, device_of
 from ..request.preparation import collect, note_of_modes
-from ..request.subject import ASKED, device_of
 from ..run.attack_run import Shards
 from ..run.cache import RowCache
 from .certificates import LARGEST, MOST, Certificates, distances, leads, looks, lower_bounds, spent

@@ -31,7 +31,7 @@ from ...ops.philox import Stream, philox, philox_key
 from ...protocols import Classifier, draws_for_each_image
 from ...speed.agreement import BFLOAT16, FLOAT32, apart
 from ...speed.memory import BatchLimit
-from ..request.subject import precision_name
+from ..request.deadline import precision_name
 from ..run.attack_run import Shards
 from ..run.cache import RowCache
 from ..searches.model_tests import check_classes

@@ -24,8 +24,8 @@ from ..searches.original_autoattack import OriginalAutoAttack
 from ..searches.square import Square
 from ..surrogates.copies import in_order
 from .config import ProtocolName
+from .deadline import Subject
 from .naming import AttackSpec, lee_kim_2023
-from .subject import Subject
 
 #: The names that a model may give in place of an `AttackSpec`, because what trains does not import what judges.
 MAKERS: dict[str, Callable[..., AttackSpec]] = {"AttackSpec": AttackSpec, "lee_kim_2023": lee_kim_2023}

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import time
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..._hashes import digest
+from ..._memory import ran_out_of_memory
+from ...attacks.attacked_model import logits_of, logits_of_draws
+from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
-from ...protocols import Classifier, Passes
+from ...attacks.outputs import are_one_hot, are_probabilities
+from ...attacks.shared_draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
+from ...defences.stochastic import undecided
+from ...defences.wrappers import MajorityVote
+from ...ops import attack_loss
+from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_each_image, supports
+from ...speed.agreement import FLOAT32, apart, differ
+from ...speed.memory import BatchLimit
+from ...speed.precision import float32_settings
+from ..searches.model_tests import (
+    SAMPLE,
+    check_classes,
+    check_leaves_images,
+    check_model,
+    draws_elsewhere,
+    predicts_otherwise,
+)
+from ..surrogates.copies import Surrogates, surrogates
+from .config import Predict
 
 #: No passes. Who asks for them only asks whether the time is over.
 NONE = Passes()
@@ -61,3 +88,234 @@ class Deadline:
         self.over = self.over or now + self._seconds.get(images, 0.0) >= self.until
         if self.over:
             raise TimeIsOver
+
+
+# -- defines the subject of an evaluation (the model with its images), and checks the model ----------------------------
+
+#: Each phase of an evaluation has its own seed: the draws that choose between points, the draws of attacks, and the
+#: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge.
+Phase = Literal["choose", "attack", "judge"]
+PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
+#: The largest number of images on which repeated predictions are compared.
+TRIED = 64
+#: The number of images whose answers tell models apart.
+ASKED = 16
+#: At least this number of draws chooses between two points of an image.
+CHOOSING = 10
+#: Noise counts as fixed unless the logits of more than this share of the images differ by more than rounding. A few
+#: images may differ, because rounding inside the model may move a value across a discontinuity.
+FEW = 0.25
+
+
+class DrawsUnderAttack(Exception):
+    """A model that was taken as deterministic predicts the same attacked images differently."""
+
+
+def device_of(model: Classifier, x: Tensor) -> torch.device:
+    """The device of a model's first tensor, or the device of the images for a model without tensors."""
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    return next(iter(tensors), x).device
+
+
+def precision_name(model: Classifier, device: torch.device) -> str | None:
+    """The precision of a model's multiplications for the report; None for float32, which the report does not name."""
+    if torch.is_autocast_enabled(device.type):
+        return f"autocast to {str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')}"
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    if any(getattr(part, "compute_dtype", None) is torch.bfloat16 for part in parts):
+        return "bfloat16"
+    older, values = float32_settings()
+    rounds = "tf32" in values if older is None else older != (False, "highest")
+    # A CPU never uses TF32, whatever the setting is.
+    return "tf32" if rounds and device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Repeated predictions on the same images.
+
+    ``right`` is bool ``[draws, n]``. ``nonfinite`` predictions have no class and count as wrong. ``margins`` are
+    averaged over the predictions. ``classes`` are from the first wrong prediction, or else from the first; -1 without a
+    class.
+    """
+
+    right: np.ndarray
+    nonfinite: int
+    margins: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """The share of wrong predictions on each image, float64 ``[n]``."""
+        return 1 - self.right.mean(0)
+
+
+class Subject:
+    """A model with the images on which it is attacked.
+
+    ``model`` is the judged model. ``base_model`` is the model whose draws a `MajorityVote` counts, or else ``model``.
+    ``batch_limit`` limits the number of images in a pass once memory has run out. ``draws`` is True if the model is
+    known to draw random numbers for some images.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        x: Tensor,
+        y: Tensor,
+        *,
+        batch_size: int,
+        n_eval: int,
+        seed: int,
+        predict: Predict | None = None,
+        draws: bool = False,
+    ):
+        self.x, self.y, self.draws = x, y, draws
+        self._batch_size, self.n_eval, self.seed = batch_size, n_eval, seed
+        self.device = device_of(model, x)
+        #: The time for passes of searches and probes; nothing limits the passes that judge.
+        self.deadline = Deadline(self.device)
+        self.batch_limit = BatchLimit(min(batch_size, len(x)), self.device)
+        self.data = digest(x, y)
+        torch.manual_seed(seed)
+        # The draws of a vote are tested, because votes that agree do not show them.
+        self.model, self.base_model = model, model.model if isinstance(model, MajorityVote) else model
+        base = self.base_model
+        #: The number of draws in a prediction.
+        self.votes = model.draws if isinstance(model, MajorityVote) else 1
+        self.num_classes = check_model(base, self.sample_images())
+        for i, label in enumerate(y.tolist()):
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")
+        check_leaves_images(base, self.sample_images()[:1])
+        one, other = self.logits(base, self.sample_images()), self.logits(base, self.sample_images())
+        self.is_random = differ(one, other) or self.answers_vary(base, elsewhere=True) or draws
+        # A class may promise what a few draws do not show.
+        self.is_random |= (base is not model or predict is not None) and draws_for_each_image(base)
+        self.draws_once_per_call = self.is_random and drawn_once_per_call(base, self.sample_images(), TRIED_ROWS)
+        self.has_probabilities = are_probabilities(one) and are_probabilities(other)
+        self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
+        #: The predictions that judged images.
+        self.passes = Passes()
+        self._surrogates: dict[ThreatModel, tuple[Surrogates, dict[str, str]]] = {}
+        if predict is not None and not self.is_random:
+            raise ValueError(f"predict={predict!r} needs a random model: leave predict out")
+        #: The number of predictions that choose between two points of an image.
+        self.choosing = CHOOSING // 2 if base is not model else max(CHOOSING, n_eval if predict == "worst_of" else 0)
+
+    def asked(self, x: Tensor) -> Tensor:
+        """The logits of images by the judged model, for a probe, whose time may be over."""
+        return self.deadline.watch(self.model)(x)
+
+    @property
+    def batch_size(self) -> int:
+        """The largest number of images in a forward pass: the number asked for, or fewer if memory is too small."""
+        return self.batch_limit.at_most(self._batch_size)
+
+    def logits(self, model: Classifier, x: Tensor) -> Tensor:
+        """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
+        return check_classes(logits_of(model, x), self.num_classes)
+
+    def sample_images(self) -> Tensor:
+        """A copy of a few images, for tests of models."""
+        return self.x[:SAMPLE].to(self.device, copy=True)
+
+    def asked_images(self) -> Tensor:
+        """A copy of images from all places of the data, whose answers tell models apart."""
+        return self.x[:: max(1, len(self.x) // ASKED)][:ASKED].to(self.device, copy=True)
+
+    def surrogates(self, ball: ThreatModel) -> tuple[Surrogates, dict[str, str]]:
+        """Surrogates, which an adaptive attacker would attack, by name; and the reason why others are missing."""
+        if ball not in self._surrogates:
+            absent = dict[str, str]()
+            given = self.base_model, self.sample_images(), self.num_classes, ball
+            made = surrogates(*given, absent, self.deadline.ask)
+            self._surrogates[ball] = made, absent
+        return self._surrogates[ball]
+
+    def answers_vary(self, model: Classifier, elsewhere: bool) -> bool:
+        """Return True if predictions of the same images differ. Two may be equal by chance, so more are made."""
+        one = model(self.sample_images())
+        if differ(one, model(self.sample_images())):
+            return True
+        # The generators are restored, so that later draws do not depend on the number of trials.
+        with self._forked_generators():
+            if any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2)):
+                return True
+            return elsewhere and self._draws_elsewhere(model)
+
+    def _draws_elsewhere(self, model: Classifier) -> bool:
+        some = self.x[:TRIED].to(self.device)
+        try:
+            return draws_elsewhere(model, some, self.batch_size)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+        # So many images fit into memory, because they were just predicted together.
+        return draws_elsewhere(model, some, len(self.sample_images()))
+
+    def check_repeats(self, x: Tensor) -> None:
+        """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again."""
+        if self.is_random or len(x) == 0:
+            return
+        some = x[:TRIED].to(self.device)
+        with self._forked_generators():
+            if self.batch_limit.within(lambda: predicts_otherwise(self.model, some, self.batch_size)):
+                raise DrawsUnderAttack
+
+    def _forked_generators(self) -> contextlib.AbstractContextManager[None]:
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+    @functools.cached_property
+    def can_repeat(self) -> bool:
+        """Return True if the model always predicts the same, a random model at least within its ``fixed_noise``."""
+        if not self.is_random or not supports(self.base_model, FixedNoise):
+            return not self.is_random
+        x = self.sample_images()
+        # The generators are restored, so that the trials do not change later draws.
+        with self._forked_generators(), self._fixed():
+            return int(apart(self.base_model(x), self.base_model(x), FLOAT32).sum()) <= FEW * len(x)
+
+    def repeating(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which a random model has fixed noise, if it can predict the same again."""
+        return self._fixed() if self.is_random and self.can_repeat else contextlib.nullcontext()
+
+    def _fixed(self) -> contextlib.AbstractContextManager[Any]:
+        return cast(FixedNoise, self.base_model).fixed_noise(self.seed)
+
+    @property
+    def judges(self) -> int:
+        """The number of predictions that judge an image."""
+        return self.n_eval if self.is_random else 1
+
+    def reseed(self, phase: Phase) -> None:
+        """Seed the random generators for a phase."""
+        torch.manual_seed(3 * self.seed + PHASES[phase])
+
+    def judge(self, x: Tensor, phase: Literal["choose", "judge"], index: Tensor | None = None) -> Judgement:
+        """Predict some of the images, clean or attacked, and compare the predictions with the labels."""
+        y = self.y[: len(x)] if index is None else self.y[index]
+        model, draws = self.model, self.choosing if phase == "choose" else self.judges
+
+        def predict() -> Judgement:
+            self.reseed(phase)
+            right, named, leads, nonfinite = [], [], torch.zeros(len(x), device="cpu"), 0
+            # Only a class that promises independent draws predicts several in one call: if they had a part in
+            # common, they would agree too often.
+            together = draws if draws_for_each_image(model) or supports(model, SharesDraws) else 1
+            for _ in range(draws // together):
+                parts = [part.to(self.device, copy=True) for part in x.split(max(1, self.batch_size // together))]
+                calls = [logits_of_draws(model, part, together).unflatten(0, (together, -1)) for part in parts]
+                for logits in torch.cat(calls, 1):
+                    check_classes(logits, self.num_classes)
+                    decided, nameless = logits.argmax(1), undecided(logits)
+                    leads += -attack_loss(logits.float(), y.to(logits.device), "margin")[1].cpu()
+                    nonfinite += int(nameless.sum())
+                    right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
+                    named.append(decided.masked_fill(nameless, -1).cpu().numpy())
+            self.passes += Passes(draws * len(x))
+            all_right = np.stack(right)
+            first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
+            return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
+
+        return self.batch_limit.within(predict)

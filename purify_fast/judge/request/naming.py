@@ -22,7 +22,7 @@ from ...attacks.losses import usable_loss
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier
 from ..searches.original_autoattack import OriginalAutoAttack
-from .subject import Subject
+from .deadline import Subject
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
 #: The allowed rounding error of a float32 value in [0, 1]: two additions of numbers up to 2 cause less.

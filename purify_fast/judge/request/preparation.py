@@ -25,8 +25,8 @@ from ...protocols import Classifier
 from ...training.sources import as_tensor, check_channels, check_range
 from ..searches.original_autoattack import OriginalAutoAttack, implementation
 from .config import EvaluateConfig
+from .deadline import Subject, precision_name
 from .naming import AttackFunction, AttackSpec, as_specs, ball_name
-from .subject import Subject, precision_name
 
 logger = logging.getLogger("purify_fast")
 

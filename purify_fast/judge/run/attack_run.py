@@ -26,8 +26,8 @@ from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
+from ..request.deadline import Subject
 from ..request.naming import AttackSpec, check_adversarial
-from ..request.subject import Subject
 from ..results.rows import CUT
 from ..searches.engine.judge import Judge
 from ..searches.judge_context import JudgeContext

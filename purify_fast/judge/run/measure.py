@@ -18,8 +18,8 @@ from ..._hashes import digest
 from ...attacks import frozen
 from ...defences.wrappers import WithAggregation
 from ...protocols import Classifier
+from ..request.deadline import Judgement, Subject
 from ..request.naming import AttackSpec, row_name, threat_name
-from ..request.subject import Judgement, Subject
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.judge import has_fallen
 from ..searches.judge_context import JudgeContext

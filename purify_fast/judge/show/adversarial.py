@@ -19,7 +19,7 @@ from ..._validation import Range, check_counts
 from ...attacks import frozen
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
-from ..request.subject import Subject
+from ..request.deadline import Subject
 
 FILE = "adversarial.npz"
 ARRAYS = ("images", "labels", "indices", "attacks")

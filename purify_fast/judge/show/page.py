@@ -18,7 +18,7 @@ from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, supports
 from ..alarms.probes import PROBED
 from ..alarms.signs import Evidence
-from ..request.subject import device_of
+from ..request.deadline import device_of
 from ..results.rows import Examples, Row
 from .text import advised_once, render
 
