@@ -5,7 +5,7 @@ import numpy as np
 from purify_fast.evaluation import Row
 from purify_fast.judge.alarms.probes import Probes
 from purify_fast.judge.alarms.signs import Evidence, findings
-from purify_fast.judge.show.page import html_page
+from purify_fast.judge.show.text import html_page
 
 HEALTHY = {"gradients": 100, "nonfinite": 0, "zero": 0, "images": 4, "unmoved": 0}
 MASKED = HEALTHY | {"zero": 99}

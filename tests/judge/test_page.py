@@ -17,7 +17,7 @@ from purify_fast.attacks import PGD
 from purify_fast.evaluation import Report
 from purify_fast.judge.alarms.signs import Finding
 from purify_fast.judge.results.rows import Examples
-from purify_fast.judge.show.page import html_page, picture_lines
+from purify_fast.judge.show.text import html_page, picture_lines
 
 
 @pytest.fixture

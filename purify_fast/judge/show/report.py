@@ -16,8 +16,7 @@ from ...protocols import Classifier
 from ..alarms.signs import Finding
 from ..results.rows import ClaimTest, Paired, Row, judge_claim
 from .adversarial import Adversarial
-from .page import html_page
-from .text import render
+from .text import html_page, render
 
 #: Format 3 has the rule for random models by which other draws judge a point than those that chose it.
 FORMAT = 3
