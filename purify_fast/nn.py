@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from ._validation import check_literal
-from .models.moving_average import AveragedModel
+from .models.layers import AveragedModel
 from .speed.decoding import PackedDecoder, decode_samples
 
 __all__ = [

@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm
+from torch.optim import swa_utils
 
 from .._process import processes
 from .._validation import check_counts
+from .representation import outputs_of, without_recorders
 
 #: A statistic of images: a number for all channels, or one per channel.
 Statistic: TypeAlias = float | Sequence[float] | Tensor | np.ndarray
@@ -174,3 +176,79 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _Total.apply(grad)
+
+
+# -- names of a classifier's layers whose outputs can be its representation --------------------------------------------
+
+
+def representation_before_pooling(model: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    """The name of the layer that is used as a classifier's representation if the user names no layers."""
+    before = getattr(model, "before_pooling", None)
+    if not isinstance(before, str):
+        raise layers_missing(model, image_shape, "name the module whose output is the last map before pooling", last=1)
+    return before
+
+
+def layers_missing(model: nn.Module, image_shape: tuple[int, int, int], advice: str, last: int = 0) -> ValueError:
+    """The error for a classifier whose layers the user must name; it lists stages, or else layers, with maps.
+
+    A stage is a module with parts, at most one level below the classifier. The error lists the ``last`` names; 0: all.
+    """
+    seen, _ = outputs_of(model, dict(model.named_modules()), image_shape)
+    sizes = {name: _positions(outputs[0][0]) for name, outputs in seen.items() if name and len(outputs) == 1}
+    stages = [n for n in sizes if sizes[n] and n.count(".") <= 1 and any(model.get_submodule(n).children())]
+    # The output of a global pooling has a single position.
+    likely = ", ".join((stages or [n for n in sizes if sizes[n] > 1] or list(sizes))[-last:])[:400]
+    name = getattr(model, "spec", type(model).__name__)
+    return ValueError(f"layers must be given for {name}: {advice}, such as {likely}")
+
+
+def _positions(output: Any) -> int:
+    """The number of positions of maps ``[B, C, H, W]`` or tokens ``[B, T, D]``; 0 for another output."""
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+        return 0
+    return output.shape[1] if output.dim() == 3 else output.shape[2:].numel()
+
+
+# -- computes a moving average of a model's weights over a training ----------------------------------------------------
+
+#: The dtypes whose average is kept in float32.
+HALF = (torch.float16, torch.bfloat16)
+
+
+class AveragedModel(swa_utils.AveragedModel):
+    """A copy of a model. Floating-point weights are averaged in float32, or in float64 if they are float64.
+
+    It has the name and the state of PyTorch's class, which copies its count of updates to the device in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warm_up: bool = False):
+        super().__init__(model, use_buffers=True)
+        self.decay, self.warm_up = decay, warm_up
+        without_recorders(self.module).requires_grad_(False)
+        # A small step would be lost in the few digits of half precision.
+        self.module._apply(lambda one: one.float() if one.dtype in HALF else one)
+        # The average begins with the model's weights. The count stays on the host, also with another default device.
+        self.n_averaged = torch.ones((), dtype=torch.int64, device="cpu")
+
+    def _apply(self, function: Any, recurse: bool = True) -> AveragedModel:
+        count = self.n_averaged
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self.n_averaged = count
+        return self
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the averages towards the weights of ``model``, and copy its integer buffers."""
+        averages, values = ([*one.parameters(), *one.buffers()] for one in (self.module, model))
+        pairs = list(zip(averages, values, strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        # The count includes the beginning, so it is n + 1 after n updates.
+        least = 9 / (9 + int(self.n_averaged)) if self.warm_up else 0.0
+        if floating:
+            targets = [value.to(average) for average, value in floating]
+            torch._foreach_lerp_([average for average, _ in floating], targets, max(least, 1 - self.decay))
+        if others:
+            torch._foreach_copy_([average for average, _ in others], [value for _, value in others])
+        self.n_averaged += 1

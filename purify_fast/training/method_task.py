@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._settings import first_tensor
-from ..models.moving_average import AveragedModel
+from ..models.layers import AveragedModel
 from ..speed.precision import with_known_precision
 from .config import settings
 from .schedules import one_cycle

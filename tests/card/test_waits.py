@@ -24,7 +24,7 @@ from purify_fast.judge.searches.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process
 from purify_fast.models import SmallCNN
 from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.models.moving_average import AveragedModel
+from purify_fast.models.layers import AveragedModel
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import begin_steps
 from purify_fast.speed.watch import Watch

@@ -9,7 +9,7 @@ from torchvision.models import resnet18
 from purify_fast import Carso
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.models.layer_names import layers_missing
+from purify_fast.models.layers import layers_missing
 from purify_fast.models.representation import Representation
 
 

@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
-from purify_fast.models.layers import Synchronized, synchronized
-from purify_fast.models.moving_average import AveragedModel
+from purify_fast.models.layers import AveragedModel, Synchronized, synchronized
 from purify_fast.nn import EMA
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.optimizers import relative_rates

@@ -68,7 +68,7 @@ class ArrestTask(MethodTask):
         teacher: nn.Module | None = None,
     ):
         # A training by the other methods attacks no copy of this kind, and asks for no name of a layer.
-        from ...models.layer_names import representation_before_pooling
+        from ...models.layers import representation_before_pooling
         from ...speed.frozen_copy import AttackedCopy
 
         super().__init__(config, model)

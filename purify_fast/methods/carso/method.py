@@ -58,7 +58,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         from ..._hashes import weights_fingerprint
         from ...data import statistics
         from ...models.classifiers import SmallCNN
-        from ...models.layer_names import layers_missing
+        from ...models.layers import layers_missing
         from .defence import Carso
         from .recipes import RECIPES
         from .task import CarsoTask
