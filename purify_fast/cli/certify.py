@@ -14,7 +14,7 @@ from .saved_models import zoo_name
 
 if TYPE_CHECKING:
     from ..data import DataSet
-    from ..data.selection import Subset
+    from ..data.images import Subset
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Certify(ModelCommand):
     def chosen(self, images: DataSet, seed: int) -> tuple[Subset, list[str]]:
         import torch
 
-        from ..data.selection import Subset
+        from ..data.images import Subset
 
         if self.skip is self.start is self.max is None:
             return super().chosen(images, seed)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data import DataSet
-    from ..data.selection import Subset
+    from ..data.images import Subset
     from ..protocols import Classifier
 
 
@@ -127,7 +127,7 @@ class ModelCommand(DataCommand):
         """The held-out images that are used, and notes for the report about how they were chosen."""
         import torch
 
-        from ..data.selection import Subset, balanced_subset
+        from ..data.images import Subset, balanced_subset
 
         count = len(images.y_test)
         if self.images >= count:

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from .datasets import DataSet as DataSet
     from .datasets import load_dataset as load_dataset
     from .folders import read_image as read_image
+    from .images import balanced_subset as balanced_subset
+    from .images import batches as batches
     from .images import crop_flip as crop_flip
     from .images import mirrored as mirrored
     from .images import statistics as statistics
     from .images import to_float as to_float
-    from .selection import balanced_subset as balanced_subset
-    from .selection import batches as batches
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)
