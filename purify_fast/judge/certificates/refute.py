@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..._hashes import digest, weights_fingerprint
 from ..._validation import Range, check_number
-from ...defences.noisy_ensemble import NoisyEnsemble
-from ...defences.wrappers import MajorityVote
+from ...defences.modes import MajorityVote, NoisyEnsemble
 from ..request.config import EvaluateConfig
 from ..request.preparation import collect
 from ..run.attack_run import Shards

@@ -20,8 +20,8 @@ from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
 from ...attacks.outputs import are_one_hot, are_probabilities
 from ...attacks.shared_draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
+from ...defences.modes import MajorityVote
 from ...defences.stochastic import undecided
-from ...defences.wrappers import MajorityVote
 from ...ops import attack_loss
 from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_each_image, supports
 from ...speed.agreement import FLOAT32, apart, differ

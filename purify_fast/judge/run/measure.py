@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._hashes import digest
 from ...attacks import frozen
-from ...defences.wrappers import WithAggregation
+from ...defences.modes import WithAggregation
 from ...protocols import Classifier
 from ..request.deadline import Judgement, Subject
 from ..request.naming import AttackSpec, row_name, threat_name

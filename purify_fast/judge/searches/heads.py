@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._validation import check_literal
-from ...defences.wrappers import WithAggregation
+from ...defences.modes import WithAggregation
 from ...ops.aggregate import aggregate
 from ...protocols import SampleLogits, supports
 

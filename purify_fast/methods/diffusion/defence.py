@@ -28,7 +28,7 @@ from ..._settings import dtype_of
 from ..._validation import check_counts, check_literal
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
-from ...defences.wrappers import WithAggregation
+from ...defences.modes import WithAggregation
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.copying import same_draws
 from ..loading import save_defence
