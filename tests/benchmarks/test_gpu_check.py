@@ -166,6 +166,16 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
     assert outcome.details["errors"] == {f"8 images, {name}": "wrong" for name in FORMS if "ours" in name}
 
 
+def test_limits_are_rates_of_random_data(tmp_path):
+    data = limits.operands(CPU, 64, 64)
+    assert data.dtype == torch.bfloat16 and data.unique().numel() > 100
+    rows = limits.run(CPU, True, tmp_path)
+    assert all(float(row["median"]) > 0 for row in rows)
+    found = limits.read(tmp_path)
+    name = timing.environment(CPU)["device"]
+    assert found == {(name, row["limit"]): float(row["median"]) for row in rows}
+
+
 def lease(*arguments: str) -> int:
     return check(*arguments, "--rehearse", command="gpu_lease")
 
