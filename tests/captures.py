@@ -111,15 +111,6 @@ class Rerun:
         return replay
 
 
-class Launched(Rerun):
-    """Captures, and replays nothing: what is still counted then is what the host launches beside a graph."""
-
-    def record(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        # but for the first time, which checks it
-        once = iter([run])
-        return lambda: next(once, lambda: None)()
-
-
 class _Log(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

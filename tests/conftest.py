@@ -21,7 +21,7 @@ os.environ.setdefault("PURIFY_FAST_CACHE", str(Path(__file__).resolve().parents[
 # torch.compile starts processes that compile for it and import PyTorch: that costs tests more than it saves
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from captures import Launched, Rerun, Tape
+from captures import Rerun, Tape
 from loading import module_at
 from slow_shares import of_other_shares
 
@@ -257,8 +257,3 @@ def rerun() -> Rerun:
 @pytest.fixture
 def tape() -> Tape:
     return Tape()
-
-
-@pytest.fixture
-def launched() -> Launched:
-    return Launched()

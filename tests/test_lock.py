@@ -97,11 +97,3 @@ def test_two_runs_of_the_command_line(tmp_path, holder, capsys):
     for attacked in (tmp_path / "model", "zoo:digits-pgd-at", f"{tmp_path}/mine.py:make"):
         assert cli.main(["evaluate", str(attacked), "--out", str(tmp_path / "run"), "--eps", "0.1"]) == 2
         assert "is in use by another run" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [["study", "carso_mnist", "--quick"], ["gpu_check", "correct", "--rehearse"]])
-def test_the_studies_and_the_check_of_a_gpu_lock_their_folders(tmp_path, holder, words):
-    from benchmarks.__main__ import main
-
-    with pytest.raises(FolderInUse, match="is in use by another run"):
-        main([*words, "--out", str(tmp_path / "run")])

@@ -2,21 +2,17 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from direct import direct
-from host_syncs import HostSyncs
 from small_models import images_and_labels
 from torch import Tensor, nn
 
-from purify_fast import _library
 from purify_fast.attacks import GradientHealth, apgd, fab_t, pgd, square, stadv
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.judge.searches.engine import judge, row_batches
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import use_backend
 from purify_fast.speed import StepGraphs
 
 SIZES = {"linf": 0.1, "l2": 1.0, "l1": 5.0}
@@ -125,14 +121,6 @@ def test_few_graphs_serve_a_whole_search_by_squares(graphs, rerun, monkeypatch, 
     assert 3 < rerun.recorded <= 3 * len(sizes) and graphs.refusal is None
 
 
-def test_square_on_a_function_is_not_captured_and_finds_the_same(model, batch, rerun):
-    x, graphs = batch[0], StepGraphs("always", capture=rerun)
-    y = model(x).argmax(1)
-    wanted = square(model, x, y, eps=1e-3, n_queries=60)
-    assert torch.equal(direct(square, lambda z: model(z), x, y, eps=1e-3, n_queries=60, graphs=graphs), wanted)
-    assert "not a torch.nn.Module" in graphs.refusal
-
-
 @pytest.mark.parametrize("give_up", [False, True])
 def test_captured_fab_counts_the_same_faults(batch, graphs, give_up):
     """Rows without a gradient are counted as often as in the eager loop, also those that have left."""
@@ -214,49 +202,6 @@ def test_captured_fab_ends_when_all_images_have_fallen(batch, graphs):
     model = NoEmptyBatch()
     found = direct(fab_t, model, x, model(x).argmax(1), eps=0.4, steps=20, graphs=graphs)
     assert (model(found).argmax(1) != model(x).argmax(1)).all()
-
-
-def dispatched(attack: Callable[..., Tensor], model: nn.Module, graphs: StepGraphs | None, **options: Any) -> float:
-    """Operators that a step of an attack dispatches."""
-    x = torch.rand(9, 1, 8, 8)
-    y, counts, options = model(x).argmax(1), [], {"eps": 0.1, "graphs": graphs, **options}
-    for steps in (20, 40):
-        # captured by the first of these attacks
-        direct(attack, model, x, y, steps=steps, **options)
-        with HostSyncs() as waits:
-            direct(attack, model, x, y, steps=steps, **options)
-        counts.append(waits.dispatched)
-    return (counts[1] - counts[0]) / 20
-
-
-#: Attacks, and what a step of theirs launches beside a graph at most where kernels serve.
-COUNTS = {
-    "constant step": (pgd, {"alpha": 0.01}, 0),
-    "l2": (pgd, {"alpha": 0.01, "norm": "l2"}, 0),
-    "best point and health": (pgd, {"alpha": 0.01, "loss": "dlr", "keep_best": True}, 0),
-    # its new length is computed, and written to where the graph reads it
-    "falling step": (pgd, {}, 2),
-    # the share of l1 falls too, so that its step is taken by the host, in one operator where a kernel serves
-    "l1": (pgd, {"norm": "l1", "alpha": 0.01}, 6),
-    # what decides at a checkpoint on the length of the step; in l1 the step itself decides
-    "APGD": (apgd, {"leave_when_fallen": False}, 3),
-    "APGD, l2": (apgd, {"leave_when_fallen": False, "norm": "l2"}, 3),
-    "APGD, l1": (apgd, {"leave_when_fallen": False, "norm": "l1"}, 0),
-    # two projections, their weights, and which point is the nearest; views count. With this radius no image falls: the
-    # rows that remain would be captured again
-    "FAB": (fab_t, {"n_target_classes": 1, "eps": 1e-6}, 5),
-}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_what_the_host_launches_beside_a_graph(model, name, launched):
-    attack, options, most = COUNTS[name]
-    with use_backend("cpp" if _library.loaded() else "reference"):
-        eager = dispatched(attack, model, None, **options)
-        captured = dispatched(attack, model, StepGraphs("always", capture=launched), **options)
-    if name != "l1" or _library.loaded():
-        assert captured <= most
-    assert captured < eager - 20
 
 
 def test_a_random_defence_draws_as_without_graphs(model, batch, graphs, rerun):

@@ -236,8 +236,3 @@ def test_the_rows_of_its_authors():
     rows = rows_of(evaluations, x, ddpm.classifier(x).argmax(1), eps=0.1)
     assert [row.attack for row in rows] == [release.CLASSIFIER_ROW, release.STRAIGHT]
     assert [row.n_eval for row in rows] == [1, 1]
-
-
-def test_a_defence_of_another_kind_is_refused():
-    with pytest.raises(TypeError, match="defence must be one of Carso, Atop, DiffusionPurifier, got Linear"):
-        authors_evaluations(nn.Linear(2, 2), 0.1)

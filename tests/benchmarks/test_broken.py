@@ -1,6 +1,5 @@
 """The rebuilt defences: each one predicts, and what an adaptive attack follows has gradients; the score counts."""
 
-import argparse
 import dataclasses
 
 import pytest
@@ -94,18 +93,6 @@ def judging(monkeypatch):
 
     monkeypatch.setattr(tables, "judged", judged)
     return done
-
-
-def test_strong_judges_only_where_standard_found_or_flagged(judging, monkeypatch, tmp_path):
-    whole = tables.judged
-    monkeypatch.setattr(tables, "judged", lambda name, *rest: whole(name, *rest) | {"unreliable": []})
-    program.main(["broken", "--quick", "--out", str(tmp_path), "--only", "EMPIR", "a linear classifier"])
-    assert [name for name, judge in judging if judge == tables.STRONG] == ["a linear classifier"]
-    options = argparse.ArgumentParser()
-    tables.arguments(options)
-    most = {("EMPIR", tables.STRONG): 50, ("`mnist-arrest`", tables.STANDARD): 200, ("ME-Net", tables.STANDARD): 40}
-    for at, images in most.items():
-        assert tables.settings_of(*at, options.parse_args([])) == {"images": images, "steps": 100}
 
 
 #: The sign that alone notices each mistake.

@@ -6,12 +6,11 @@ import io
 from argparse import Namespace
 
 import pytest
-import torch
 from torch.nn import functional as F
 
 from benchmarks import RESULTS
 from benchmarks.speed import elsewhere, sheets
-from benchmarks.speed.elsewhere import Frozen, architectures, measuring, small_networks
+from benchmarks.speed.elsewhere import architectures, measuring, small_networks
 from benchmarks.speed.elsewhere.loops import PKG_RESOURCES
 from purify_fast.speed.products import PER_VALUE, PRODUCTS
 
@@ -46,34 +45,6 @@ def test_attacks_of_packages_run(name, tmp_path):
         pytest.skip("robustbench is not installed with a setuptools that has pkg_resources")
     row = measured(tmp_path, [name])[name]
     assert float(row["theirs_ms"]) > 0 and float(row["loss_expert"]) < 1e-3
-
-
-def test_a_frozen_copy_follows_the_weights():
-    model = elsewhere.network(small=True)
-    copy = Frozen(model, torch.float32)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.5)
-    copy.copy.refresh()
-    x = torch.rand(4, 3, 8, 8)
-    torch.testing.assert_close(copy(x), model(x))
-
-
-def test_changed_lines_are_those_that_a_person_adds_and_removes():
-    def before(x):
-        """Return something."""
-        y = x + 1
-        return y
-
-    def after(x):
-        # This is a comment.
-        y = x + 2
-        z = y
-        return z
-
-    forms = [elsewhere.Form(before, (one,)) for one in (before, after)]
-    assert elsewhere.changed_lines(*forms) == 5
-    assert elsewhere.changed_lines(forms[0], elsewhere.with_our_line(forms[0])) == 2
 
 
 def test_the_committed_rows_of_copies_are_complete_and_follow_the_present_rule():

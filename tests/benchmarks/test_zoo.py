@@ -1,7 +1,6 @@
 """Models are packed into the zoo by a command, with a card that says what two protocols left of them."""
 
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -110,36 +109,9 @@ def test_a_diffusion_purifier_is_judged_by_draws_and_by_votes(tmp_path, monkeypa
     assert any(f"one draw {100 * rand.one_draw:.1f}" in line for line in pack_zoo.table([card]))
 
 
-def test_a_defence_of_another_classifier_is_refused_before_any_work(small_zoo, monkeypatch):
-    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
-    name = "digits-carso-pipeline"
-    monkeypatch.setattr(pack_zoo, "card_of", lambda name, _: replace(packed.card(name), classifier="digits-standard"))
-    shutil.copytree(packed.folder("digits-standard"), small_zoo / "digits-standard")
-    with pytest.raises(ValueError, match="classifier must have the weights"):
-        pack_zoo.main(asked(f"{name}={packed.folder(name)}"), small_zoo)
-    assert not (small_zoo / name).exists()
-
-
 def test_what_is_too_large_in_float32_is_stored_in_bfloat16():
     for name in packed.list():
         _, state = read_model(packed.folder(name))
         kinds = {value.dtype for value in state.values() if value.is_floating_point()}
         whole = sum(4 * value.numel() for value in state.values())
         assert kinds == {torch.bfloat16} or (kinds == {torch.float32} and whole <= pack_zoo.LARGEST), name
-
-
-def test_strong_is_another_protocol_where_a_model_adds_attacks():
-    """A purifier by diffusion has protocols of its own: those of CARSO do not serve it."""
-    diffusion, carso = (read_card(packed.folder(name)) for name in ("digits-diffpure", "digits-carso-pipeline"))
-    assert pack_zoo.attacks_of(diffusion, "strong") != pack_zoo.attacks_of(carso, "strong")
-    asked = [(diffusion, "rand"), (carso, "rand"), (diffusion, "votes")]
-    first, *others = (pack_zoo.attacks_of(*one) for one in asked)
-    assert others == [first, first]
-
-
-def test_a_classifier_that_others_stand_on_is_not_replaced_by_another(small_zoo, monkeypatch):
-    name = "digits-carso-pipeline"
-    shutil.copytree(packed.folder(name), small_zoo / name)
-    monkeypatch.setattr(pack_zoo, "judge", lambda *_: pytest.fail("it was judged"))
-    with pytest.raises(ValueError, match=r"classifier must .*digits-carso-pipeline was trained for"):
-        pack_zoo.main(asked(f"digits-pgd-at={packed.folder('digits-standard')}"), small_zoo)

@@ -64,26 +64,20 @@ def carso(target: str, **options) -> Task:
     return carso_task(target, attack=attack(steps=3), **options)
 
 
-#: Each training, and the launches of its gradients, of its optimizers, and of what comes after them.
+#: Each training, in bfloat16 if it has that, and the launches of its gradients, of its optimizers, and of what comes
+#: after them.
 STEPS = {
-    "PGD-AT": (classifier, 128),
     "PGD-AT, bfloat16": (lambda: classifier(precision="bfloat16"), 172),
     "PGD-AT, l2": (lambda: classifier_task(attack=attack(steps=3, norm="l2")), 133),
-    "TRADES": (lambda: classifier(objective="trades"), 240),
     "TRADES, bfloat16": (lambda: classifier(objective="trades", precision="bfloat16"), 298),
-    "MART": (lambda: classifier(objective="mart"), 223),
     "MART, bfloat16": (lambda: classifier(objective="mart", precision="bfloat16"), 272),
-    "ARREST": (arrest, 176),
     "ARREST, bfloat16": (lambda: arrest(precision="bfloat16"), 230),
     "ARREST, average": (lambda: arrest(ema_decay=0.9), 178),
     "ARREST, l1, no replay": (lambda: arrest(attack=attack(steps=3, norm="l1"), replay=False), 169),
-    "CARSO": (lambda: carso("classifier"), 282),
     "CARSO, bfloat16": (lambda: carso("classifier", precision="bfloat16"), 326),
-    "CARSO, pipeline": (lambda: carso("pipeline"), 489),
     "CARSO, pipeline, bfloat16": (lambda: carso("pipeline", precision="bfloat16"), 645),
     "AToP": (lambda: atop_task("classifier"), 248),
     "AToP, GAN": (lambda: atop_task("classifier", gan_grad=True), 445),
-    "AToP, pipeline": (lambda: atop_task("pipeline", 3), 753),
     "AToP, pipeline, bfloat16": (lambda: atop_task("pipeline", 3, precision="bfloat16"), 985),
 }
 
@@ -108,11 +102,7 @@ class Uncaptured(StepGraphs):
         return begin_steps(None, function, state)
 
 
-#: The same trainings in bfloat16 have all that these have.
-SLOW = [name for name in STEPS if f"{name}, bfloat16" in STEPS]
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STEPS])
+@pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_waits_for_nothing(name):
     make, most = STEPS[name]
     task = make()
@@ -297,12 +287,3 @@ def test_a_wait_is_refused_and_named(wrong, message):
     # It is refused even if its error is caught.
     with pytest.raises(AssertionError, match=message), fake.running(), contextlib.suppress(RefusedOnCuda):
         wrong(x)
-
-
-def test_the_line_that_waits_is_named():
-    """Without graphs, ARREST attacks only the images that did not drift, and asks which these are."""
-    task = arrest()
-    fake, given = on_the_card(task)
-    line = r"result of nonzero, at purify_fast/methods/arrest/task.py:\d+"
-    with pytest.raises(RefusedOnCuda, match=line), fake.running():
-        list(gradients(task, given))

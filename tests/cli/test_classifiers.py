@@ -67,16 +67,6 @@ def test_weights_for_a_function_run_with_a_given_normalization(mine):
         assert torch.equal(made(x), network((x - mean) / std))
 
 
-def test_what_an_import_path_may_not_name(run, bars, mine):
-    for spec, message in (
-        ("my_networks:missing", "has no function or class 'missing'"),
-        ("my_networks:nothing", "my_networks:nothing must return a torch.nn.Module; it returned the type int"),
-        ("torchvision:resnet18", "has random weights: give trained weights with --classifier-weights"),
-    ):
-        code, printed = run("train", "carso", "--data", bars, "--device", "cpu", "--classifier", spec)
-        assert code == 2 and message in printed and "Traceback" not in printed
-
-
 def test_a_saved_classifier_runs_no_file_by_its_path(mine):
     (mine / "hidden.py").write_text("raise SystemError('this file was run')\n")
     made = ForeignClassifier("my_networks:trained", 1, 2)

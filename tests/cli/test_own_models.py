@@ -77,23 +77,6 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
     assert (model(images.x_test[:].float() / 255).argmax(1) == images.y_test).all() and base is None
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("code/missing.py:make", "code/missing.py does not exist"),
-        ("no_such_module:make", "No module named 'no_such_module'"),
-        ("code/my_defence.py:mak", "code/my_defence.py has no function or class 'mak'"),
-        ("code/my_defence.py:", "must be package.module:function or path/to/file.py:function, got"),
-        ("code/my_defence.py:make", "--eps must be given, such as --eps 8/255"),
-    ],
-)
-def test_what_cannot_be_evaluated(run, bars, mine, spec, message):
-    radius = [] if "--eps" in message else ["--eps", "0.1"]
-    code, printed = run("evaluate", spec, "--data", bars, "--device", "cpu", *radius)
-    assert code == 2 and message in printed and "Traceback" not in printed, printed
-    assert not (mine.parent / "runs").exists()
-
-
 def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
     path = list(sys.path)
     few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "2", "--eps", "0.1"]

@@ -63,6 +63,8 @@ REFUSED = {
     "train classifier --data {bars} --model torchvision:resnet18 --width 3": "not for --model torchvision:resnet18",
     "evaluate zoo:digits-pgd-at --images 0": "images must be at least 1, got 0",
     "evaluate mine.py:make --t-star 0.1": "--solver are only for a saved defence, got mine.py:make",
+    "evaluate missing.py:make --eps 0.1": "missing.py does not exist",
+    "evaluate no_such_module:make --eps 0.1": "No module named 'no_such_module'",
     "evaluate mine.py": "mine.py: give also the function that returns the model, as mine.py:function",
 }
 

@@ -7,6 +7,7 @@ from small_models import configured
 from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import AtopConfig
 from purify_fast.methods.carso import CarsoConfig
+from purify_fast.training import ClassifierConfig, FitConfig
 
 
 def arrest(**options):
@@ -19,6 +20,10 @@ def atop(**options):
 
 def carso(**options):
     return configured(CarsoConfig, **options)
+
+
+def classifier(**options):
+    return configured(ClassifierConfig, **options)
 
 
 #: Classes, settings that each of them refuses, and the words of the error.
@@ -52,6 +57,18 @@ REFUSED = {
         ({"targets": "classifier"}, "targets needs attack_target='pipeline'"),
         ({"random_start": False}, "random_start needs attack_target='pipeline'"),
         ({"kl_delay": 1.0}, r"kl_delay must be in \[0, 1\), got 1.0"),
+        ({"beta": "1"}, "beta must be a number, got '1'"),
+    ],
+    CarsoConfig: [({"attack": 0.1}, "attack must be an object of TrainingAttack, got 0.1")],
+    FitConfig: [
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 2, "drop_last": "no"}, "drop_last must be True or False, got 'no'"),
+    ],
+    classifier: [
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"eps": 0.0, "objective": "trades"}, "objective 'trades' needs attacked images: eps must be above 0"),
+        ({"eps": 0.1, "beta": 2.0}, r"beta needs the objective .* got beta=2"),
     ],
 }
 

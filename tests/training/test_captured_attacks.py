@@ -9,7 +9,6 @@ import torch
 from small_runs import EPS, SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS
 from purify_fast.training import FitConfig, Task, fit
 from purify_fast.training.loop import step_settings, train_step
 
@@ -128,11 +127,3 @@ def test_the_copy_that_a_graph_attacks_keeps_its_memory(tape, make):
     train_step(task, batch(3))
     assert step in task.graphs._captured.values()
     assert at <= {one.data_ptr() for one in step.objects if isinstance(one, torch.Tensor)}
-
-
-def test_by_default_an_attack_is_captured_after_some_launches(tape):
-    task = classifier_task(attack=attack(steps=CAPTURE_STEPS))
-    task.graphs = StepGraphs(capture=tape)
-    for seed, captured in ((1, 0), (2, 1), (3, 1)):
-        train_step(task, batch(seed))
-        assert task.graphs.captures == captured

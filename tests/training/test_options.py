@@ -1,4 +1,4 @@
-"""The options of a classifier's training: accumulated gradients, smoothed labels, and what cannot be combined."""
+"""The options of a classifier's training: accumulated gradients, smoothed labels, and noise."""
 
 import pytest
 import torch
@@ -77,10 +77,3 @@ def test_noise_is_added_to_the_images_of_steps_and_validations():
         assert float(loss.detach()) == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"noise needs clean images, eps 0, got noise=0.25"):
         ClassifierConfig(attack=ATTACK, noise=0.25)
-
-
-def test_what_cannot_be_combined_is_refused():
-    with pytest.raises(ValueError, match="objective 'trades' needs attacked images: eps must be above 0"):
-        ClassifierConfig(objective="trades")
-    with pytest.raises(ValueError, match=r"beta needs the objective .* got beta=2"):
-        ClassifierConfig(attack=ATTACK, beta=2.0)

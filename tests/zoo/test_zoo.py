@@ -174,21 +174,3 @@ def test_other_weights_are_refused(change, without_weights, release):
     with pytest.raises(ValueError, match=rf"^{without_weights} is not .* {sums}{hashlib.sha256(wrong).hexdigest()}"):
         zoo.folder(NAME)
     assert len(asked) == 1 and without_weights.read_bytes() == wrong
-
-
-def test_without_a_network_the_error_says_which_file_goes_where(without_weights, monkeypatch, capsys):
-    # Nothing listens at port 0.
-    monkeypatch.setattr(cards, "address", lambda name: f"http://127.0.0.1:0/{name}.safetensors")
-    assert cli.main(["evaluate", f"zoo:{NAME}", "--images", "2", "--device", "cpu"]) == 2
-    said = capsys.readouterr().err
-    assert f"http://127.0.0.1:0/{NAME}.safetensors cannot be read: " in said
-    assert f"purify_fast/zoo/models/{NAME}/model.safetensors of a clone of the repository to {without_weights}" in said
-    without_weights.parent.mkdir(parents=True)
-    shutil.copy(PACKED / NAME / "model.safetensors", without_weights)
-    assert not zoo.load(NAME).training
-
-
-def test_a_file_that_the_release_lacks_is_an_error_of_its_address(without_weights, release):
-    with pytest.raises(FileNotFoundError, match=rf"{NAME}.safetensors cannot be read: HTTP Error 404"):
-        zoo.load(NAME)
-    assert release[1][0] == (f"/{NAME}.safetensors", 404)

@@ -113,15 +113,3 @@ def test_the_statistics_are_the_classifiers_own(cifar, files):
     layers = [f"model.{name}" for name in cifar.representation.layers]
     theirs = load_official(around, files, layers=layers)
     assert theirs.arguments["mean"] == pytest.approx([0.4] * 3) and theirs.arguments["std"] == pytest.approx([0.2] * 3)
-
-
-def test_missing_and_broken_files(cifar, files, tmp_path):
-    with pytest.raises(ValueError, match="got none"):
-        load_official(cifar.classifier, tmp_path / "nowhere")
-    path = files / f"{STEM}_decoder.safetensors"
-    path.write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"decoder\.safetensors has no weights"):
-        load_official(cifar.classifier, files)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"decoder\.safetensors"):
-        load_official(cifar.classifier, files)
