@@ -50,10 +50,9 @@ def may_hide_modules(parts: Iterable[nn.Module]) -> bool:
         kind: Any = type(part)
         if slots(kind):
             return True
-        without = left_out(kind)
-        for name, value in vars(part).items():
-            if isinstance(value, CONTAINERS) and name not in without:
-                return True
+        values = vars(part)
+        if any([isinstance(values[name], CONTAINERS) for name in values.keys() - left_out(kind)]):
+            return True
     return False
 
 

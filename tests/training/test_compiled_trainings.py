@@ -129,6 +129,18 @@ def test_a_training_whose_attack_cannot_be_compiled_says_so_before_any_step():
     assert small_runs.same(task.model.state_dict(), before)
 
 
+@pytest.mark.parametrize("graphs", [None, "always"])
+def test_a_step_that_the_compiler_fails_on_ends_the_training(graphs, compiler, monkeypatch):
+    def fail(self, graph, inputs):
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr(Compiler, "__call__", fail)
+    task = classifier_task(attack=attack(steps=3), precision="bfloat16")
+    task.graphs = graphs and StepGraphs(graphs, Rerun())
+    with pytest.raises(ValueError, match=r"compile must be False: an attack .* cannot be compiled"):
+        losses(task, True)
+
+
 def triple(module, given, output):
     return 3 * output
 

@@ -22,7 +22,7 @@ from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ...model_state import used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
-from ...training.sources import as_tensor, check_channels, check_range
+from ...training.batches import as_tensor, check_channels, check_range
 from ..searches.original_autoattack import OriginalAutoAttack, implementation
 from .config import EvaluateConfig
 from .deadline import Subject, precision_name
