@@ -28,7 +28,7 @@ from .._process import processes
 from .._settings import refuse_divided
 from ..speed.graphs.step_graphs import StepGraphs
 from ..speed.precision import fast_bfloat16, float32_products, raced_convolutions, whole_float32_by_default
-from .bank import BankConfig
+from .bank import AdversarialBank, BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, exchanges, from_first, synchronized_batchnorm
@@ -110,7 +110,10 @@ def fit(
     if not any(weight.requires_grad for one in task.optimizers.values() for weight in weights_of(one)):
         raise ValueError("task must have a weight to train, but no weight of its optimizers needs a gradient")
     refuse_divided(task.model)
-    run = Run(task, config, make_sources(task, x, y, config, validation), folder, bank)
+    source, held_out = make_sources(task, x, y, config, validation)
+    if bank is not None:
+        source = AdversarialBank(source, bank, task)
+    run = Run(task, config, (source, held_out), folder)
     device = run.source.device
     task.frozen, task.compiles = frozen_parts(task.model), config.compile
     if processes()[1] > 1:
@@ -122,7 +125,7 @@ def fit(
         if config.compile and exchanges(task.model):
             raise ValueError("compile must be False: BatchNorms wait for the other processes, got True")
         # If a folder is locked, all processes raise the error.
-        for place in (folder, None if run.bank is None else run.bank.path.parent):
+        for place in (folder, source.folder):
             from_first(partial(stack.enter_context, folder_lock(place)))
         run.resume()
         task.begin()

@@ -21,12 +21,11 @@ from torch import Tensor
 from .._files import write_text
 from .._hashes import text_hash
 from .._process import processes
-from ..data import crop_flip, mirrored, to_float
+from ..data import crop_flip, to_float
 from ..models.representation import evaluation_mode
 from ..speed.agreement import FLOAT32, apart, differ
 from ..speed.copying import same_draws
 from ..speed.memory import peak_so_far
-from .bank import AdversarialBank, BankConfig
 from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig
 from .distributed import from_first
@@ -61,25 +60,14 @@ class Run:
         rows: one entry of ``log.jsonl`` for each epoch that has ended.
     """
 
-    def __init__(self, task: Task, config: FitConfig, sources: Sources, folder: Path | None, bank: BankConfig | None):
+    def __init__(self, task: Task, config: FitConfig, sources: Sources, folder: Path | None):
         self.task, self.config, self.folder = task, config, folder
         self.source, self.held_out = source, held_out = sources
-        self.bank: AdversarialBank | None = None
-        if bank is not None:
-            if config.accumulate or config.padding or not isinstance(source, InMemory):
-                raise ValueError("bank needs x as a tensor, without accumulate and padding")
-            # The description has a digest of the images and of the labels, on which the attacks depend.
-            shape, data, views = tuple(source.x.shape), source.description, 2 if config.flip else 1
-            self.bank = AdversarialBank(
-                bank, task.frozen_attacks(), shape=shape, data=data, views=views, batch_size=source.batch_size
-            )
         self.steps = source.steps
         loop = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
-        self.facts = {"data": source.description, **loop, **task.describe()}
+        self.facts = {"data": source.description, **loop, **task.describe(), **source.facts}
         if held_out is not None:
             self.facts["validation"] = held_out.description
-        if bank is not None:
-            self.facts["bank"] = task.result.bank = bank.facts  # type: ignore[assignment]
         #: The shape of an image; empty until a loader has given a batch.
         self.shape: list[int] = list(source.x.shape[1:]) if isinstance(source, InMemory) else []
         self.length = RunLength(config.epochs, source.steps, source.batch_size, source.images)
@@ -102,18 +90,15 @@ class Run:
         return self._spent + time.monotonic() - self._began
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
-        """Make a step's input from a batch; ``augment=False`` (held-out) leaves out crops, mirroring and the bank."""
+        """Make a step's input from a batch; ``augment=False`` (held-out) omits crops, mirroring and stored images."""
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
         x = to_float(images) if images.dtype == torch.uint8 else images
         if augment and (config.padding or config.flip):
             x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
-        banked = None
-        if augment and self.bank is not None:
-            flipped = mirrored(config.seed, ids, epoch) if config.flip else None
-            banked = self.bank.at_step(step, seed, ids, flipped)
         before, place = self.length.images_before(step), (epoch, config.epochs, step)
-        return Batch(x, labels, ids, seed, *place, images_before=before, bank=banked, whole=not augment)
+        stored = self.source.stored if augment else None
+        return Batch(x, labels, ids, seed, *place, images_before=before, whole=not augment, stored=stored)
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add a step's losses and metrics to the sums of its epoch. A delayed term of the loss may still be missing."""
@@ -238,9 +223,8 @@ class Run:
         """Write the checkpoint."""
         # The processes need not save at the same moment, because only the first writes.
         if self.folder is not None and processes()[0] == 0:
-            if self.bank is not None:
-                # A resumed run does not repeat the steps before the checkpoint, so their variants must be on the disk.
-                self.bank.flush()
+            # A resumed run does not repeat the steps before the checkpoint, so what they stored must be on the disk.
+            self.source.flush()
             write_tree(self.folder / CHECKPOINT, self.state())
         self.saved_at = time.monotonic()
 
@@ -257,8 +241,7 @@ class Run:
         row["images_per_second"] = round(images_per_second, 1)
         row |= {"seconds": round(self.seconds, 1), "peak_memory": peak_so_far(self.source.device)}
         row |= self.task.graphs.facts if self.task.graphs is not None else {}
-        if self.bank is not None:
-            row["bank"] = self.bank.facts
+        row |= copy.deepcopy(self.source.counts)
         if self.terms:
             row["acts_from_step"] = self.terms
         self.rows.append(row)

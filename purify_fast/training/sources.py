@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -59,7 +60,26 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
-class InMemory:
+class ImageSource:
+    """A source of images. These attributes are for one that stores adversarial images on the disk.
+
+    Attributes:
+        stored: see `Batch.stored`.
+        folder: folder that the run locks.
+        facts: settings that a resumed run must share.
+        counts: what the run's log has about the steps so far.
+    """
+
+    stored: Callable[..., Tensor] | None = None
+    folder: Path | None = None
+    facts: Mapping[str, Any] = {}
+    counts: Mapping[str, Any] = {}
+
+    def flush(self) -> None:
+        """Write what is stored to the disk. A power failure loses the rest; a killed process loses nothing."""
+
+
+class InMemory(ImageSource):
     """Returns batches of tensors on a device, in an order that depends only on the seed and the epoch.
 
     ``description`` must be equal for a run to be resumed, within an epoch only if ``reproducible``.
@@ -103,7 +123,7 @@ def _cut_off(steps: int, config: FitConfig) -> int:
     return wanted
 
 
-class Loader:
+class Loader(ImageSource):
     """Returns batches of a DataLoader or of another iterable, on the model's device.
 
     torch's global generator is seeded before each epoch and batch, and a loader's own generators before each epoch. So

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._settings import first_tensor
 from .._tensors import check_one_device
-from .._validation import Precision
+from .._validation import Norm, Precision
 from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.products import autocast_to
@@ -23,7 +23,6 @@ from .schedules import DelayUnit, RunLength
 if TYPE_CHECKING:
     from ..speed.frozen_copy import AttackedCopy
     from ..speed.graphs.step_graphs import StepGraphs
-    from .bank import BankedStep, FrozenAttacks
 
 logger = logging.getLogger("purify_fast")
 
@@ -44,8 +43,9 @@ class Batch:
         epochs: epochs of the whole run.
         step: the step, from 0, of the whole run.
         images_before: number of images that earlier steps trained on, over all processes.
-        bank: adversarial bank for this step, for a task with `Task.frozen_attacks`; None if the run has no bank.
         whole: whether every process has the whole batch, as in a validation.
+        stored: function of the batch and the arguments of `attacked`, which returns the same, but from stored images if
+            it can; None if the source of the images stores none.
 
     Raises:
         ValueError: if x, y and sample_ids are not on one device.
@@ -59,8 +59,8 @@ class Batch:
     epochs: int = 1
     step: int = 0
     images_before: int = 0
-    bank: BankedStep | None = None
     whole: bool = False
+    stored: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
@@ -68,6 +68,28 @@ class Batch:
     def progress_in(self, unit: DelayUnit) -> int:
         """Return how many epochs, steps or images of the run lie before this batch."""
         return {"epochs": self.epoch, "steps": self.step, "images": self.images_before}[unit]
+
+    def attacked(self, rows: slice, make: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Return adversarial images for some rows of the batch, for a task with `Task.frozen_attacks`.
+
+        Each of these attacks has an equal share of the rows, in their order. ``make`` attacks the images at indices
+        into these rows, or all for None. A source that stores adversarial images calls it only for some of them.
+        """
+        return make(None) if self.stored is None else self.stored(self, rows, make)
+
+
+class FrozenAttacks(NamedTuple):
+    """The attacks of a training on a model that the training never changes, in the order of their images in a batch.
+
+    ``eps`` and ``random`` have the radius of each attack, and whether it has a random start. ``share`` is the share of
+    a batch that the attacks with a random start attack. ``facts`` are all else that decides which images they make.
+    """
+
+    eps: tuple[float, ...]
+    random: tuple[bool, ...]
+    share: float
+    norm: Norm
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from purify_fast.methods.carso import task as carso_training
 from purify_fast.models import SmallCNN
 from purify_fast.training import BankConfig, FitConfig, fit, save_classifier
 from purify_fast.training import bank as bank_module
-from purify_fast.training.bank import AdversarialBank, FrozenAttacks, quantized, restored
+from purify_fast.training.bank import AdversarialBank, quantized, restored
+from purify_fast.training.sources import InMemory
+from purify_fast.training.task import Batch, FrozenAttacks
 
 TASKS = {
     "carso": lambda **options: carso_task(kl_delay=0.0, **options),
@@ -125,7 +128,7 @@ def test_the_log_and_the_saved_model_say_what_the_bank_was(tmp_path):
 def test_held_out_images_are_attacked_afresh(tmp_path):
     (x, y), task, banks = images(), TASKS["atop"](), []
     validate = task.validate
-    task.validate = lambda batch: banks.append(batch.bank) or validate(batch)
+    task.validate = lambda batch: banks.append(batch.stored) or validate(batch)
     bank = BankConfig(folder=tmp_path / "banks")
     fit(task, x, y, FitConfig(1, 16, validation_share=0.5), progress=False, bank=bank)
     assert banks == [None] * (len(x) // 32)
@@ -161,21 +164,26 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path, kind,
     assert files[0] == files[1]
 
 
-def test_a_kill_in_the_middle_of_writing_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [6, 11])
+def test_a_kill_in_the_middle_of_writing_goes_on_to_the_same_weights(tmp_path, monkeypatch, last):
     options = {"epochs": 3, "variants": 8, "refresh": 0.4}
     whole = train(TASKS["carso"](), tmp_path / "whole", banks=tmp_path / "banks of whole", **options)
-    keep = AdversarialBank.keep
+    keep, calls = AdversarialBank.keep, []
 
-    calls = []
+    def torn(self, places, seed, steps, scale, numbers):
+        def part(rows, values=None):
+            at = tuple(place[rows] for place in places)
+            keep(self, at, seed, steps[rows][:, :values], scale[rows], numbers[rows])
 
-    def torn(self, entry, kind, seed, steps, scale):
-        calls.append(entry)
-        # this one is half written when the process ends
-        if len(calls) == 23:
-            with pytest.raises(ValueError):
-                keep(self, entry, kind, seed, steps[:100], scale)
-            raise Stopped
-        keep(self, entry, kind, seed, steps, scale)
+        calls.append(seed)
+        if len(calls) < last:
+            return part(slice(None))
+        # one variant is written, and the others are half written, when the process ends
+        assert len(steps) > 1
+        part(slice(1))
+        with pytest.raises(ValueError):
+            part(slice(1, None), 100)
+        raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(AdversarialBank, "keep", torn)
@@ -260,28 +268,35 @@ def test_an_image_that_no_attack_moves_stays_and_one_that_is_no_number_is_not_ke
 
 def small_bank(folder, variants=2, random=True, refresh=0.0, share=1.0, batch=4):
     attacks = FrozenAttacks((0.1,), (random,), share, "linf", {"model": "some"})
-    config = BankConfig(variants, refresh, folder)
-    return AdversarialBank(config, attacks, shape=(10, *SHAPE), data="data", views=1, batch_size=batch)
+    task = SimpleNamespace(frozen_attacks=lambda: attacks, result=SimpleNamespace())
+    source = InMemory(*images(10), FitConfig(1, 1), torch.device("cpu"))
+    source.batch_size = batch
+    return AdversarialBank(source, BankConfig(variants, refresh, folder), task)
 
 
 def ask(bank, seed, x, found):
     """The rows that a step asks for, of which an attack makes those of ``found``, and the step's images."""
-    asked, kinds = [], torch.zeros(len(x), dtype=torch.int64)
-    step = bank.at_step(0, seed, torch.arange(len(x)))
+    asked, ids = [], torch.arange(len(x))
     made = lambda rows: asked.append(rows) or (found if rows is None else found[rows])  # noqa: E731
-    return asked, step.images(x, slice(len(x)), kinds, made)
+    return asked, Batch(x, ids, ids, seed, stored=bank.stored).attacked(slice(None), made)
 
 
 def test_the_oldest_variant_gives_way(tmp_path):
-    bank = small_bank(tmp_path, variants=3)
+    """A refresh of 0.5 attacks all images in every second step."""
+    bank, x = small_bank(tmp_path, variants=3, refresh=0.5), torch.full((1, *SHAPE), 0.5)
+
+    def change(seed, asks):
+        asked, got = ask(bank, seed, x, x + 0.001 * seed)
+        assert len(asked) == asks
+        return round(float((got - x).mean()) / 0.001)
+
     for seed in range(10, 15):
         # a step that is taken again writes nothing twice
-        for _ in range(2):
-            bank.keep(4, 0, seed, np.full(256, seed, np.int8), 1.0)
-    assert sorted(bank.records["draw"][4]) == [12, 13, 14]
-    assert bank.find(4, 0, 13, 0.0)[0]["steps"][0] == 13
-    read = {int(bank.find(4, 0, 99, u)[0]["steps"][0]) for u in (0.0, 0.5, 0.99)}
-    assert read == {12, 13, 14}
+        assert change(seed, asks=1) == change(seed, asks=0) == seed
+    assert sorted(bank.records["draw"][0]) == [12, 13, 14]
+    assert change(13, asks=0) == 13
+    bank.refresh = 0.0
+    assert {change(seed, asks=0) for seed in range(99, 120)} == {12, 13, 14}
 
 
 def test_few_images_are_gathered_from_several_steps_and_many_are_not(tmp_path):

@@ -15,7 +15,8 @@ from torch import nn
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.speed import StepGraphs
-from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, run
+from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import loop as loop_module
 from purify_fast.training.distributed import from_first
 
 
@@ -91,16 +92,16 @@ def captured(kind):
 
 def banked(folder, banks):
     """Train with a bank; the weights, and what this process made and read."""
-    opened, kind = [], run.AdversarialBank
+    opened, kind = [], loop_module.AdversarialBank
 
-    def opening(*arguments, **images):
-        opened.append(kind(*arguments, **images))
+    def opening(*arguments):
+        opened.append(kind(*arguments))
         return opened[-1]
 
-    with mock.patch.object(run, "AdversarialBank", opening):
+    with mock.patch.object(loop_module, "AdversarialBank", opening):
         task, config = small_task("published"), FitConfig(16, 32, flip=True)
         fit(task, *small_set(), config, folder, progress=False, bank=BankConfig(8, 0.2, Path(banks)))
-    return {"state": task.model.state_dict(), "made": opened[0].made, "read": opened[0].read}
+    return {"state": task.model.state_dict(), **opened[0].counts["bank"]}
 
 
 def batchnorm(layer, shape, first, mean, dtype):

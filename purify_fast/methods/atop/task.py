@@ -25,10 +25,9 @@ from torch.nn import functional as F
 from ...attacks import FGSM, AttackContext
 from ...ops.philox import philox_key
 from ...speed.graphs.step_loop import eager_steps
-from ...training.bank import FrozenAttacks
 from ...training.method_task import cross_entropy_of
 from ...training.schedules import RunLength
-from ...training.task import Batch, Metrics, Update, as_written
+from ...training.task import Batch, FrozenAttacks, Metrics, Update, as_written
 from ..purifier_task import PurifierTask, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, patch_depth
@@ -54,11 +53,8 @@ def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs
         with eager_steps(rows is not None):
             return FGSM(precision="float32").run(model, x, y, context).images
 
-    if batch.bank is not None and not pipeline:
-        count = len(batch.x)
-        return batch.bank.images(batch.x, slice(count), torch.zeros(count, dtype=torch.int64, device="cpu"), make)
     with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
-        return make(None)
+        return batch.attacked(slice(None), make)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,9 @@ from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...speed.graphs.step_loop import eager_steps
-from ...training.bank import FrozenAttacks
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
-from ...training.task import Batch, Metrics, as_written
+from ...training.task import Batch, FrozenAttacks, Metrics, as_written
 from ..purifier_task import PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
@@ -72,10 +71,8 @@ def balanced_batch(
     eps = eps.repeat(2)
 
     def make(rows: Tensor | None) -> Tensor:
-        slow: slice | Tensor = slice(2 * atom)
-        fast: slice | Tensor = slice(2 * atom, None)
-        if rows is not None:
-            slow, fast = rows[rows < 2 * atom], rows[rows >= 2 * atom]
+        half = 2 * atom
+        slow, fast = (slice(half), slice(half, None)) if rows is None else (rows[rows < half], rows[rows >= half])
         pgd = PGD(steps=attack.steps, alpha=attack.step_size(eps[slow]), keep_best=False, precision="float32")
         context = AttackContext(norm=attack.norm, seed=batch.seed, graphs=graphs)
         with eager_steps(rows is not None):
@@ -83,11 +80,7 @@ def balanced_batch(
             by_fgsm = FGSM(precision="float32").run(classifier, clean[fast], y[fast], replace(context, eps=eps[fast]))
         return torch.cat([by_pgd.images, by_fgsm.images])
 
-    if batch.bank is None:
-        adversarial = make(None)
-    else:
-        adversarial = batch.bank.images(clean, attacked, torch.arange(4, device="cpu").repeat_interleave(atom), make)
-    return torch.cat([x[: attacked.start], adversarial])
+    return torch.cat([x[: attacked.start], batch.attacked(attacked, make)])
 
 
 def published_losses(
@@ -211,11 +204,10 @@ class CarsoTask(PurifierTask[Carso]):
             return None
         # This call refuses a radius that rises from epoch to epoch.
         facts = self.attack_facts(config.attack)
-        config = config_in_epoch(config, tuple(self.defence.arguments["std"]))
-        # The attacks have the same order as in `balanced_batch`
-        radii = (config.attack.eps / 2, config.attack.eps)
-        random = (True, True, False, False)
-        return FrozenAttacks(2 * radii, random, config.adversarial_fraction / 2, config.attack.norm, facts)
+        attack = config_in_epoch(config, tuple(self.defence.arguments["std"])).attack
+        # The attacks have the same order as in `balanced_batch`.
+        radii, random = 2 * (attack.eps / 2, attack.eps), (True, True, False, False)
+        return FrozenAttacks(radii, random, config.adversarial_fraction / 2, attack.norm, facts)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,8 +56,8 @@ def test_without_adversarial_examples_only_if_asked():
 
 def test_a_bank_that_asks_for_every_row_gets_the_balanced_batch():
     made, b, config = carso(), batch(32), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=3))
-    bank = SimpleNamespace(images=lambda clean, attacked, groups, make: make(torch.arange(len(clean))))
-    by_rows = balanced_batch(made.classifier, dataclasses.replace(b, bank=bank), config)
+    bank = lambda batch, rows, make: make(torch.arange(len(batch.x[rows])))  # noqa: E731
+    by_rows = balanced_batch(made.classifier, dataclasses.replace(b, stored=bank), config)
     assert torch.equal(by_rows, balanced_batch(made.classifier, b, config))
 
 
