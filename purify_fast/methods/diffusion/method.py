@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..trainings import Method
-from .config import Solver
+from .process import Solver
 
 
 @dataclass(frozen=True)
