@@ -19,8 +19,7 @@ from ..copying import deep_copy, freeze, same_draws
 from ..products import autocast_to, convert, convert_to_channels_last, to_format
 from ..snapshot import Snapshot
 from ..weights import matrix_weights, tensors_of
-from .arithmetic import TRANSPOSED
-from .batchnorm import Values, fold_pairs, foldable_pairs
+from .batchnorm import TRANSPOSED, Values, fold_pairs, foldable_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For a model with fewer weights, the conversion of an image to channels_last takes longer than it saves.
