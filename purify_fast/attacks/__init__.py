@@ -23,8 +23,8 @@ from .pgd import PGD as PGD
 if TYPE_CHECKING:
     from ..judge.searches.apgd import APGD as APGD
     from ..judge.searches.fab import FABT as FABT
-    from ..judge.searches.heads import AttackersHead as AttackersHead
     from ..judge.searches.judge_context import JudgeContext as JudgeContext
+    from ..judge.searches.model_tests import AttackersHead as AttackersHead
     from ..judge.searches.original_autoattack import OriginalAutoAttack as OriginalAutoAttack
     from ..judge.searches.search_functions import apgd as apgd
     from ..judge.searches.search_functions import fab_t as fab_t

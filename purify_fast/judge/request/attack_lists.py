@@ -19,7 +19,7 @@ from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnAttacks, 
 from ..searches.apgd import APGD
 from ..searches.engine.engine_attack import EngineAttack
 from ..searches.fab import FABT
-from ..searches.heads import HEADS, AttackersHead
+from ..searches.model_tests import HEADS, AttackersHead
 from ..searches.original_autoattack import OriginalAutoAttack
 from ..searches.square import Square
 from ..surrogates.copies import in_order
