@@ -21,9 +21,8 @@ from torch.nn import functional as F
 
 from ..._validation import Count
 from ...attacks.attacked_model import frozen
-from ...attacks.ball import ball_around, projected
 from ...attacks.base import AttackResult, InBall, Resolved
-from ...attacks.context import AttackContext
+from ...attacks.context import AttackContext, ball_around, projected
 from ...attacks.health import GradientHealth
 from ...attacks.objective import Objective
 from ...protocols import Classifier
