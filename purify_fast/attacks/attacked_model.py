@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .._classifier import Classifier, SharesDraws, supports
 from .._modules import hold, may_hide_modules, modules_of, release
 from .._tensors import repeat_batch
-from .arguments import check_labels
-from .outputs import INSTEAD_OF_PROBABILITIES, are_probabilities, checked_logits
+from .arguments import INSTEAD_OF_PROBABILITIES, are_probabilities, check_labels, checked_logits
 
 
 @contextlib.contextmanager

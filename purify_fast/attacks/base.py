@@ -18,8 +18,7 @@ from .._validation import Count, GradientPrecision, Norm, NormName, check_types,
 from ..speed.reading import reading
 from .arguments import check_eps, check_images
 from .attacked_model import first_output, frozen
-from .ball import Ball, ball_around
-from .context import AttackContext, Radius, chosen_seed, keeping
+from .context import AttackContext, Ball, Radius, ball_around, chosen_seed, keeping
 from .losses import usable_loss
 from .objective import Objective
 from .search import better_of

@@ -9,8 +9,7 @@ import torch
 
 from .._validation import Count
 from ..speed.graphs.step_loop import State, eager_steps
-from .ball import Ball
-from .context import keeping
+from .context import Ball, keeping
 from .objective import Objective
 from .pgd import PGD
 

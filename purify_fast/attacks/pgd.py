@@ -20,9 +20,8 @@ from ..ops.pgd_step import NORMS, per_pixel, pgd_step
 from ..ops.pgd_step import OP as STEP
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
-from .ball import Ball, normal_in_ball, sample_in_ball
 from .base import AttackResult, InBall, times, worst_of_runs
-from .context import AttackContext, keeping
+from .context import AttackContext, Ball, keeping, normal_in_ball, sample_in_ball
 from .losses import Loss
 from .objective import Objective, ObjectiveStep
 from .search import Search, count_faults, keep_better

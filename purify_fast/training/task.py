@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._settings import first_tensor
 from .._tensors import check_one_device
 from .._validation import Norm, Precision
-from ..attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
+from ..attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.products import autocast_to
 from .optimizers import Lookahead

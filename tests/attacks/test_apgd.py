@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
-from purify_fast.attacks.ball import Ball
+from purify_fast.attacks.context import Ball
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.searches.apgd import AutoPgd, checkpoints
 from purify_fast.judge.searches.engine import judge as judging

@@ -9,8 +9,7 @@ from small_models import Made, Purifying
 from torch import nn
 
 from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
-from purify_fast.attacks.ball import Ball
-from purify_fast.attacks.context import AttackContext
+from purify_fast.attacks.context import AttackContext, Ball
 from purify_fast.attacks.losses import margin
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.run.progress import Progress, counted_model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from purify_fast import frozen_copy
 from purify_fast.attacks import pgd
-from purify_fast.attacks.ball import ball_around
+from purify_fast.attacks.context import ball_around
 from purify_fast.attacks.objective import Objective
 from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import Defence

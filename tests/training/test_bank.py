@@ -14,7 +14,7 @@ from trainings import banked
 
 from purify_fast import cli, load_defence
 from purify_fast.attacks import pgd
-from purify_fast.attacks.ball import Ball
+from purify_fast.attacks.context import Ball
 from purify_fast.methods.carso import task as carso_training
 from purify_fast.models import SmallCNN
 from purify_fast.training import BankConfig, FitConfig, fit, save_classifier

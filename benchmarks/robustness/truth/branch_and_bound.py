@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import JudgeContext
-from purify_fast.attacks.ball import ball_around, projected
+from purify_fast.attacks.context import ball_around, projected
 from purify_fast.judge.searches.engine.judge import Judge
 from purify_fast.judge.searches.engine.row_batches import ActiveSet
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..._hashes import digest
 from ..._memory import ran_out_of_memory
+from ...attacks.arguments import are_one_hot, are_probabilities
 from ...attacks.attacked_model import logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
-from ...attacks.outputs import are_one_hot, are_probabilities
 from ...attacks.shared_draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
 from ...defences.modes import MajorityVote
 from ...defences.stochastic import undecided

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..._validation import Norm
 from ..._version import __version__
 from ...attacks import Attack
-from ...attacks.arguments import check_eps
+from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
 from ...attacks.base import ThreatModel
-from ...attacks.outputs import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ...model_state import used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier

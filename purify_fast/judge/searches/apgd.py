@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..._tensors import per_image
 from ..._validation import Count, Share
-from ...attacks.ball import Ball, projected
 from ...attacks.base import Resolved, times
-from ...attacks.context import AttackContext, keeping
+from ...attacks.context import AttackContext, Ball, keeping, projected
 from ...attacks.faults import FAULTS
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Objective, ObjectiveStep

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..._tensors import per_image
 from ..._validation import Count
-from ...attacks.ball import Ball, projected
-from ...attacks.context import AttackContext, keeping
+from ...attacks.context import AttackContext, Ball, keeping, projected
 from ...attacks.faults import faults
 from ...attacks.objective import Gradient, Objective, ObjectiveStep
 from ...ops.hyperplane_projection import hyperplane_projection

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._validation import check_literal
+from ...attacks.arguments import checked_logits
 from ...attacks.attacked_model import WritesToItsInput, logits_of
-from ...attacks.outputs import checked_logits
 from ...defences.modes import WithAggregation
 from ...ops.aggregate import aggregate
 from ...protocols import Classifier, SampleLogits, supports

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ..._validation import Count
 from ...attacks.attacked_model import frozen
-from ...attacks.ball import ball_around, projected
 from ...attacks.base import AttackResult, InBall, Resolved
-from ...attacks.context import AttackContext
+from ...attacks.context import AttackContext, ball_around, projected
 from ...protocols import Classifier
 from .judge_context import JudgeContext
 from .model_tests import SAMPLE, check_model

@@ -23,9 +23,8 @@ from torch.nn import functional as F
 
 from ..._tensors import per_image
 from ..._validation import Count
-from ...attacks.ball import Ball, projected
 from ...attacks.base import times
-from ...attacks.context import AttackContext, keeping
+from ...attacks.context import AttackContext, Ball, keeping, projected
 from ...attacks.objective import Objective, ObjectiveStep
 from ...ops import square_proposal
 from ...ops.philox import Stream, philox, philox_key

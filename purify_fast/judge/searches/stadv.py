@@ -20,9 +20,8 @@ from torch import Tensor
 from ..._tensors import per_image, per_sample
 from ..._validation import AtLeast0, Count, check_types
 from ...attacks.arguments import check_eps, check_images
-from ...attacks.ball import Ball, sample_in_ball
 from ...attacks.base import Attack, AttackResult, ThreatModel, times, worst_of_runs
-from ...attacks.context import AttackContext, keeping
+from ...attacks.context import AttackContext, Ball, keeping, sample_in_ball
 from ...attacks.health import GradientHealth
 from ...attacks.losses import Loss
 from ...attacks.objective import Gradient, Objective, ObjectiveStep

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks import BpdaModel, frozen
-from ...attacks.ball import ball_around, normal_in_ball
 from ...attacks.base import ThreatModel
+from ...attacks.context import ball_around, normal_in_ball
 from ...defences.modes import WithFixedNoise, WithoutNoise
 from ...defences.stochastic import with_samples
 from ...model_state import attributes

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from .config import AtopConfig as AtopConfig
     from .deepfill_training import PatchDiscriminator as PatchDiscriminator
     from .defence import Atop as Atop
+    from .defence import PurifierAdapter as PurifierAdapter
     from .generators import DeepFillGenerator as DeepFillGenerator
     from .generators import SmallGenerator as SmallGenerator
-    from .purifier import PurifierAdapter as PurifierAdapter
     from .task import AtopTask as AtopTask
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

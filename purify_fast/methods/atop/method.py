@@ -64,9 +64,8 @@ class TrainGenerator(TrainPurifier):
 
     def task(self, images: DataSet, classifier: Any) -> AtopTask:
         from ..._hashes import weights_fingerprint
-        from .defence import Atop
+        from .defence import Atop, build_purifier
         from .generators import DeepFillGenerator
-        from .purifier import build_purifier
         from .task import AtopTask
 
         if self.weights is None:

@@ -5,8 +5,8 @@ import torch
 from small_models import Made
 from torch import nn
 
+from purify_fast.methods.atop.defence import PURIFIERS, PurifierAdapter, build_purifier
 from purify_fast.methods.atop.generators import SmallGenerator
-from purify_fast.methods.atop.purifier import PURIFIERS, PurifierAdapter, build_purifier
 
 
 def packed(batch=2, channels=3, size=16):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ....attacks.ball import Ball, sample_in_ball
+from ....attacks.context import Ball, sample_in_ball
 from ....attacks.health import GradientHealth
 from ....attacks.objective import Objective
 from ....attacks.search import better_of
