@@ -6,11 +6,9 @@ set or more draws go on from what is there.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -174,10 +172,6 @@ PARTS = 3
 PASSES = 32
 
 
-class _NotKept(Exception):
-    """There is no part with this number yet."""
-
-
 class Counted:
     """The counts of images by class, after numbers of draws.
 
@@ -191,16 +185,11 @@ class Counted:
     """
 
     def __init__(self, noisy: Draws, shards: Shards, cache: RowCache):
-        self.noisy, self.shards, self.cache, self.part = noisy, shards, cache, 0
+        self.noisy, self.shards, self.cache = noisy, shards, cache
+        self.parts, self.drawn, self.seconds = 0, 0, 0.0
         # Another image with the same index has other counts. 60 bits fit into int64.
-        marks = (digest(*pair) for pair in zip(noisy.x, noisy.index, strict=True))
-        self.marks = [int(mark[:15], 16) for mark in marks]
-        nothing = {start: np.zeros(noisy.classes + 1, dtype=np.int64) for start in (0, MOST)}
-        self.known = {mark: dict(nothing) for mark in self.marks}
-        self.drawn, self.seconds = 0, 0.0
-        with contextlib.suppress(_NotKept):
-            while True:
-                self._next_part(None)
+        self.marks = [int(digest(*pair)[:15], 16) for pair in zip(noisy.x, noisy.index, strict=True)]
+        self.known = {mark: dict.fromkeys((0, MOST), np.zeros(noisy.classes + 1, np.int64)) for mark in self.marks}
 
     def after(self, places: NDArray[np.int64], last: int, until: float) -> NDArray[np.int64]:
         """Count the classes of the images at some places after ``last`` draws, ``[n, classes + 1]``.
@@ -208,32 +197,29 @@ class Counted:
         The last column counts predictions without a class. `TimeIsOver` is raised before draws that would begin later
         than ``until``, a time of `time.monotonic`.
         """
-        waiting = self._jobs(places, last)
-        while jobs := list(itertools.islice(waiting, self.shards.world)):
-            if time.monotonic() >= until:
-                raise TimeIsOver
-            while any(last not in self.known[self.marks[place]] for job in jobs for place in job[0]):
-                self._next_part(jobs)
+        while jobs := self._jobs(places, last):
+            self._next_part(jobs[: self.shards.world], until)
         counts = [self.known[self.marks[place]][last] for place in places.tolist()]
-        return np.array(counts, dtype=np.int64).reshape(-1, self.noisy.classes + 1)
+        return np.array(counts, np.int64).reshape(-1, self.noisy.classes + 1)
 
-    def _jobs(self, places: NDArray[np.int64], last: int) -> Iterator[Job]:
+    def _jobs(self, places: NDArray[np.int64], last: int) -> list[Job]:
         """Divide the draws that are missing into jobs."""
-        missing = defaultdict[int, list[int]](list)
+        missing, jobs = defaultdict[int, list[int]](list), list[Job]()
         for place in places.tolist():
             known = self.known[self.marks[place]]
             if last not in known:
                 missing[max(number for number in known if number < last)].append(place)
         for first, some in missing.items():
-            fit = max(1, PASSES * self.noisy.limit.most // (last - first))
-            size = min(fit, -(-len(some) // self.shards.world))
-            for start in range(0, len(some), size):
-                yield tuple(some[start : start + size]), first, last
+            size = min(max(1, PASSES * self.noisy.limit.most // (last - first)), -(-len(some) // self.shards.world))
+            jobs += [(tuple(some[start : start + size]), first, last) for start in range(0, len(some), size)]
+        return jobs
 
-    def _next_part(self, jobs: list[Job] | None) -> None:
+    def _next_part(self, jobs: list[Job], until: float) -> None:
+        """Read the next part of the table, or draw the jobs if it is not kept."""
+
         def make() -> dict[str, Any]:
-            if jobs is None:
-                raise _NotKept
+            if time.monotonic() >= until:
+                raise TimeIsOver
             began, rows = time.perf_counter(), []
             made = self.shards.share(jobs, self.noisy.counts)  # type: ignore[arg-type]
             for (places, first, last), counts in zip(jobs, made, strict=True):
@@ -243,13 +229,16 @@ class Counted:
             drawn = sum(len(places) * (last - first) for places, first, last in jobs)
             return {"rows": torch.tensor(rows), "draws": drawn, "seconds": time.perf_counter() - began}
 
-        named = {"counts": [PARTS, self.noisy.sigma, self.noisy.seed, self.noisy.classes], "part": self.part}
+        named = {"counts": [PARTS, self.noisy.sigma, self.noisy.seed, self.noisy.classes], "part": self.parts}
         part = self.cache.values(self.cache.key(named, self.noisy.model), make)
-        self.part, self.drawn, self.seconds = self.part + 1, self.drawn + part["draws"], self.seconds + part["seconds"]
+        self.parts, self.drawn, self.seconds = (
+            self.parts + 1,
+            self.drawn + part["draws"],
+            self.seconds + part["seconds"],
+        )
         for (mark, last), rows in itertools.groupby(part["rows"].tolist(), itemgetter(0, 1)):
-            total = np.zeros(self.noisy.classes + 1, dtype=np.int64)
-            for _, _, kind, count in rows:
-                total[kind] = count
             # A folder may have counts of other images. Counts that are known stay, whatever another batch rounded.
-            if mark in self.known:
-                self.known[mark].setdefault(last, total)
+            if mark in self.known and last not in self.known[mark]:
+                total = self.known[mark][last] = np.zeros(self.noisy.classes + 1, np.int64)
+                for _, _, kind, count in rows:
+                    total[kind] = count
