@@ -777,14 +777,17 @@ def test_a_purifier_of_one_step_is_certified():
         ({"alpha": 0.99}, "alpha must be in"),
         ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
         ({"radius": []}, "radius must be a number or at least one number"),
-        ({"radius": 2.0}, "draws must be at least 280000 to prove the radius 2.0 at sigma 0.5 and alpha 0.001"),
-        ({"radius": 9.0}, "draws must be at least 134217728 to prove the radius 9.0"),
+        (
+            {"radius": 2.0},
+            "draws must be more, or radius smaller: 100000 cannot prove the radius 2.0 at sigma 0.5",
+        ),
+        ({"radius": 9.0}, "draws must be more, or radius smaller: 100000 cannot prove the radius 9.0"),
         ({"radius": True}, "each of radii must be a number, got True"),
         ({"draws": None}, "draws must be a whole number"),
         ({"draws": 500.0}, "draws must be a whole number"),
         ({"batch_size": True}, "batch_size must be a whole number"),
-        ({"draws": 5, "radius": 0.0}, "draws must be at least 20 to prove the radius 0.0 .*, got 5"),
-        ({"draws": 9, "radius": None}, "draws must be at least 10 to prove the radius 0.0 .*, got 9"),
+        ({"draws": 5, "radius": 0.0}, "draws must be more, .* 5 cannot prove the radius 0.0"),
+        ({"draws": 9, "radius": None}, "draws must be more, .* 9 cannot prove the radius 0.0"),
         ({"choosing": 0}, "choosing must be at least 1"),
         # The draws that choose a class have the numbers from here on.
         ({"draws": 2**27}, "draws must be in"),
@@ -792,11 +795,6 @@ def test_a_purifier_of_one_step_is_certified():
         ({"batch_size": 0}, "batch_size must be"),
         ({"seconds": 0}, "seconds must be above 0, got 0"),
         ({"seconds": None}, "seconds must be a number"),
-        ({"model": None}, "model must be a module or a function"),
-        (
-            {"model": Halves().half()},
-            r"must take float32 images, but this Halves is in torch.float16: give model.float",
-        ),
         ({"y": torch.tensor([1, 2])}, "y must have class numbers from 0 to 1, got 2"),
         ({"index": [3, 3]}, "index must be another number in .* for each image"),
     ],
@@ -813,9 +811,9 @@ def test_refute_checks_what_it_gets_before_it_attacks():
     other = Halves()
     torch.nn.init.ones_(other.weight)
     for message, changes in (
-        ("model must be the module", {"model": lambda images: model(images)}),
-        ("model must be the module", {"model": other}),
-        ("x and y must be the images", {"x": x.flip(0)}),
+        ("model, x and y must be", {"model": lambda images: model(images)}),
+        ("model, x and y must be", {"model": other}),
+        ("model, x and y must be", {"x": x.flip(0)}),
         ("eps must be", {"radius": 9.0}),
         ("multiple values for keyword argument 'n_eval'", {"n_eval": 3}),
         ("draws must be a whole number", {"draws": 1.5}),

@@ -58,17 +58,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        radius = max(self.radii, default=0.0)
+        radius, n = max(self.radii, default=0.0), max(self.cuts, default=0)
         p = NORMAL.cdf(radius / self.sigma)
-
-        # Right draws alone prove a probability above p if p^draws is at most the alpha that may be spent.
-        def proves(n: int) -> bool:
-            return p < 1 and p**n <= (spent(n, p, self.alpha) if self.radii else self.alpha)
-
-        least = next((n for n in (looks(MOST) if self.radii else range(1, MOST)) if proves(n)), MOST)
-        if self.draws < least:
-            needed = f"to prove the radius {radius} at sigma {self.sigma} and alpha {self.alpha}"
-            raise ValueError(f"draws must be at least {least} {needed}, got {self.draws}")
+        # Right draws alone prove a probability above p if p^n is at most the alpha that may be spent.
+        if not n or p == 1 or p**n > (spent(n, p, self.alpha) if self.radii else self.alpha):
+            few = f"{self.draws} cannot prove the radius {radius} at sigma {self.sigma} and alpha {self.alpha}"
+            raise ValueError(f"draws must be more, or radius smaller: {few}")
 
     @property
     def cuts(self) -> list[int]:
@@ -147,22 +142,24 @@ def certify(
     Raises:
         ValueError: a wrong shape, dtype, range or setting; a radius that even right draws alone cannot prove; or the
             model's draws are not independent, because its logits depend on the rest of the batch or on the call.
-        TypeError: the model cannot be called, or an argument has a wrong type.
+        TypeError: an argument has a wrong type.
     """
-    if not callable(model) or isinstance(model, type):
-        raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
     check_folder("out", out)
     radii = () if radius is None else tuple(np.atleast_1d(radius).tolist())
     if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
-    settings = Settings(sigma, radii, alpha, draws, batch_size, seed, choosing, seconds)
+    numbers: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
+    settings = Settings(sigma, radii, alpha, seconds=seconds, **numbers)
     until = time.monotonic() + seconds
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
     n, data, cuts = len(labels), digest(images, labels), settings.cuts
     right, drawn = np.zeros((2, n), dtype=np.int64)
+    # Draws choose the class that is tested. Until then, none is tested.
+    extra = choosing if y is None or not radii else 0
     about: dict[str, Any] = {"notes": notes, "labels": None if y is None else labels.numpy()}
     about["index"] = None if index is None else torch.as_tensor(index).cpu().numpy()
+    about["tested"] = np.full(n, -1) if extra else None
     about["refuted"] = {0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) else {}
     whole = Certificates(right, drawn, float(sigma), tuple(map(float, radii)), float(alpha), **about)
     if radii and cuts[-1] < draws:
@@ -191,10 +188,7 @@ def certify(
         counted = Counted(noisy, shards, cache)
         if shards.rank > 0:
             return Certificates.from_json(shards.follow(noisy.counts))  # type: ignore[arg-type]
-        extra, open_ = int(choosing) if y is None or not radii else 0, np.ones(n, dtype=np.bool_)
-        if extra:
-            # Until the class is chosen, none is tested.
-            whole.tested[:] = -1
+        open_ = np.ones(n, dtype=np.bool_)
         bar = tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress)
 
         def sample(last: int) -> NDArray[np.int64]:
@@ -207,14 +201,15 @@ def certify(
 
         with bar, contextlib.suppress(TimeIsOver):
             if not radii:
-                _cohen(whole, sample, extra, cuts)
-            elif extra:
-                whole.tested[:] = sample(MOST + extra)[:, :-1].argmax(1)
-            for last in cuts if radii else ():
-                at = np.flatnonzero(open_)
-                known = _answered(whole, at, sample(last))
-                bar.total -= int(known.sum()) * (cuts[-1] - last)
-                open_[at[known]] = False
+                _cohen(whole, sample, choosing, cuts)
+            else:
+                if extra:
+                    whole.tested[:] = sample(MOST + choosing)[:, :-1].argmax(1)
+                for last in cuts:
+                    at = np.flatnonzero(open_)
+                    known = _answered(whole, at, sample(last))
+                    bar.total -= int(known.sum()) * (cuts[-1] - last)
+                    open_[at[known]] = False
         if unfinished := int((drawn[open_] < cuts[-1]).sum()):
             notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..._hashes import digest, weights_fingerprint
 from ...defences.noisy_ensemble import NoisyEnsemble
 from ...defences.wrappers import MajorityVote
-from ..request.config import EvaluateConfig
 from ..request.preparation import collect
 from ..run.attack_run import Shards
 from ..runner import evaluate
@@ -74,14 +73,13 @@ def refute(
     asked: dict[str, Any] = {"seed": int(about["seed"]), "name": f"{about['name']}, smoothed with sigma {sigma:g}"}
     asked |= ({} if "attacks" in settings else {"protocol": "strong"}) | settings
     images, labels, _ = collect(x, y)
-    Settings(sigma, (0.0,), alpha, draws, batch_size, asked["seed"])
-    if digest(images.cpu(), labels.cpu()) != about["data"]:
-        raise ValueError("x and y must be the images and labels of the certificates, got others")
-    if not isinstance(model, nn.Module) or weights_fingerprint(model) != about["weights"]:
-        raise ValueError("model must be the module of the certificates, with the same weights, got another")
+    Settings(sigma, (0.0,), alpha, draws=draws, batch_size=batch_size, seed=asked["seed"])
+    same = isinstance(model, nn.Module) and weights_fingerprint(model) == about["weights"]
+    if not same or digest(images.cpu(), labels.cpu()) != about["data"]:
+        raise ValueError("model, x and y must be the module, images and labels of the certificates, got others")
     smoothed = _Smoothed(model, sigma, samples=1, clamp=False).eval()
     report = evaluate(MajorityVote(smoothed, votes), images, labels, eps=radius, norm="l2", n_eval=1, **asked)
-    together = asked.get("config", EvaluateConfig()).together
+    together = "config" not in asked or asked["config"].together
     with Shards(together) as shards:
         # Only the first process has the attacked images.
         number, points = shards.from_first(lambda: _points(report, images.cpu(), radius))
@@ -98,9 +96,8 @@ def refute(
 
 def _points(report: Report, x: Tensor, radius: float) -> tuple[NDArray[np.int64], Tensor]:
     """The images that are misclassified clean and the attacked images that fell, and their numbers before them."""
-    clean, found = next(row for row in report.rows if row.kind == "clean"), report.adversarial
-    assert found is not None
-    wrong = np.flatnonzero(~clean.robust)
+    found: Any = report.adversarial
+    wrong = np.flatnonzero(~next(row for row in report.rows if row.kind == "clean").robust)
     number = np.concatenate([wrong, found.indices])
     moved = torch.cat([x[wrong], torch.from_numpy(found.images)]).double() - x[number].double()
     # An attack of a list may have a larger ball of its own.
