@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from .._validation import AtLeast0, Count, Positive, Range
@@ -32,11 +31,9 @@ class Certify(ModelCommand):
         draws: Number of draws for an image. With --radius, it is the largest number, and an image is undecided at the
             radii that are open then.
         choosing: Number of draws that choose the class of an image, without --radius.
-        gain: End the draws of an image if all draws can increase its largest radius by at most this share.
         skip: Certify the images whose indices are multiples of this number, in place of --images.
         start: Index of the first image, in place of --images.
         max: Index before which the images end, in place of --images.
-        beside: Folders of other certificates, which share the table and the page.
         attack: Protocol that attacks the smoothed classifier at every radius above 0. The attacked images that the
             smoothed classifier misclassifies, by proof, bound the accuracy from above. Default: no attack.
         votes: Number of predictions of which the attacks take the majority.
@@ -53,7 +50,7 @@ class Certify(ModelCommand):
         ("without", "attack"): ("votes",),
         ("beside", "one_shot"): tuple(values(LoadOptions())),
         **{("beside", name): ("images",) for name in ("skip", "start", "max")},
-        ("beside", "radius"): ("choosing", "gain"),
+        ("beside", "radius"): ("choosing",),
     }
 
     sigma: Positive | None = None
@@ -61,11 +58,9 @@ class Certify(ModelCommand):
     alpha: Annotated[float, Range(0, 1, above=True, below=True)] = 0.001
     draws: Count = 100_000
     choosing: Count = 100
-    gain: Annotated[float, Range(0, 1, below=True)] = 0.0
     skip: Count | None = None
     start: Annotated[int, Range(0)] | None = None
     max: Count | None = None
-    beside: tuple[str, ...] = ()
     attack: ProtocolName | None = None
     votes: Count = 10
     one_shot: bool = False
@@ -105,11 +100,10 @@ class Certify(ModelCommand):
         from torch import nn
 
         from .._process import processes
-        from ..evaluation import Certificates, EvaluateConfig, certify, refute
+        from ..evaluation import EvaluateConfig, certify, refute
         from ..protocols import DenoisesOnce, supports
 
         (sigma, source), first = self.noise(), processes()[0] == 0
-        others = [Certificates.from_json(Path(folder, "certificates.json").read_text()) for folder in self.beside]
         data = self.load_data(train=False)
         model, _ = self.loaded(data)
         if self.one_shot:
@@ -125,14 +119,13 @@ class Certify(ModelCommand):
         (x, y, index), notes = self.chosen(data, self.seed)
         how: dict[str, Any] = {"draws": self.draws, "batch_size": self.batch_size}
         asked: dict[str, Any] = {"sigma": sigma, "radius": self.radius or None, "alpha": self.alpha, "seed": self.seed}
-        asked |= {"choosing": self.choosing, "gain": self.gain, "name": self.title(), "index": index, "out": out}
-        asked["seconds"] = self.seconds
-        certificates = certify(model, x, y, **asked, **how)
+        asked |= {"choosing": self.choosing, "name": self.title(), "index": index, "seconds": self.seconds}
+        certificates = certify(model, x, y, **asked, **how, out=out)
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         certificates.about.update(dataset=data.name)
         if first:
             # An interruption of the attacks leaves the report on the certificates.
-            certificates.save(out, others)
+            certificates.save(out)
             write_run_file(replace(self, sigma=sigma), out)
         how |= {"protocol": self.attack, "votes": self.votes, "config": EvaluateConfig(dataset_name=data.name)}
         for radius in attacked:
@@ -140,7 +133,7 @@ class Certify(ModelCommand):
             certificates, report = refute(certificates, model, x, y, radius=radius, out=folder, **how)  # type: ignore[arg-type]
             if first:
                 report.save(folder)
-                certificates.save(out, others)
+                certificates.save(out)
         if first:
-            print(certificates.to_text(others))
+            print(certificates.to_text())
             print(f"written: {out}/certificates.html, certificates.json, certificates.txt and log.tsv")

@@ -23,7 +23,7 @@ from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.cli.certify import Certify
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import Certificates, EvaluateConfig, certify, read_log, refute
+from purify_fast.evaluation import Certificates, certify, read_log, refute
 from purify_fast.judge.certificates.certificates import (
     MOST,
     answers,
@@ -252,7 +252,7 @@ def test_another_question_draws_only_what_is_missing(tmp_path, digits, rows_draw
     first = certify(model, x, y, **settings)
     assert sum(rows_drawn) == 20 * 1100
     rows_drawn.clear()
-    for other in ({"alpha": 0.01}, {"gain": 0.1}, {"radius": 0.25}, {"radius": [0.1, 0.3]}, {"draws": 500}):
+    for other in ({"alpha": 0.01}, {"radius": 0.25}, {"radius": [0.1, 0.3]}, {"draws": 500}):
         made, fresh = (certify(model, x, y, **settings | other | {"out": out}) for out in (tmp_path, None))
         assert counts(made) == counts(fresh) and made.decided.tolist() == fresh.decided.tolist()
         assert sum(rows_drawn) == int(fresh.draws.sum()) + 100 * len(x) * (not made.radii)
@@ -267,7 +267,7 @@ def test_another_question_draws_only_what_is_missing(tmp_path, digits, rows_draw
     assert sum(rows_drawn) > 15 * 1100
 
 
-@pytest.mark.parametrize("asked", [{"radius": 0.25}, {}, {"gain": 0.1}])
+@pytest.mark.parametrize("asked", [{"radius": 0.25}, {}])
 def test_a_run_ends_when_its_time_is_over_and_goes_on(tmp_path, digits, monkeypatch, rows_drawn, asked):
     """The clock counts the questions for the time, so a run makes two parts, whatever the machine is."""
     digits, settings = (
@@ -487,7 +487,7 @@ def test_attacks_refute_what_is_beyond_the_radius():
         made, report = refute(made, model, x, y, radius=radius, votes=51, draws=2000, attacks=attacks, progress=False)
         assert made.refuted[radius].tolist() == fallen
         assert report.about["threat"].startswith("L2")
-        assert report.models == ["model, smoothed with sigma 0.5"]
+        assert report.model == "model, smoothed with sigma 0.5"
         assert not made.contradictions(radius).size
     assert made.between(0.2) == (0.5, 0.5) and made.between(0.5) == (0.25, 0.25)
     assert made.sentence(0.5) == "between 25.0 and 25.0 %"
@@ -583,26 +583,14 @@ def exact_images(n):
     return margins(*(truth * sides).tolist()), torch.from_numpy((sides > 0).astype(np.int64)), truth
 
 
-@pytest.mark.parametrize("gain", [0.0, 0.1])
-def test_few_of_many_radii_are_above_the_truth(gain):
+def test_few_of_many_radii_are_above_the_truth():
     """The smoothed classifier of `Halves` has known radii. A linear model on pixels within [0, 1]."""
     (x, y, truth), alpha = exact_images(10_000), 0.01
-    made = certify(Halves(), x, y, draws=1000, alpha=alpha, gain=gain, batch_size=20_000, **QUIET)
+    made = certify(Halves(), x, y, draws=1000, alpha=alpha, batch_size=20_000, **QUIET)
     assert 0 < (made.log["radius"] > truth).mean() <= alpha
     bounds = beta.ppf(alpha, made.right, made.draws - made.right + 1)
     usual = SIGMA * norm.ppf(np.maximum(bounds, 0.5)) * (made.predicted == y.numpy())
-    assert made.acr >= (1 - 1e-9 if gain == 0 else 0.97) * usual.mean()
-    assert (made.draws < 1000).any() == (gain > 0)
-
-
-def test_draws_end_early_only_where_a_radius_can_gain_little():
-    x, y = margins(0.02, 0.4, 1.2, -0.4), torch.tensor([1, 1, 1, 1])
-    whole, made = (certify(Halves(), x, y, draws=50_000, gain=gain, **QUIET) for gain in (0.0, 0.1))
-    assert made.looks == 4 and whole.looks == 1
-    assert (made.draws <= whole.draws).all() and made.draws.sum() < 0.6 * whole.draws.sum()
-    assert (made.radius * 1.1 >= whole.radius - 1e-3).all() and (made.radius <= [0.02, 0.4, 1.2, 0]).all()
-    assert made.predicted[3] == 0 and made.radius[3] == 0 and made.log["radius"][3] > 0.3
-    assert Certificates.from_json(made.to_json()).acr == made.acr
+    assert made.acr >= (1 - 1e-9) * usual.mean() and (made.draws == 1000).all()
 
 
 def test_images_without_labels_have_classes_and_radii():
@@ -644,9 +632,9 @@ def test_the_curves_begin_with_all_images_and_step_where_one_ends():
     made.refuted[0.25] = np.array([False, False, True])
     large, small, none = made.radius.tolist()
     assert large > small > none == 0
-    drawn = made._shown(())
+    drawn = made._shown()
     assert drawn["farthest"] == large
-    np.testing.assert_allclose(drawn["below"][0], [(0, 2 / 3), (small, 1 / 3), (large, 0)])
+    np.testing.assert_allclose(drawn["below"], [(0, 2 / 3), (small, 1 / 3), (large, 0)])
     upper = made.between(0.25)[1]
     assert 2 / 3 <= upper < 1
     np.testing.assert_allclose(drawn["above"], [(0, 1), (0.25, upper)])
@@ -660,7 +648,7 @@ def test_a_report_is_read_again(tmp_path, digits):
     again = Certificates.from_json(text)
     assert counts(again) == counts(made) and again.radii == made.radii
     assert again.refuted[0.25].tolist() == made.refuted[0.25].tolist()
-    with pytest.raises(ValueError, match="format 3"):
+    with pytest.raises(ValueError, match="format 4"):
         Certificates.from_json(json.dumps(json.loads(text) | {"format": 9}))
 
 
@@ -703,7 +691,7 @@ def test_no_probability_is_proved_where_no_radius_is():
 def test_an_image_that_is_certified_only_at_radius_0_ends_there():
     made = Certificates(np.array([600, 1000]), np.full(2, 1000), sigma=0.5, radii=(0.0, 0.5), alpha=0.001)
     assert made.radius.tolist() == [0, 0.5] and made.certified(0.0).all()
-    assert made._shown(())["below"] == [[(0.0, 1.0), (0.0, 0.5), (0.5, 0.0)]]
+    assert made._shown()["below"] == [(0.0, 1.0), (0.0, 0.5), (0.5, 0.0)]
 
 
 def test_close_radii_and_their_order_are_kept():
@@ -715,44 +703,30 @@ def test_close_radii_and_their_order_are_kept():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("right", [101, 0], "right must be from 0 to the draws, at most 134217728, got 101"),
-        ("right", [True, 0], "right must be int64 .2., got .True, 0."),
-        ("right", [1], "draws must be int64 .1., got .100, 100."),
-        ("right", [2**70, 0], "right must be int64 .2., got .1180591620717411303424, 0."),
-        ("right", [1.0, 0], "right must be int64 .2., got .1.0, 0."),
-        ("right", 7, "right must be int64 .1., got 7"),
-        ("draws", [[1], [2, 3]], "draws must be int64 .2., got ..1., .2, 3.."),
-        ("decided", None, "too few or too many: .'decided'."),
-        ("about", [3], "about must be a dict, got .3."),
-        ("notes", "text", "notes must be a list, got 'text'"),
-        ("refuted", [True], "refuted must be a dict, got .True."),
-        ("draws", [100, 2**40], "right must be from 0 to the draws, at most 134217728, got 5"),
-        ("index", [7, 7], "index must be another number for each image"),
-        ("decided", [[[24, 24]], [[25, 24]]], "decided must be draws of a look, some of the image's"),
-        ("decided", [[[24, 24]], [[20, 24]]], "decided must be draws of a look, some of the image's"),
-        ("decided", [[24, 24]], "decided must be int64"),
+        ("right", [101, 0], "right and draws must be counts at looks"),
+        ("right", [1], "all input arrays must have the same shape"),
+        ("right", [1.5, 0], "Cannot cast array data"),
+        ("labels", [1], "cannot reshape array of size 1"),
+        ("index", [7, 7], "index must be another number in .* for each image"),
+        ("index", [7, 2**31], "index must be another number in .* for each image"),
+        ("decided", [[[24, 24]], [[25, 24]]], "right and draws must be counts at looks"),
+        ("decided", [[[24, 24]], [[20, 24]]], "right and draws must be counts at looks"),
+        ("decided", [[[24, 24]], [[5, 24]]], "right and draws must be counts at looks, such as .20, 22, 25"),
+        ("decided", [[24, 24]], "cannot reshape array"),
         ("sigma", -1, "sigma must be above 0 and finite, got -1"),
         ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
         ("radii", [-0.5], "each of radii must be at least 0"),
-        ("decided", [[[24, 24]], [[5, 24]]], "decided must be after a number of draws of a look, such as .20, 22, 25"),
-        ("labels", [-2, 0], "labels must be class numbers, or -1, got -2"),
-        ("looks", 0, "looks must be at least 1"),
-        ("radii", 3, "radii must be a tuple, got 3"),
-        ("refuted", {"0.25": [True]}, "refuted.0.25. must be bool .2."),
-        ("refuted", {"0.25": [1, 0]}, "refuted.0.25. must be bool .2., got .1, 0."),
-        ("refuted", {"-1": [True, False]}, "each radius of refuted must be at least 0"),
-        ("about", {"name": 3}, "about and notes must have only texts"),
-        ("notes", [3], "about and notes must have only texts"),
-        ("more", 1, "too few or too many: .'more'."),
+        ("refuted", {"0.25": [True]}, "cannot reshape array"),
     ],
 )
-def test_a_file_is_checked_field_by_field(name, value, message):
+def test_a_file_with_other_counts_is_refused(name, value, message):
+    """Each of these values would give wrong answers."""
     made = Certificates(np.array([99, 5]), np.array([100, 100]), sigma=0.5, radii=(0.25,), alpha=0.001)
     content = json.loads(made.to_json())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         Certificates.from_json(json.dumps(content | {name: value}))
-    del content["sigma"]
-    with pytest.raises(ValueError, match=r"too few or too many: .'sigma'."):
+    del content["decided"]
+    with pytest.raises(KeyError, match="decided"):
         Certificates.from_json(json.dumps(content))
 
 
@@ -770,10 +744,8 @@ def test_the_command_takes_a_part_of_the_data_set(tmp_path, capsys):
     words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--draws", "100", "--out", str(tmp_path / "a")]
     assert cli.main([*words, "--start", "10", "--max", "40", "--skip", "7"]) == 0
     assert read_log(tmp_path / "a" / "log.tsv")["idx"].tolist() == [14, 21, 28, 35]
-    words[-1:] = [str(tmp_path / "b"), "--images", "5", "--gain", "0.1", "--beside", str(tmp_path / "a")]
-    assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert "indices 14 to 35 in steps of 7" in printed and len(re.findall("^digits-standard  0.25", printed, re.M)) == 3
+    assert "indices 14 to 35 in steps of 7" in printed and len(re.findall("^digits-standard  0.25", printed, re.M)) == 1
     assert cli.main([*words[:6], "--start", "900", "--out", str(tmp_path / "c")]) == 2
     assert "--skip, --start and --max must leave an image" in capsys.readouterr().err
 
@@ -805,30 +777,26 @@ def test_a_purifier_of_one_step_is_certified():
         ({"alpha": 0.99}, "alpha must be in"),
         ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
         ({"radius": []}, "radius must be a number or at least one number"),
-        ({"radius": 2.0}, r"draws must be in .280000, 134217728. to prove the radius 2.0 at sigma 0.5 and alpha 0.001"),
-        ({"radius": 9.0}, "radius must be smaller: fewer than 134217728 draws are needed to prove the radius 9.0"),
+        (
+            {"radius": 2.0},
+            "draws must be more, or radius smaller: 100000 cannot prove the radius 2.0 at sigma 0.5",
+        ),
+        ({"radius": 9.0}, "draws must be more, or radius smaller: 100000 cannot prove the radius 9.0"),
         ({"radius": True}, "each of radii must be a number, got True"),
-        ({"draws": None}, "draws must be a number"),
+        ({"draws": None}, "draws must be a whole number"),
         ({"draws": 500.0}, "draws must be a whole number"),
-        ({"batch_size": True}, "batch_size must be a number"),
-        ({"draws": 5, "radius": 0.0}, r"draws must be in \[20, 134217728\) to prove the radius 0.0 .*, got 5"),
-        ({"draws": 9, "radius": None}, r"draws must be in \[10, 134217728\) to prove the radius 0.0 .*, got 9"),
-        ({"gain": 0.1}, "gain is only for the largest radius"),
-        ({"gain": 1.0, "radius": None}, "gain must be in .0, 1., got 1.0"),
-        ({"choosing": 0}, "choosing must be in"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"draws": 5, "radius": 0.0}, "draws must be more, .* 5 cannot prove the radius 0.0"),
+        ({"draws": 9, "radius": None}, "draws must be more, .* 9 cannot prove the radius 0.0"),
+        ({"choosing": 0}, "choosing must be at least 1"),
         # The draws that choose a class have the numbers from here on.
         ({"draws": 2**27}, "draws must be in"),
         ({"seed": -1}, "seed must be in"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"seconds": 0}, "seconds must be above 0, got 0"),
         ({"seconds": None}, "seconds must be a number"),
-        ({"model": None}, "model must be a module or a function"),
-        (
-            {"model": Halves().half()},
-            r"must take float32 images, but this Halves is in torch.float16: give model.float",
-        ),
         ({"y": torch.tensor([1, 2])}, "y must have class numbers from 0 to 1, got 2"),
-        ({"index": [3, 3]}, "index must be another number for each image"),
+        ({"index": [3, 3]}, "index must be another number in .* for each image"),
     ],
 )
 def test_settings_are_checked(settings, message):
@@ -843,14 +811,13 @@ def test_refute_checks_what_it_gets_before_it_attacks():
     other = Halves()
     torch.nn.init.ones_(other.weight)
     for message, changes in (
-        ("model must be a module", {"model": lambda images: model(images)}),
-        ("model must have the weights", {"model": other}),
-        ("x and y must be the images", {"x": x.flip(0)}),
-        ("radius must be", {"radius": 9.0}),
-        ("refute sets n_eval itself", {"n_eval": 3}),
-        (r"refute sets config\.protocol, config\.seed itself", {"config": EvaluateConfig("fast", seed=7)}),
+        ("model, x and y must be", {"model": lambda images: model(images)}),
+        ("model, x and y must be", {"model": other}),
+        ("model, x and y must be", {"x": x.flip(0)}),
+        ("eps must be", {"radius": 9.0}),
+        ("multiple values for keyword argument 'n_eval'", {"n_eval": 3}),
         ("draws must be a whole number", {"draws": 1.5}),
-        ("votes must be at least 1", {"votes": 0}),
+        ("draws must be at least 1", {"votes": 0}),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             refute(made, **{"model": model, "x": x, "y": y, "radius": 0.5, "progress": False} | changes)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..._files import write_text
 from ..._places import check_folder
-from ..._validation import Count, Positive, Range, check_types
+from ..._validation import Positive, Range, check_types
 from ..show.text import render
 
 Floats = NDArray[np.float64]
@@ -179,7 +179,7 @@ def leads(right: Numbers, rivals: Numbers, classes: int, alpha: float) -> NDArra
 
 # -- `Certificates`: what is proved for each image, what attacks have refuted, and the report on both ------------------
 
-FORMAT = 3
+FORMAT = 4
 #: The columns of the table.
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
 NORMAL = NormalDist()
@@ -191,14 +191,6 @@ COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "tested", "ri
 PUBLIC = 6
 #: The arrays of whole numbers. `decided` is ``[N, questions, 2]``, and the others are ``[N]``.
 ARRAYS = ("right", "draws", "index", "labels", "tested", "decided")
-
-
-def _array(name: str, values: Any, kind: type, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Check an array, or make it of lists in a file, whose values must all be of a type."""
-    typed = isinstance(values, np.ndarray) or {type(one) for one in np.array(values, dtype=object).flat} == {kind}
-    if not typed or np.asarray(values).dtype != kind or np.shape(values) != shape or not np.size(values):
-        raise ValueError(f"{name} must be {np.dtype(kind)} {[*shape]}, got {values!r:.200}")
-    return np.asarray(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,13 +210,13 @@ class Certificates:
         index: the images' indices in their data set, int64 ``[N]``. None: 0 to N - 1.
         labels: the labels, int64 ``[N]``; -1 for an unknown label. None: all are unknown.
         tested: the class of which the draws are counted, int64 ``[N]``. None: the labels.
-        looks: the number of looks that share alpha at the largest radius.
         decided: the draws with the tested class and the draws at the look that counts, int64 ``[N, questions, 2]``: for
-            each of `radii`, the look that answered, or the last; for the largest radius, the look that proves most.
+            each of `radii`, the look that answered, or the last; for the largest radius, the look after all draws.
             None: all draws were counted in a single look.
 
     Raises:
-        ValueError: a field has a value that is not allowed.
+        ValueError: a setting is not allowed, or the counts are none of so many draws.
+        TypeError: an array has no whole numbers.
     """
 
     right: NDArray[np.int64]
@@ -238,60 +230,43 @@ class Certificates:
     index: NDArray[np.int64] = None  # type: ignore[assignment]
     labels: NDArray[np.int64] = None  # type: ignore[assignment]
     tested: NDArray[np.int64] = None  # type: ignore[assignment]
-    looks: Count = 1
     decided: NDArray[np.int64] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        for name, kind in (("about", dict), ("notes", list), ("refuted", dict)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r:.200}")
-        if any(not isinstance(text, str) for text in (*self.about.values(), *self.notes)):
-            raise ValueError(f"about and notes must have only texts, got {self.about} and {self.notes}")
         check_types(self)
         n, questions = np.size(self.right), max(1, len(self.radii))
-        later: dict[str, Any] = {"labels": lambda: np.full(n, -1), "tested": lambda: self.labels.copy()}
-        later["index"] = lambda: np.arange(n)
-        later["decided"] = lambda: np.stack([self.right, self.draws], -1)[:, None].repeat(questions, 1)
+        labels = np.full(n, -1) if self.labels is None else self.labels
+        both = np.stack([self.right, self.draws], -1)[:, None].repeat(questions, 1)
+        usual = {"index": np.arange(n), "labels": labels, "tested": np.array(labels), "decided": both}
         for name in ARRAYS:
-            values = later[name]() if getattr(self, name) is None else getattr(self, name)
-            array = _array(name, values, int, (n, questions, 2) if name == "decided" else (n,))
-            object.__setattr__(self, name, array)
-        refuted = {float(at): _array(f"refuted[{at}]", fallen, bool, (n,)) for at, fallen in self.refuted.items()}
-        for radius in refuted:
-            Range(0, below=True).check("each radius of refuted", radius)
-        object.__setattr__(self, "refuted", refuted)
-        object.__setattr__(self, "radii", tuple(self.radii))
+            array = np.asarray(usual[name] if getattr(self, name) is None else getattr(self, name))
+            whole = array.astype(np.int64, casting="safe", copy=False)
+            vars(self)[name] = whole.reshape((n, questions, 2) if name == "decided" else n)
+        refuted = {float(at): np.asarray(fallen, dtype=np.bool_).reshape(n) for at, fallen in self.refuted.items()}
+        vars(self).update(radii=tuple(self.radii), refuted=refuted)
+        if len(np.unique(self.index)) < n or self.index.min() < 0 or self.index.max() >= LARGEST:
+            raise ValueError(f"index must be another number in [0, {LARGEST}) for each image, got {self.index}")
         # Right draws and wrong draws, of all draws and of those at the looks.
         every = np.stack([self.right, self.draws - self.right])[..., None]
         seen = np.stack([self.decided[..., 0], self.decided[..., 1] - self.decided[..., 0]])
-        first = np.unique(self.index, return_index=True)[1]
         # The draws of a test are looked at after known numbers of draws.
-        timely = np.isin(self.decided[..., 1], [0, *looks(MOST)]) | (not self.radii)
-        for name, allowed, good in (
-            ("right", f"from 0 to the draws, at most {MOST}", (every >= 0).all((0, 2)) & (self.draws <= MOST)),
-            ("index", f"in [0, {LARGEST})", (self.index >= 0) & (self.index < LARGEST)),
-            ("index", "another number for each image", np.isin(np.arange(n), first)),
-            ("labels", "class numbers, or -1", self.labels >= -1),
-            ("tested", "class numbers, or -1", self.tested >= -1),
-            ("decided", "draws of a look, some of the image's", ((seen >= 0) & (seen <= every)).all(0)),
-            ("decided", f"after a number of draws of a look, such as {looks(MOST)[:3]}", timely),
-        ):
-            if not good.all():
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)[~good][0].tolist()}")
+        timely = not self.radii or np.isin(self.decided[..., 1], [0, *looks(MOST)]).all()
+        if not ((seen >= 0) & (seen <= every)).all() or not timely:
+            raise ValueError(f"right and draws must be counts at looks, such as {looks(MOST)[:3]}, got {self.decided}")
 
     def threshold(self, radius: float) -> float:
         """The probability of the class that a certificate at a radius needs: Phi(radius / sigma)."""
         return NORMAL.cdf(radius / self.sigma)
 
     def answers(self) -> NDArray[np.int8]:
-        """The answers at `radii` for the tested class, as `sequences.answers` gives them, int8 ``[N, radii]``."""
+        """The answers at `radii` for the tested class, as `answers` gives them, int8 ``[N, radii]``."""
         return answers(self.decided, [*map(self.threshold, self.radii)], self.alpha)
 
     def reached(self) -> Floats:
         """The largest radius that is proved for the tested class, float64 ``[N]``; below 0 if there is none."""
         if self.radii:
             return np.asarray(np.where(self.answers() == 1, self.radii, -np.inf).max(1))
-        return self.sigma * distances(lower_bounds(self.decided[:, 0], self.alpha / self.looks))
+        return self.sigma * distances(lower_bounds(self.decided[:, 0], self.alpha))
 
     def _held(self) -> Floats:
         """The largest radius that is proved for the label, or for the tested class of an unknown label."""
@@ -376,7 +351,7 @@ class Certificates:
         """A lower bound, in [0, 1], for the share of these images that are robust, for all images together.
 
         Robust: the smoothed classifier predicts the label in the whole ball. Each certificate may be wrong, so a few of
-        many are. Except with a probability of at most `alpha`, they are at most as many as `sequences.most_wrong` says,
+        many are. Except with a probability of at most `alpha`, they are at most as many as `most_wrong` says,
         at all radii at the same time, and these are subtracted. Nothing is said about images that are not here.
         """
         return self._numbers(radius)[1] / len(self.draws)
@@ -409,16 +384,13 @@ class Certificates:
         """Read certificates from the result of `to_json`. All decisions are computed again from the counts.
 
         Raises:
-            ValueError: another format, or a field is missing, unknown, or has a value that is not allowed.
+            ValueError: another format, or a field has a value that is not allowed.
+            KeyError: a field is missing.
         """
         content: Any = json.loads(text)
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        if content.get("format") != FORMAT:
             raise ValueError(f"the certificates must have format {FORMAT}: certify again")
-        names = {one.name for one in fields(cls)} | {"accuracy"}
-        if other := sorted(content.keys() ^ names | {name for name in content if content[name] is None}):
-            raise ValueError(f"the fields must be {', '.join(sorted(names))}, got too few or too many: {other}")
-        del content["accuracy"]
-        return cls(**content)
+        return cls(**{one.name: content[one.name] for one in fields(cls)})
 
     def lines(self) -> list[tuple[str, ...]]:
         """A line of the report's table for each radius: radius, accuracy, and counts of images."""
@@ -430,7 +402,7 @@ class Certificates:
         return rows
 
     def summary(self, radii: Sequence[float]) -> dict[str, str]:
-        """The line of the table of several certificates, by its columns."""
+        """The line of a table of the certified accuracy at some radii, by its columns."""
         n, parts = len(self.draws), ["-"] * 4
         if not self.radii and (self.labels >= 0).all():
             parts = [f"{value:.3f}" for value in (self.acr, *np.quantile(self.probability, [0.25, 0.5, 0.75]))]
@@ -439,41 +411,36 @@ class Certificates:
         row |= dict(zip(("ACR", "p_A 25 %", "p_A 50 %", "p_A 75 %"), parts, strict=True))
         return row | {"draws": f"{self.draws.sum():,}", "seconds": self.about.get("seconds", "-")}
 
-    def to_text(self, beside: Sequence[Certificates] = ()) -> str:
-        """The report as text for a terminal; ``beside``: certificates that share its last table."""
-        return render("certificates.txt.jinja", **self._shown(beside)).rstrip()
+    def to_text(self) -> str:
+        """The report as text for a terminal."""
+        return render("certificates.txt.jinja", **self._shown()).rstrip()
 
-    def to_html(self, beside: Sequence[Certificates] = ()) -> str:
-        """The report as a HTML page that loads no other files, with the accuracy over the radius.
+    def to_html(self) -> str:
+        """The report as a HTML page that loads no other files, with the accuracy over the radius."""
+        return render("certificates.html.jinja", **self._shown())
 
-        ``beside``: certificates of other models or another sigma, which are drawn on the same page.
-        """
-        return render("certificates.html.jinja", **self._shown(beside))
-
-    def _shown(self, beside: Sequence[Certificates]) -> dict[str, Any]:
+    def _shown(self) -> dict[str, Any]:
         """Return the values that the text and the page show. A curve has its corners: radii, and the shares beyond."""
-        every = [self, *beside]
-        radii = sorted({radius for made in every for radius in made.shown})
         above = [(0.0, 1.0), *((radius, self.between(radius)[1]) for radius in sorted(self.refuted))]
-        below, table = [made._curve() for made in every], [made.summary(radii) for made in every]
-        farthest = max([*radii, *(radius for curve in (above, *below) for radius, _ in curve)]) or self.sigma
+        below = self._curve()
+        farthest = max([*self.shown, *(radius for radius, _ in above + below)]) or self.sigma
         draws = f"{self.draws.sum():,} draws, in the median {int(np.median(self.draws)):,} for an image"
-        shown = {"report": self, "head": HEAD, "draws": draws, "table": table}
-        return shown | {"radii": radii, "above": above, "below": below, "farthest": farthest}
+        curves = {"above": above, "below": below, "farthest": farthest}
+        return {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown})), **curves}
 
     def _curve(self) -> list[tuple[float, float]]:
         """The certified accuracy over the radius: each certified image ends at its radius."""
         ends = np.sort(self.radius[self.certified(0.0)])
         return [*zip([0.0, *ends.tolist()], np.arange(len(ends), -1, -1) / len(self.draws), strict=True)]
 
-    def save(self, folder: str | Path, beside: Sequence[Certificates] = ()) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write ``certificates.html``, ``.json`` and ``.txt``, and ``log.tsv``, atomically into a folder."""
         folder = Path(folder)
         check_folder("folder", folder)
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(folder / "certificates.json", self.to_json())
-        write_text(folder / "certificates.txt", self.to_text(beside) + "\n")
-        write_text(folder / "certificates.html", self.to_html(beside))
+        write_text(folder / "certificates.txt", self.to_text() + "\n")
+        write_text(folder / "certificates.html", self.to_html())
         # Radii have all digits of float64.
         log: dict[str, Any] = {name: map(str, column.tolist()) for name, column in self.log.items()}
         log["time"] = (f"{s // 3600:.0f}:{s % 3600 // 60:02.0f}:{s % 60:09.6f}" for s in self.log["time"].tolist())

@@ -3,7 +3,7 @@
 The smoothed classifier of a model f predicts the class that f gives most often to x + n, n ~ N(0, sigma^2 I). If f
 gives the class y to x + n with a probability above Phi(r / sigma), then the smoothed classifier predicts y for every
 image at an L2 distance of at most r from x (theorem 1, with all other classes together as the second class). The draws
-are counted in a table (`counted`), and `sequences` makes answers of counts.
+are counted in a table (`counted`), and `certificates` makes answers of counts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..._hashes import digest, weights_fingerprint
 from ..._places import check_folder
 from ..._settings import without_autocast
-from ..._validation import Range, check_number
+from ..._validation import Positive, Range, check_types
 from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
@@ -39,11 +39,36 @@ from ..request.deadline import ASKED, device_of
 from ..request.preparation import collect, note_of_modes
 from ..run.attack_run import Shards
 from ..run.cache import RowCache
-from .certificates import LARGEST, MOST, Certificates, distances, leads, looks, lower_bounds, spent
+from .certificates import LARGEST, MOST, NORMAL, Certificates, leads, looks, spent
 from .counted import Counted, DependentDrawsError, Draws
 
-#: The most looks at a largest radius, of which each has about twice as many draws as the look before it.
-ENDS, TWICE = 4, 6
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of `certify`, by the names of its arguments; ``radii`` is empty for the largest radii."""
+
+    sigma: Positive
+    radii: tuple[Annotated[float, Range(0, below=True)], ...]
+    alpha: Annotated[float, Range(0, 0.5, above=True)]
+    draws: Annotated[int, Range(1, MOST, below=True)]
+    batch_size: Annotated[int, Range(1)]
+    seed: Annotated[int, Range(0, LARGEST, below=True)]
+    choosing: Annotated[int, Range(1)] = 1
+    seconds: Annotated[float, Range(0, above=True)] = math.inf
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        radius, n = max(self.radii, default=0.0), max(self.cuts, default=0)
+        p = NORMAL.cdf(radius / self.sigma)
+        # Right draws alone prove a probability above p if p^n is at most the alpha that may be spent.
+        if not n or p == 1 or p**n > (spent(n, p, self.alpha) if self.radii else self.alpha):
+            few = f"{self.draws} cannot prove the radius {radius} at sigma {self.sigma} and alpha {self.alpha}"
+            raise ValueError(f"draws must be more, or radius smaller: {few}")
+
+    @property
+    def cuts(self) -> list[int]:
+        """The numbers of draws after which the counts are kept: the looks, and also all draws for a largest radius."""
+        return looks(self.draws) if self.radii else sorted({*looks(self.draws), self.draws})
 
 
 @whole_float32_by_default()
@@ -59,7 +84,6 @@ def certify(
     draws: int = 100_000,
     alpha: float = 0.001,
     choosing: int = 100,
-    gain: float = 0.0,
     batch_size: int = 1000,
     seed: int = 0,
     seconds: float = math.inf,
@@ -95,13 +119,10 @@ def certify(
         radius: L2 radius in image units, at least 0, or several radii. The draws of an image end when it is known for
             each radius whether the model's probability of the class is large enough. None: the largest radius.
         draws: number of draws for an image, beside ``choosing``. With ``radius``, it is the largest number: the last
-            look is after the largest of the numbers of `sequences.looks` up to it, and then an image is undecided at
+            look is after the largest of the numbers of `looks` up to it, and then an image is undecided at
             the radii that are open.
         alpha: the largest probability that an image gets a wrong certificate, for all its radii together, in (0, 1).
         choosing: number of draws that choose the class, and count for nothing else.
-        gain: without ``radius``: the draws of an image end at one of up to 4 looks if all ``draws`` can increase its
-            radius by at most this share, in [0, 1), as far as an upper bound for its probability shows. The looks
-            share ``alpha``. 0: a single look after all draws.
         batch_size: largest number of rows in a forward pass. It is halved when memory runs out.
         seed: seed of the noise, in [0, 2^31).
         seconds: the time after which no further draws begin, in seconds, above 0. A note says how many images are
@@ -121,28 +142,24 @@ def certify(
     Raises:
         ValueError: a wrong shape, dtype, range or setting; a radius that even right draws alone cannot prove; or the
             model's draws are not independent, because its logits depend on the rest of the batch or on the call.
-        TypeError: the model cannot be called, or an argument has a wrong type.
+        TypeError: an argument has a wrong type.
     """
-    if not callable(model) or isinstance(model, type):
-        raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
     check_folder("out", out)
     radii = () if radius is None else tuple(np.atleast_1d(radius).tolist())
     if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
     numbers: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
-    numbers |= {"gain": gain, "seconds": seconds}
-    check_settings(sigma, radii, alpha, **numbers)
+    settings = Settings(sigma, radii, alpha, seconds=seconds, **numbers)
     until = time.monotonic() + seconds
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
-    n, data = len(labels), digest(images, labels)
-    # The counts are kept at all these numbers of draws. An image's draws may end at some of them.
-    cuts = looks(draws) if radii else sorted({*looks(draws), int(draws)})
-    ends = cuts if radii else cuts[::-TWICE][:ENDS] if gain else cuts[-1:]
+    n, data, cuts = len(labels), digest(images, labels), settings.cuts
     right, drawn = np.zeros((2, n), dtype=np.int64)
-    about: dict[str, Any] = {"notes": notes, "looks": 1 if radii else len(ends)}
+    # Draws choose the class that is tested. Until then, none is tested.
+    extra = choosing if y is None or not radii else 0
+    about: dict[str, Any] = {"notes": notes, "labels": None if y is None else labels.numpy()}
     about["index"] = None if index is None else torch.as_tensor(index).cpu().numpy()
-    about["labels"] = None if y is None else labels.numpy()
+    about["tested"] = np.full(n, -1) if extra else None
     about["refuted"] = {0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) else {}
     whole = Certificates(right, drawn, float(sigma), tuple(map(float, radii)), float(alpha), **about)
     if radii and cuts[-1] < draws:
@@ -161,9 +178,8 @@ def certify(
         version, kind = f"purify_fast {__version__}, PyTorch {torch.__version__}", type(model).__name__
         whole.about.update(name=name, predicted_by=kind, precision=noisy.precision, version=version, weights=weights)
         whole.about.update(seed=str(int(seed)), most_draws=str(cuts[-1]), data=data)
-        asked = [whole.sigma, radii, whole.alpha, y is None, numbers]
-        same = {"images": [data, whole.index.tolist()], "model": [weights, noisy.classes], "certificate": asked}
-        shards.check_same(same)
+        same = {"images": [data, whole.index.tolist()], "model": [weights, noisy.classes]}
+        shards.check_same(same | {"certificate": [y is None, settings]})
         cache = RowCache(None if out is None or shards.rank > 0 else Path(out), kernels_now(device), revision)
         # Counts are found again for other images, so the model answers the same images in every call.
         some = torch.rand((ASKED, *images.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -172,23 +188,28 @@ def certify(
         counted = Counted(noisy, shards, cache)
         if shards.rank > 0:
             return Certificates.from_json(shards.follow(noisy.counts))  # type: ignore[arg-type]
-        extra = int(choosing) if y is None or not radii else 0
-        open_ = np.arange(n)
-        if extra:
-            # Until the class is chosen, none is tested.
-            whole.tested[:] = -1
+        open_ = np.ones(n, dtype=np.bool_)
         bar = tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress)
+
+        def sample(last: int) -> NDArray[np.int64]:
+            at = np.flatnonzero(open_)
+            counts = counted.after(at, last, until)
+            if last < MOST:
+                bar.update(int((last - drawn[at]).sum()))
+                right[at], drawn[at] = counts[np.arange(len(at)), whole.tested[at]], last
+            return counts
+
         with bar, contextlib.suppress(TimeIsOver):
-            if extra:
-                whole.tested[:] = counted.after(open_, MOST + extra, until)[:, :-1].argmax(1)
-            for last in cuts:
-                counts = counted.after(open_, last, until)
-                bar.update(int((last - drawn[open_]).sum()))
-                right[open_], drawn[open_] = counts[np.arange(len(open_)), whole.tested[open_]], last
-                if last in ends:
-                    known = _ended(whole, open_, counts, gain)
+            if not radii:
+                _cohen(whole, sample, choosing, cuts)
+            else:
+                if extra:
+                    whole.tested[:] = sample(MOST + choosing)[:, :-1].argmax(1)
+                for last in cuts:
+                    at = np.flatnonzero(open_)
+                    known = _answered(whole, at, sample(last))
                     bar.total -= int(known.sum()) * (cuts[-1] - last)
-                    open_ = open_[~known]
+                    open_[at[known]] = False
         if unfinished := int((drawn[open_] < cuts[-1]).sum()):
             notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.
@@ -198,22 +219,27 @@ def certify(
     return whole
 
 
-def _ended(whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64], gain: float) -> NDArray[np.bool_]:
+def _cohen(whole: Certificates, sample: Callable[[int], NDArray[np.int64]], n0: int, steps: Sequence[int]) -> None:
+    """Run algorithm CERTIFY of Cohen et al. (section 3.2) on all images at once.
+
+    ``sample`` counts the classes of the images' draws up to a number, or from `MOST` on. The last of ``steps`` is n.
+    """
+    # The last column of counts has predictions without a class.
+    counts0 = sample(MOST + n0)[:, :-1]
+    top = whole.tested[:] = counts0.argmax(1)
+    # The n other draws are counted in steps, so that a run may end after each of them and go on.
+    *_, counts = (sample(step) for step in steps)
+    right, n = counts[np.arange(len(top)), top], counts.sum(1)
+    # `Certificates` computes the lower bound of p_A from these, and the radius, or abstains.
+    whole.decided[:, 0] = np.stack([right, n], -1)
+
+
+def _answered(whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Look at the draws of images at some places, whose counts by class are given. Return those that end, bool ``[n]``.
 
-    The look is kept if it proves what no earlier look does.
+    An answer stays: later looks do not change it.
     """
     now, before = np.stack([whole.right[at], whole.draws[at]], -1), whole.decided[at]
-    if not whole.radii:
-        earlier = whole.reached()[at]
-        whole.decided[at] = now[:, None]
-        reached = whole.reached()[at]
-        whole.decided[at] = np.where((reached >= earlier)[:, None, None], now[:, None], before)
-        level = whole.alpha / whole.looks
-        above = 1 - lower_bounds(np.stack([now[:, 1] - now[:, 0], now[:, 1]], -1), level)
-        best = whole.sigma * distances(np.minimum(above, level ** (1 / int(whole.about["most_draws"]))))
-        return best <= np.maximum(0, (1 + gain) * np.maximum(reached, earlier))
-    # An answer stays.
     done = whole.answers()[at] != 0
     whole.decided[at] = np.where(done[..., None], before, now[:, None])
     answer = whole.answers()[at]
@@ -224,33 +250,3 @@ def _ended(whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64]
     lead = leads(now[:, 0], rivals, counts.shape[1] - 1, whole.alpha)
     whole.refuted[0.0][at] = lead == -1
     return (answer[:, 0] == 1) | (lead != 0)
-
-
-def check_settings(sigma: Any, radii: tuple[Any, ...], alpha: Any, **numbers: Any) -> None:
-    """Refuse settings of certificates that are not allowed, with TypeError or ValueError.
-
-    ``numbers`` are the whole numbers ``draws``, ``batch_size``, ``seed`` and perhaps ``choosing`` or ``votes``, and
-    perhaps ``gain`` and ``seconds``.
-    """
-    # Certificates without draws check the first settings.
-    none = Certificates(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), sigma, radii, alpha)
-    radius = max(radii, default=0.0)
-    p = none.threshold(radius)
-
-    # Right draws alone prove a probability above p if p^draws is at most the alpha that may be spent.
-    def proves(n: int) -> bool:
-        return p < 1 and p**n <= (spent(n, p, alpha) if radii else alpha)
-
-    least = next((n for n in (looks(MOST) if radii else range(1, MOST)) if proves(n)), MOST)
-    what = f" to prove the radius {radius} at sigma {sigma} and alpha {alpha}"
-    if least == MOST:
-        raise ValueError(f"radius must be smaller: fewer than {MOST} draws are needed{what}")
-    allowed = {"draws": Range(least, MOST, below=True, unit=what), "seed": Range(0, LARGEST, below=True)}
-    allowed |= {"choosing": Range(1, MOST), "gain": Range(0, 1, below=True), "seconds": Range(0, above=True)}
-    for name, value in numbers.items():
-        check_number(name, value)
-        if name not in ("gain", "seconds") and not isinstance(value, Integral):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        allowed.get(name, Range(1)).check(name, value)
-    if radii and numbers.get("gain"):
-        raise ValueError(f"gain is only for the largest radius, got gain {numbers['gain']} and radius {radii}")

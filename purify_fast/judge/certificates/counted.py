@@ -6,24 +6,20 @@ set or more draws go on from what is there.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
-from collections import defaultdict
-from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..._hashes import digest
-from ..._settings import dtype_of
 from ...attacks.attacked_model import logits_of
 from ...attacks.context import TimeIsOver
 from ...defences.stochastic import StochasticDefence, undecided
@@ -75,7 +71,7 @@ class Draws:
 
     Raises:
         DependentDrawsError: the logits depend on the rest of the batch, on the place in it, or on the call.
-        ValueError: the model is random without draws for each image, or refuses float32 images.
+        ValueError: the model is random without draws for each image, or has no logits.
     """
 
     def __init__(self, model: Classifier, x: Tensor, index: Tensor, *, sigma: float, seed: int, limit: BatchLimit):
@@ -90,7 +86,7 @@ class Draws:
         rows = [self._rows(one, number, 1) for number, one in enumerate(which)]
         self.rows, self.names = (torch.cat(parts) for parts in zip(*rows, strict=True))
         with _Dtypes() as dtypes:
-            self.known = limit.within(self._alone)
+            self.known = limit.within(lambda: torch.cat([*map(self._predict, self.rows.split(1), self.names.split(1))]))
         self.classes = self.known.shape[1]
         tf32 = precision_name(model, limit.device) == "tf32"
         #: The precisions in which the model computes, for the report.
@@ -147,16 +143,6 @@ class Draws:
             raise DependentDrawsError(f"model must {must}, but {reason}: {changed} of {count} rows differ from before")
         return logits[:-count]
 
-    def _alone(self) -> Tensor:
-        try:
-            return torch.cat([self._predict(*one) for one in zip(self.rows.split(1), self.names.split(1), strict=True)])
-        except (RuntimeError, TypeError) as error:
-            dtype = dtype_of(self.model) if isinstance(self.model, nn.Module) else torch.float32
-            if dtype == torch.float32:
-                raise
-            cure = f"give model.float(), or lambda x: model(x.to({dtype}))"
-            raise ValueError(f"model must take float32 images, but this {self.name} is in {dtype}: {cure}") from error
-
     def _predict(self, images: Tensor, names: Tensor) -> Tensor:
         if not self.is_random:
             return logits_of(self.model, images)
@@ -174,10 +160,6 @@ PARTS = 3
 PASSES = 32
 
 
-class _NotKept(Exception):
-    """There is no part with this number yet."""
-
-
 class Counted:
     """The counts of images by class, after numbers of draws.
 
@@ -191,16 +173,10 @@ class Counted:
     """
 
     def __init__(self, noisy: Draws, shards: Shards, cache: RowCache):
-        self.noisy, self.shards, self.cache, self.part = noisy, shards, cache, 0
+        self.noisy, self.shards, self.cache, self.parts, self.drawn, self.seconds = noisy, shards, cache, 0, 0, 0.0
         # Another image with the same index has other counts. 60 bits fit into int64.
-        marks = (digest(*pair) for pair in zip(noisy.x, noisy.index, strict=True))
-        self.marks = [int(mark[:15], 16) for mark in marks]
-        nothing = {start: np.zeros(noisy.classes + 1, dtype=np.int64) for start in (0, MOST)}
-        self.known = {mark: dict(nothing) for mark in self.marks}
-        self.drawn, self.seconds = 0, 0.0
-        with contextlib.suppress(_NotKept):
-            while True:
-                self._next_part(None)
+        self.marks = [int(digest(*pair)[:15], 16) for pair in zip(noisy.x, noisy.index, strict=True)]
+        self.known = {mark: dict.fromkeys((0, MOST), np.zeros(noisy.classes + 1, np.int64)) for mark in self.marks}
 
     def after(self, places: NDArray[np.int64], last: int, until: float) -> NDArray[np.int64]:
         """Count the classes of the images at some places after ``last`` draws, ``[n, classes + 1]``.
@@ -208,48 +184,39 @@ class Counted:
         The last column counts predictions without a class. `TimeIsOver` is raised before draws that would begin later
         than ``until``, a time of `time.monotonic`.
         """
-        waiting = self._jobs(places, last)
-        while jobs := list(itertools.islice(waiting, self.shards.world)):
+        known = {place: self.known[self.marks[place]] for place in places.tolist()}
+        while missing := [place for place in known if last not in known[place]]:
+            firsts = [max(number for number in known[place] if number < last) for place in missing]
+            some = [place for place, first in zip(missing, firsts, strict=True) if first == firsts[0]]
+            # Each process draws for some of the images, in a number of passes.
+            fit = max(1, PASSES * self.noisy.limit.most // (last - firsts[0]))
+            size = min(fit, -(-len(some) // self.shards.world))
+            starts = range(0, len(some), size)[: self.shards.world]
+            self._next_part([(tuple(some[start : start + size]), firsts[0], last) for start in starts], until)
+        return np.array([each[last] for each in known.values()], np.int64).reshape(-1, self.noisy.classes + 1)
+
+    def _next_part(self, jobs: list[Job], until: float) -> None:
+        """Read the next part of the table, or make it of the jobs if it is not kept."""
+
+        def make() -> dict[str, Any]:
             if time.monotonic() >= until:
                 raise TimeIsOver
-            while any(last not in self.known[self.marks[place]] for job in jobs for place in job[0]):
-                self._next_part(jobs)
-        counts = [self.known[self.marks[place]][last] for place in places.tolist()]
-        return np.array(counts, dtype=np.int64).reshape(-1, self.noisy.classes + 1)
+            began, (_, first, last) = time.perf_counter(), jobs[0]
+            marks = np.array([self.marks[place] for places, *_ in jobs for place in places])
+            new = np.concatenate(self.shards.share(jobs, self.noisy.counts))  # type: ignore[arg-type]
+            total = new + [self.known[mark][first] for mark in marks.tolist()]
+            at, kinds = total.nonzero()
+            rows = np.stack([marks[at], np.full_like(at, last), kinds, total[at, kinds]], -1)
+            seconds = time.perf_counter() - began
+            return {"rows": torch.from_numpy(rows), "draws": len(marks) * (last - first), "seconds": seconds}
 
-    def _jobs(self, places: NDArray[np.int64], last: int) -> Iterator[Job]:
-        """Divide the draws that are missing into jobs."""
-        missing = defaultdict[int, list[int]](list)
-        for place in places.tolist():
-            known = self.known[self.marks[place]]
-            if last not in known:
-                missing[max(number for number in known if number < last)].append(place)
-        for first, some in missing.items():
-            fit = max(1, PASSES * self.noisy.limit.most // (last - first))
-            size = min(fit, -(-len(some) // self.shards.world))
-            for start in range(0, len(some), size):
-                yield tuple(some[start : start + size]), first, last
-
-    def _next_part(self, jobs: list[Job] | None) -> None:
-        def make() -> dict[str, Any]:
-            if jobs is None:
-                raise _NotKept
-            began, rows = time.perf_counter(), []
-            made = self.shards.share(jobs, self.noisy.counts)  # type: ignore[arg-type]
-            for (places, first, last), counts in zip(jobs, made, strict=True):
-                for mark, new in zip((self.marks[place] for place in places), counts, strict=True):
-                    total = self.known[mark][first] + new
-                    rows += [(mark, last, kind, total[kind]) for kind in np.flatnonzero(total).tolist()]
-            drawn = sum(len(places) * (last - first) for places, first, last in jobs)
-            return {"rows": torch.tensor(rows), "draws": drawn, "seconds": time.perf_counter() - began}
-
-        named = {"counts": [PARTS, self.noisy.sigma, self.noisy.seed, self.noisy.classes], "part": self.part}
+        named = {"counts": [PARTS, self.noisy.sigma, self.noisy.seed, self.noisy.classes], "part": self.parts}
         part = self.cache.values(self.cache.key(named, self.noisy.model), make)
-        self.part, self.drawn, self.seconds = self.part + 1, self.drawn + part["draws"], self.seconds + part["seconds"]
+        self.parts, self.drawn = self.parts + 1, self.drawn + part["draws"]
+        self.seconds += part["seconds"]
         for (mark, last), rows in itertools.groupby(part["rows"].tolist(), itemgetter(0, 1)):
-            total = np.zeros(self.noisy.classes + 1, dtype=np.int64)
-            for _, _, kind, count in rows:
-                total[kind] = count
             # A folder may have counts of other images. Counts that are known stay, whatever another batch rounded.
-            if mark in self.known:
-                self.known[mark].setdefault(last, total)
+            if mark in self.known and last not in self.known[mark]:
+                total = self.known[mark][last] = np.zeros(self.noisy.classes + 1, np.int64)
+                for *_, kind, count in rows:
+                    total[kind] = count
