@@ -31,7 +31,8 @@ from ...ops.philox import Stream, philox, philox_key
 from ...ops.square_proposal import PLACES, TINY, signs
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import EngineAttack
-from .engine.judge import PaceMonitor, bucket, repeated_to, some_of, takes_every_size
+from .engine.judge import bucket, repeated_to, takes_every_size
+from .engine.pace import PaceMonitor, some_of
 from .engine.row_batches import ActiveSet, take_rows
 from .judge_context import JudgeContext
 

@@ -20,19 +20,8 @@ from ....attacks.health import GradientHealth
 from ....attacks.objective import Objective
 from ....attacks.search import better_of
 from ..judge_context import JudgeContext
-from .judge import (
-    FEWEST_STEPS,
-    SHARES,
-    TIMES,
-    Gains,
-    Judge,
-    PaceMonitor,
-    bucket,
-    has_fallen,
-    repeated_to,
-    some_of,
-    takes_every_size,
-)
+from .judge import Judge, bucket, has_fallen, repeated_to, takes_every_size
+from .pace import FEWEST_STEPS, SHARES, TIMES, Gains, PaceMonitor, some_of
 
 #: Without a batch size, runs of few images are searched together, up to this many rows: small batches are slow.
 FEWEST_ROWS = 64
