@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from purify_fast import __version__, _library, cli
-from purify_fast.cli import show as installation
+from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import records, verify
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from purify_fast import _library, cli
-from purify_fast.cli import show as installation
+from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import tuning, verify
 from purify_fast.ops.dispatch.example_tensors import tile

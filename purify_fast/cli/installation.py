@@ -1,0 +1,80 @@
+"""Makes the text of ``purify-fast info``: versions, the build of the extension, and the backend of each op."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from .. import _library
+from .._templates import render
+from .._version import __version__
+from ..judge.show.text import terminal_table
+from ..ops import REGISTRY
+from ..ops.dispatch import records
+from ..ops.dispatch.choices import in_words
+from ..ops.dispatch.registry import Op, forced_backends, sizes_here
+from ..ops.dispatch.verify import known_verdict
+
+#: The words for a kernel that failed its verification.
+WRONG = "WRONG here"
+
+
+def _devices() -> dict[str, torch.device]:
+    devices = {"cpu": torch.device("cpu")}
+    if torch.cuda.is_available():
+        devices["cuda"] = torch.device("cuda", torch.cuda.current_device())
+    return devices
+
+
+def _state(op: Op, kind: str) -> tuple[str, str, str]:
+    """Three texts: the backends of an op in eager calls, those in compiled graphs, and why. No kernel is verified."""
+    try:
+        forced = op.forced(kind)
+    except RuntimeError as error:
+        return "nothing", "nothing", str(error)
+    if forced is not None:
+        return forced, forced, "forced"
+    if op.kernel(kind) == "reference":
+        missing = "there is no kernel" if _library.loaded() else "the extension is not loaded"
+        return "reference", "reference", missing
+    present = _devices().get(kind)
+    verdict = None if present is None else known_verdict(op, present)
+    if verdict is not None and not verdict.passed:
+        return "reference", "reference", f"the {op.kernel(kind)} kernel is {WRONG}: {verdict.words()}; please report it"
+    device = torch.device(kind) if present is None else present
+    sizes, why = sizes_here(op.name, device)
+    eager = in_words(op, op.kernel(kind), sizes)
+    graph = in_words(op, op.kernel(kind), dict.fromkeys(op.in_graphs.get(kind, ()), 0))
+    return eager, graph, f"{why}; {verdict.words() if verdict else 'verified at first use'}"
+
+
+def info(everything: bool) -> str:
+    """The text of the command ``info``: versions, devices, how many ops kernels compute, and wrong kernels."""
+    states = {kind: {name: _state(op, kind) for name, op in REGISTRY.items()} for kind in ("cpu", "cuda")}
+    body = [
+        (name if kind == "cpu" else "", kind, ", ".join(exists), *states[kind][name])
+        for name, op in REGISTRY.items()
+        for kind, exists in op.available.items()
+    ]
+    return render(
+        __package__,
+        "info.txt.jinja",
+        all=everything,
+        version=__version__,
+        folder=Path(__file__).parents[1],
+        python=platform.python_version(),
+        torch=torch,
+        triton=records.triton_version() or "not installed",
+        processor=records.processor(),
+        gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
+        library=_library,
+        states={kind: states[kind] for kind in _devices()},
+        wrong=WRONG,
+        forced=forced_backends(),
+        verdicts=records.folder(),
+        environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
+        table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body),
+    )
