@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..methods.loading import METHODS
+from ..methods.discovery import METHODS
 from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand

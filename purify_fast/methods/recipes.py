@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .loading import METHODS
+from .discovery import METHODS
 from .publication import Recipe
 
 #: The recipes of each method that has any, by the method's name and the recipe's name within the method.

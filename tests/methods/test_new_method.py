@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from purify_fast.methods.loading import METHODS
+from purify_fast.methods.discovery import METHODS
 
 ROOT = Path(__file__).parents[2]
 METHOD = {

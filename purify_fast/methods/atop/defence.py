@@ -22,7 +22,7 @@ from ...defences.base import Defence, refuse_wrapped
 from ...models.representation import evaluation_mode
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
-from ..loading import description, rebuilt, save_defence
+from ..saving import description, rebuilt, save_defence
 from .generators import DeepFillGenerator, SmallGenerator
 
 PURIFIERS: dict[str, type[nn.Module]] = {"deepfill": DeepFillGenerator, "small_generator": SmallGenerator}

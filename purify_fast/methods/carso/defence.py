@@ -26,7 +26,7 @@ from ...models.representation import Representation
 from ...ops.decode_samples import latents
 from ...speed.decoding import PackedDecoder, kernel_decodes
 from ...speed.watch import Watch
-from ..loading import save_defence
+from ..saving import save_defence
 from .networks import NETWORKS, Decoder, Deconvolution, Plan, decoder_plan, decoder_plan_v1
 
 CarsoVersion = Literal["v4", "v1"]

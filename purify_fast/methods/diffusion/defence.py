@@ -31,7 +31,7 @@ from ...defences.base import Defence, refuse_wrapped
 from ...defences.modes import WithAggregation
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.copying import same_draws
-from ..loading import save_defence
+from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
 from .process import GRADIENTS, Process, StepTable
 

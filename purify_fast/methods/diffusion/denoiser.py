@@ -15,7 +15,7 @@ from ...models.foreign import load_weights
 from ...models.representation import evaluation_mode
 from ...models.unet import TimeLayer, UNet
 from ...training.checkpoint import save_model
-from ..loading import description, rebuilt
+from ..saving import description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
 DENOISERS: dict[str, type[nn.Module]] = {"UNet": UNet}

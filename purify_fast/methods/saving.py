@@ -1,0 +1,48 @@
+"""Defines what the defences of all methods share: descriptions of their parts, and the file of a saved defence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._hashes import weights_fingerprint
+from ..defences.base import Defence
+from ..training.checkpoint import save_model
+
+
+def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
+    """Describe a module by JSON values for `rebuilt`, and a module of the user's own only by its class's name."""
+    for name, kind in kinds.items():
+        if type(module) is kind:
+            return {"kind": name, "arguments": module.arguments}
+    return {"kind": type(module).__qualname__, "arguments": None}
+
+
+def rebuilt(
+    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: object
+) -> nn.Module:
+    """Make the module of a saved `description`, or return the user's ``given`` module, if it has that description."""
+    if given is None:
+        if facts["kind"] not in kinds:
+            raise ValueError(f"purifier must be given: {folder} holds the weights of a {facts['kind']} of your own")
+        return kinds[facts["kind"]](**facts["arguments"])
+    found = description(given, kinds)
+    if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):
+        raise ValueError(f"purifier must fit the saved weights: {folder} holds {dict(facts)}, got {found}")
+    return given
+
+
+def save_defence(defence: Defence, folder: str | Path) -> None:
+    """Write a defence to ``model.safetensors``: the trained weights, and the classifier's fingerprint."""
+    if defence.compute_dtype is not None:
+        raise ValueError(f"a copy of a {type(defence).__name__} cannot be saved: save the defence itself")
+    facts = {"classifier": weights_fingerprint(defence.classifier), **({"bank": defence.bank} if defence.bank else {})}
+    save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)
+
+
+def trained_tensors(defence: Defence) -> dict[str, Tensor]:
+    """Return the tensors that a saved defence has: all except those of the classifier."""
+    return {name: value for name, value in defence.state_dict().items() if not name.startswith("classifier.")}
