@@ -2,84 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model_state import GENERATORS, hidden_modules
+from ..model_state import hidden_modules
+from .draws import own_generators
 from .snapshot import held_by, is_plain
 from .weights import copy_all, tensors_of
-
-CONTAINERS = (list, tuple, dict)
-
-
-def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
-    """The random generators that are attributes of modules, or lie in lists, tuples and dicts there."""
-    values = [value for part in parts for value in vars(part).values()]
-    inside = [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, CONTAINERS)]
-    return [value for value in itertools.chain(values, *inside) if isinstance(value, GENERATORS)]
-
-
-@contextlib.contextmanager
-def same_draws(model: nn.Module | None = None, device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
-    """A block after which all generators are as before, so that the next block draws the same numbers.
-
-    They are the global ones of the host, of ``device`` and of the devices of ``model``, and the model's own.
-
-    The block gets a function that tells whether any numbers were drawn so far. It waits for a GPU.
-    """
-    model = nn.Module() if model is None else model
-    devices = {one.device for one in model.parameters()} | ({device} if device is not None else set())
-    indices = {torch.cuda.current_device() if one.index is None else one.index for one in devices if one.type == "cuda"}
-    on_devices = [torch.cuda.default_generators[index] for index in sorted(indices)]
-    # The modules of NumPy and Python read and set the states of their global generators.
-    generators = [torch.default_generator, *on_devices, np.random, random, *own_generators(model.modules())]
-    accesses = list(map(_access, generators))
-    before = [read() for read, _ in accesses]
-    try:
-        yield lambda: not _equal([read() for read, _ in accesses], before)
-    finally:
-        for (_, write), state in zip(accesses, before, strict=True):
-            write(state)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, (list, tuple)):
-        return all(map(_equal, a, b))
-    same = a == b
-    return same if isinstance(same, bool) else bool(same.all())
-
-
-def _access(one: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Return the functions that read and write the state of a generator."""
-    if isinstance(one, np.random.Generator):
-        bits: Any = one.bit_generator
-        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
-    if one is random or isinstance(one, random.Random):
-        return one.getstate, one.setstate
-    return one.get_state, one.set_state
-
-
-def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the random generators on the host. A graph advances only the generator of the device."""
-    array: Any = np.random.get_state()
-    # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
-    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])
-
-
-# -- copies a model with all that it holds -----------------------------------------------------------------------------
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
 PLAIN = (Tensor, nn.Parameter)

@@ -18,7 +18,8 @@ from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import CopiesItself, Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
-from .copying import deep_copy, freeze, same_draws
+from .copying import deep_copy, freeze
+from .draws import same_draws
 from .eager_mode import eager
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .._settings import first_tensor
 from ..models.representation import evaluation_mode
-from .copying import deep_copy, freeze, same_draws
+from .copying import deep_copy, freeze
+from .draws import same_draws
 from .eager_mode import EagerDispatchMode
 from .weights import CONVOLUTIONS
 

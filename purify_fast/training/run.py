@@ -24,7 +24,7 @@ from .._process import processes
 from ..data import crop_flip, to_float
 from ..models.representation import evaluation_mode
 from ..speed.agreement import FLOAT32, apart, differ
-from ..speed.copying import same_draws
+from ..speed.draws import same_draws
 from ..speed.memory import peak_so_far
 from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig

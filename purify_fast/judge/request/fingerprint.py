@@ -18,7 +18,7 @@ from ..._tensors import per_image
 from ...attacks.attacked_model import gradient_to, logits_of
 from ...model_state import hidden_modules, is_users, used_modules
 from ...protocols import Classifier, CountsImages, supports
-from ...speed.copying import same_draws
+from ...speed.draws import same_draws
 from ..searches.model_tests import SAMPLE
 
 #: The largest standard deviation of the noise; each image has more than the one before.

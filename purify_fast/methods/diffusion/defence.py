@@ -30,7 +30,7 @@ from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.modes import WithAggregation
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
-from ...speed.copying import same_draws
+from ...speed.draws import same_draws
 from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
 from .process import GRADIENTS, Process, StepTable

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...models.representation import Recorder
-from ..copying import deep_copy, only_registered, same_draws
+from ..copying import deep_copy, only_registered
+from ..draws import same_draws
 from ..snapshot import Snapshot
 from ..weights import copy_all, tensors_of
 

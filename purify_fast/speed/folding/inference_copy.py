@@ -15,7 +15,8 @@ from ..._settings import first_tensor, without_autocast
 from ...models.layers import Normalize
 from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed
-from ..copying import deep_copy, freeze, same_draws
+from ..copying import deep_copy, freeze
+from ..draws import same_draws
 from ..products import autocast_to, convert, convert_to_channels_last, to_format
 from ..snapshot import Snapshot
 from ..weights import matrix_weights, tensors_of

@@ -21,7 +21,7 @@ from ..._compiler import in_one_graph
 from ..._validation import in_one_line
 from ...protocols import DrawsSeeds
 from ..agreement import nearly_as_exact
-from ..copying import host_generators, same_draws
+from ..draws import host_generators, same_draws
 from ..eager_mode import eager
 from .graphed_loop import parts_of
 from .step_loop import State, StepFunction

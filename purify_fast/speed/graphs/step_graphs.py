@@ -31,7 +31,7 @@ from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_lin
 from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import FLOAT32
-from ..copying import host_generators, same_draws
+from ..draws import host_generators, same_draws
 from ..eager_mode import EagerDispatchMode
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import raced_convolutions
