@@ -15,7 +15,7 @@ from .._settings import dtype_of, first_tensor
 from .._tensors import check_floating
 from ..models.representation import Representation, count_classes
 from ..ops.aggregate import aggregate
-from ..speed.products import autocast_to, convert_to_channels_last
+from ..speed.layout import autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence, majority
 
 D = TypeVar("D", bound="Defence")

@@ -20,7 +20,7 @@ from ..models.foreign import ForeignClassifier
 from ..models.representation import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.frozen_copy import AttackedCopy
-from ..speed.products import autocast_to
+from ..speed.layout import autocast_to
 from ..speed.reading import reading
 from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings

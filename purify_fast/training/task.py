@@ -16,7 +16,7 @@ from .._tensors import check_one_device
 from .._validation import Norm, Precision
 from ..attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
-from ..speed.products import autocast_to
+from ..speed.layout import autocast_to
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength
 

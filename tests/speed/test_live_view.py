@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN, build_classifier
 from purify_fast.models.representation import Representation
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-from purify_fast.speed.products import convert_to_channels_last
+from purify_fast.speed.layout import convert_to_channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,7 +28,7 @@ from ...models.representation import Representation
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
-from ...speed.products import autocast_to, convert_to_channels_last
+from ...speed.layout import autocast_to, convert_to_channels_last
 from ...training.config import TrainingAttack
 from ...training.method_task import MethodTask, cross_entropy_of
 from ...training.task import Batch, Metrics, check_classifier

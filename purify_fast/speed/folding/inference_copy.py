@@ -17,7 +17,7 @@ from ...models.representation import without_recorders
 from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze
 from ..draws import same_draws
-from ..products import autocast_to, convert, convert_to_channels_last, to_format
+from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..snapshot import Snapshot
 from ..weights import matrix_weights, tensors_of
 from .batchnorm import TRANSPOSED, Values, fold_pairs, foldable_pairs

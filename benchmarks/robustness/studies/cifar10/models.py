@@ -28,7 +28,7 @@ from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models import build_classifier
-from purify_fast.speed.products import convert_to_channels_last
+from purify_fast.speed.layout import convert_to_channels_last
 from purify_fast.training import (
     Batch,
     ClassifierConfig,

@@ -1,0 +1,53 @@
+"""The dtype of a model's products, and the dtype and the memory layout of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._settings import first_tensor
+from ..models.representation import evaluation_mode
+from .weights import CONVOLUTIONS
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The autocast context in which copies compute; float32 switches off an autocast of the caller."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def convert_to_channels_last(model: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Convert the convolutions' weights to channels_last in place, if the model then still runs; return True if it
+    does.
+
+    A model that flattens maps or images with ``view`` does not run in channels_last.
+    """
+    to_format(model, torch.channels_last)
+    first = first_tensor(model)
+    example = torch.full((2, *image_shape), 0.5, device=first.device, dtype=first.dtype)
+    try:
+        # The model is in evaluation mode, because this example must not change the statistics of BatchNorms.
+        with evaluation_mode(model), torch.no_grad():
+            model(example.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        to_format(model, torch.contiguous_format)
+        return False
+    return True
+
+
+def to_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    convert([layer for layer in model.modules() if isinstance(layer, CONVOLUTIONS)], memory_format=memory_format)
+
+
+def convert(layers: Sequence[nn.Module], **how: Any) -> None:
+    """Convert the parameters of layers to another dtype or memory format, in place; shared ones stay shared."""
+    new = dict[int, nn.Parameter]()
+    for old in {one: None for layer in layers for one in layer._parameters.values() if one is not None}:
+        if old.dim() == 4 or "memory_format" not in how:
+            made = torch.empty_like(old, **how)
+            if (made.dtype, made.stride()) != (old.dtype, old.stride()):
+                new[id(old)] = nn.Parameter(made.copy_(old.detach()), old.requires_grad)
+    for layer in layers:
+        layer._parameters |= {name: new.get(id(one), one) for name, one in layer._parameters.items()}
