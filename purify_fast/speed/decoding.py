@@ -24,7 +24,7 @@ from ..ops import REGISTRY
 from ..ops._streams import default_stream
 from ..ops.decode_samples import decode_prior, pack
 from ..ops.decode_samples import latents as prior
-from .folding.batchnorm import fold, foldable, hooked
+from .folding.arithmetic import fold, foldable, hooked
 
 _NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 

@@ -20,7 +20,8 @@ from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..snapshot import Snapshot
 from ..weights import matrix_weights, tensors_of
-from .batchnorm import TRANSPOSED, Values, fold_pairs, foldable_pairs
+from .arithmetic import TRANSPOSED
+from .batchnorm import Values, fold_pairs, foldable_pairs
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: For a model with fewer weights, the conversion of an image to channels_last takes longer than it saves.
