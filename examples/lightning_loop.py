@@ -18,8 +18,7 @@ from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.training import Batch, TrainingAttack
 
 try:
-    from lightning import LightningModule as Module
-    from lightning import Trainer
+    from lightning import LightningModule as Module, Trainer
 except ImportError:
     Module, Trainer = torch.nn.Module, None
 

@@ -23,36 +23,30 @@ from ._lazy import lazy_exports
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from . import attacks as attacks
-    from . import autoattack as autoattack
-    from . import data as data
-    from . import defences as defences
-    from . import evaluation as evaluation
-    from . import methods as methods
-    from . import models as models
-    from . import nn as nn
-    from . import ops as ops
-    from . import protocols as protocols
-    from . import speed as speed
-    from . import training as training
-    from . import zoo as zoo
+    from . import (
+        attacks as attacks,
+        autoattack as autoattack,
+        data as data,
+        defences as defences,
+        evaluation as evaluation,
+        methods as methods,
+        models as models,
+        nn as nn,
+        ops as ops,
+        protocols as protocols,
+        speed as speed,
+        training as training,
+        zoo as zoo,
+    )
     from .data import load_dataset as load_dataset
-    from .evaluation import EvaluateConfig as EvaluateConfig
-    from .evaluation import certify as certify
-    from .evaluation import evaluate as evaluate
-    from .methods import arrest as arrest
-    from .methods import atop as atop
-    from .methods import carso as carso
-    from .methods import diffusion as diffusion
+    from .evaluation import EvaluateConfig as EvaluateConfig, certify as certify, evaluate as evaluate
+    from .methods import arrest as arrest, atop as atop, carso as carso, diffusion as diffusion
     from .methods.atop import Atop as Atop
     from .methods.carso import Carso as Carso
     from .methods.diffusion import DiffusionPurifier as DiffusionPurifier
     from .methods.loading import load_defence as load_defence
-    from .speed.frozen_copy import frozen_copy as frozen_copy
-    from .speed.frozen_copy import images_only as images_only
-    from .training import fit as fit
-    from .training import load_classifier as load_classifier
-    from .training import save_classifier as save_classifier
+    from .speed.frozen_copy import frozen_copy as frozen_copy, images_only as images_only
+    from .training import fit as fit, load_classifier as load_classifier, save_classifier as save_classifier
 else:
     # A type checker must not see `__getattr__`, which would accept every name.
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -14,9 +14,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ._classifier import Classifier as Classifier
-from ._classifier import SharesDraws as SharesDraws
-from ._classifier import supports as supports
+from ._classifier import Classifier as Classifier, SharesDraws as SharesDraws, supports as supports
 
 
 @runtime_checkable

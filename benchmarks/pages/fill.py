@@ -25,8 +25,7 @@ from ..robustness import answer, contests, pack_zoo, smoothing
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
-from ..speed.elsewhere import architectures, small_networks
-from ..speed.elsewhere import measuring as elsewhere
+from ..speed.elsewhere import architectures, measuring as elsewhere, small_networks
 from . import front_page, methods_table, performance
 
 ROOT = RESULTS.parents[1]

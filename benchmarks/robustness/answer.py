@@ -42,6 +42,7 @@ from . import revisions
 from .contests import (
     FAST,
     OFFICIAL,
+    OFFICIAL_RAND as RAND,
     OURS,
     PARTS,
     ROBUST,
@@ -53,7 +54,6 @@ from .contests import (
     misclassified,
     official,
 )
-from .contests import OFFICIAL_RAND as RAND
 from .counted_model import CountedModel
 
 FILE = "answer.json"

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from purify_fast import __version__
-from purify_fast import zoo as packed
+from purify_fast import __version__, zoo as packed
 from purify_fast._files import write_text
 from purify_fast._validation import read_norm
 from purify_fast.data import DataSet, balanced_subset, load_dataset, to_float

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 from .._lazy import lazy_exports
 from .attacked_model import frozen as frozen
-from .base import Attack as Attack
-from .base import AttackResult as AttackResult
+from .base import Attack as Attack, AttackResult as AttackResult
 from .bpda import BpdaModel as BpdaModel
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
 from .fgsm import FGSM as FGSM
-from .functions import fgsm as fgsm
-from .functions import pgd as pgd
+from .functions import fgsm as fgsm, pgd as pgd
 from .health import GradientHealth as GradientHealth
 from .leaving_pgd import LeavingPGD as LeavingPGD
 from .pgd import PGD as PGD
@@ -26,10 +24,7 @@ if TYPE_CHECKING:
     from ..judge.searches.judge_context import JudgeContext as JudgeContext
     from ..judge.searches.model_tests import AttackersHead as AttackersHead
     from ..judge.searches.original_autoattack import OriginalAutoAttack as OriginalAutoAttack
-    from ..judge.searches.search_functions import apgd as apgd
-    from ..judge.searches.search_functions import fab_t as fab_t
-    from ..judge.searches.search_functions import square as square
-    from ..judge.searches.search_functions import stadv as stadv
+    from ..judge.searches.search_functions import apgd as apgd, fab_t as fab_t, square as square, stadv as stadv
     from ..judge.searches.square import Square as Square
     from ..judge.searches.stadv import StAdv as StAdv
 else:

@@ -15,8 +15,7 @@ from .._classifier import Classifier
 from .._tensors import per_sample
 from .._validation import GradientPrecision, Norm, NormName, check_counts, read_norm
 from ..ops.pgd_step import NORMS, clamped, per_pixel, pgd_step
-from ..ops.philox import DISTRIBUTIONS, Stream, philox, philox_key
-from ..ops.philox import OP as DRAW
+from ..ops.philox import DISTRIBUTIONS, OP as DRAW, Stream, philox, philox_key
 from ..speed.graphs.step_loop import CapturesSteps
 from .arguments import can_read, check_eps, check_tensor, largest_distance
 

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from .._classifier import Classifier
 from .._tensors import per_sample
 from .._validation import AtLeast0, Count, GradientPrecision, Norm, Range
-from ..ops.pgd_step import NORMS, per_pixel, pgd_step
-from ..ops.pgd_step import OP as STEP
+from ..ops.pgd_step import NORMS, OP as STEP, per_pixel, pgd_step
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .base import AttackResult, InBall, times, worst_of_runs

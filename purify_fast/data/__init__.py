@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .datasets import DataSet as DataSet
-    from .datasets import load_dataset as load_dataset
+    from .datasets import DataSet as DataSet, load_dataset as load_dataset
     from .folders import read_image as read_image
-    from .images import balanced_subset as balanced_subset
-    from .images import batches as batches
-    from .images import crop_flip as crop_flip
-    from .images import mirrored as mirrored
-    from .images import statistics as statistics
-    from .images import to_float as to_float
+    from .images import (
+        balanced_subset as balanced_subset,
+        batches as batches,
+        crop_flip as crop_flip,
+        mirrored as mirrored,
+        statistics as statistics,
+        to_float as to_float,
+    )
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn import functional as F
+from torch.nn import Parameter, functional as F
 
 from .._settings import without_autocast
 from .._tensors import memory_format

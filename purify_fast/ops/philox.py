@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_one_device
-from .dispatch.examples import ROWS, examples
-from .dispatch.examples import stream as example_stream
+from .dispatch.examples import ROWS, examples, stream as example_stream
 from .dispatch.registry import define_op
 
 _MASK = 0xFFFFFFFF

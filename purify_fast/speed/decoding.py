@@ -22,8 +22,7 @@ from .._settings import without_autocast
 from ..kernels.decoder_sizes import Geometry, Layer
 from ..ops import REGISTRY
 from ..ops._streams import default_stream
-from ..ops.decode_samples import decode_prior, pack
-from ..ops.decode_samples import latents as prior
+from ..ops.decode_samples import decode_prior, latents as prior, pack
 from .folding.arithmetic import fold, foldable, hooked
 
 _NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)

@@ -13,8 +13,7 @@ from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.context import Ball
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.searches.apgd import AutoPgd, checkpoints
-from purify_fast.judge.searches.engine import judge as judging
-from purify_fast.judge.searches.engine import row_batches as engine_rows
+from purify_fast.judge.searches.engine import judge as judging, row_batches as engine_rows
 from purify_fast.judge.searches.engine.judge import Judge
 from purify_fast.judge.searches.engine.row_batches import ActiveSet, Rows
 from purify_fast.ops import attack_loss

@@ -9,8 +9,7 @@ from denoisers import Tiny, defence, images
 from small_models import Linear, Made
 from torch import nn
 
-from benchmarks.robustness.authors import Evaluation, authors_evaluations, rows_of
-from benchmarks.robustness.authors import diffusion_release as release
+from benchmarks.robustness.authors import Evaluation, authors_evaluations, diffusion_release as release, rows_of
 from benchmarks.robustness.authors.atop_release import ReleasedEvaluation
 from purify_fast.attacks import BpdaModel, OriginalAutoAttack
 from purify_fast.defences import WithAggregation, WithFixedNoise

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.robustness.broken import adaptive, entry
-from benchmarks.robustness.broken import run_broken as tables
+from benchmarks.robustness.broken import adaptive, entry, run_broken as tables
 from purify_fast.data import load_dataset, to_float
 
 DIGITS = [name for name, one in entry.ENTRIES.items() if one.data == "digits" and one.paper]

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from benchmarks import RESULTS
 from benchmarks.robustness.merged import read_rows
 from benchmarks.robustness.studies import cifar10
-from benchmarks.robustness.studies.cifar10 import models
-from benchmarks.robustness.studies.cifar10 import study as names
+from benchmarks.robustness.studies.cifar10 import models, study as names
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import Report
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask

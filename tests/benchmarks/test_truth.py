@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import RESULTS
-from benchmarks import __main__ as program
+from benchmarks import RESULTS, __main__ as program
 from benchmarks.robustness.truth import exact, run_truth, subjects
 from benchmarks.robustness.truth.relu_layers import affine_layers
 

@@ -8,8 +8,7 @@ import os
 import re
 
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))

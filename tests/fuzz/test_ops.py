@@ -5,8 +5,7 @@ import re
 import op_table
 import pytest
 import torch
-from hypothesis import reject
-from hypothesis import strategies as st
+from hypothesis import reject, strategies as st
 from mangling import CONTEXTS, fuzzed, mangled, named, names_of, on_meta, ordinary, tensors
 from op_table import PUBLIC
 from torch import Tensor

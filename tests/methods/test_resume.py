@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torchvision
-from small_models import atop as atop_defence
-from small_models import first_digits
+from small_models import atop as atop_defence, first_digits
 from small_runs import StopAt, Stopped, arrest_task, atop_task, attack, carso_task
 from torch.nn import functional as F
 

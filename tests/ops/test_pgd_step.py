@@ -4,8 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from op_cases import DTYPES, points
 
 from purify_fast import _library

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import answers
-from small_models import with_random_norms as trained
+from small_models import answers, with_random_norms as trained
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm

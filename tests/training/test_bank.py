@@ -17,8 +17,7 @@ from purify_fast.attacks import pgd
 from purify_fast.attacks.context import Ball
 from purify_fast.methods.carso import task as carso_training
 from purify_fast.models import SmallCNN
-from purify_fast.training import BankConfig, FitConfig, fit, save_classifier
-from purify_fast.training import bank as bank_module
+from purify_fast.training import BankConfig, FitConfig, bank as bank_module, fit, save_classifier
 from purify_fast.training.bank import AdversarialBank, quantized, restored
 from purify_fast.training.sources import InMemory
 from purify_fast.training.task import Batch, FrozenAttacks

@@ -6,9 +6,18 @@ import math
 import pytest
 import torch
 from small_models import Made, first_digits
-from small_runs import EPS, StopAt, Stopped, arrest_task, atop_task, carso_task, images, same
-from small_runs import batch as small_batch
-from small_runs import task as small_task
+from small_runs import (
+    EPS,
+    StopAt,
+    Stopped,
+    arrest_task,
+    atop_task,
+    batch as small_batch,
+    carso_task,
+    images,
+    same,
+    task as small_task,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast.models.classifiers import SmallCNN

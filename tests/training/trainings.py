@@ -15,8 +15,7 @@ from torch import nn
 from purify_fast.models.classifiers import FullyConnected, SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.speed import StepGraphs
-from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit
-from purify_fast.training import loop as loop_module
+from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, loop as loop_module
 from purify_fast.training.distributed import from_first
 
 

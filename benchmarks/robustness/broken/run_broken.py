@@ -31,11 +31,12 @@ from ... import kept, options
 from ...kept import Row, put, rows_of
 from ...speed.running import Budget
 from .. import revisions
-from . import adaptive
-from . import honest as _honest  # noqa: F401
-from . import mistakes as _mistakes  # noqa: F401
-from .entry import ENTRIES as ENTRIES
-from .entry import Entry
+from . import (
+    adaptive,
+    honest as _honest,  # noqa: F401
+    mistakes as _mistakes,  # noqa: F401
+)
+from .entry import ENTRIES as ENTRIES, Entry
 
 FILE = "broken.json"
 ADAPTIVE, OFFICIAL, STANDARD, STRONG = "adaptive", "AutoAttack", "standard", "strong"

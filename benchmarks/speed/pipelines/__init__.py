@@ -21,8 +21,7 @@ from purify_fast.training import Batch, Task
 from purify_fast.training.loop import train_step
 from purify_fast.training.optimizers import fuse
 
-from .expert import DTYPES
-from .expert import autocast as faster_autocast
+from .expert import DTYPES, autocast as faster_autocast
 
 #: The beginning of the names of the expert's forms.
 EXPERT = "expert"

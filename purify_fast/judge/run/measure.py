@@ -26,8 +26,7 @@ from ..searches.judge_context import JudgeContext
 from .attack_run import AttackedBatch, AttackRun, Shards, counts_of
 from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
-from .stopping import GROUP, NearestRule, StoppingRule, by_margin, nearest_first
-from .stopping import REVISION as STOPPING
+from .stopping import GROUP, REVISION as STOPPING, NearestRule, StoppingRule, by_margin, nearest_first
 
 #: The number of attacked images that each row stores for the pictures.
 EXAMPLES = 8

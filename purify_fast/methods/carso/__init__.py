@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from ...speed.decoding import PackedDecoder as PackedDecoder
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso
-    from .networks import Decoder as Decoder
-    from .networks import Deconvolution as Deconvolution
-    from .networks import decoder_plan as decoder_plan
-    from .networks import published_decoder as published_decoder
-    from .official import load_official as load_official
-    from .official import official_tensors as official_tensors
+    from .networks import (
+        Decoder as Decoder,
+        Deconvolution as Deconvolution,
+        decoder_plan as decoder_plan,
+        published_decoder as published_decoder,
+    )
+    from .official import load_official as load_official, official_tensors as official_tensors
     from .task import CarsoTask as CarsoTask
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -8,9 +8,7 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .defence import DiffusionPurifier as DiffusionPurifier
-    from .denoiser import load_denoiser as load_denoiser
-    from .denoiser import save_denoiser as save_denoiser
-    from .process import Process as Process
-    from .process import Schedule as Schedule
+    from .denoiser import load_denoiser as load_denoiser, save_denoiser as save_denoiser
+    from .process import Process as Process, Schedule as Schedule
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)
