@@ -39,13 +39,13 @@ def number(text: str) -> float:
 def values(command: Any) -> dict[str, Any]:
     """The options of a command and of its configurations, as values for YAML: texts, numbers and lists."""
     options: dict[str, Any] = {}
-    for field in dataclasses.fields(command):
-        value = getattr(command, field.name)
+    for item in dataclasses.fields(command):
+        value = getattr(command, item.name)
         if dataclasses.is_dataclass(value):
             options |= values(value)
-        elif field.name != "config":
+        elif item.name != "config":
             value = str(value) if isinstance(value, Path) else value
-            options[field.name] = list(value) if isinstance(value, tuple) else value
+            options[item.name] = list(value) if isinstance(value, tuple) else value
     return options
 
 
