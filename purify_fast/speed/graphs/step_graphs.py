@@ -30,7 +30,7 @@ from ..._compiler import section
 from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
 from ...model_description import identity_key
 from ...protocols import CountsImages, PreparesReplay
-from ..agreement import FLOAT32
+from ..agreement import nearly_as_exact
 from ..draws import host_generators, same_draws
 from ..eager_mode import EagerDispatchMode
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
@@ -145,8 +145,6 @@ Result = TypeVar("Result")
 MOST_GRAPHS = 32
 #: The number of steps without a graph whose launches are remembered.
 REMEMBERED = 64
-#: The share of a replay's values that may have a larger error than FLOAT32.
-OTHER_SIGNS = 0.05
 
 
 def write(values: State, buffers: State) -> None:
@@ -329,8 +327,9 @@ class StepGraphs:
                     replay = self.capture.record(lambda: write(function(buffers), buffers), device)
                 write(state, buffers)
                 replay()
-                if not all(alike(buffers[name], one) for name, one in wanted.items() if one.is_floating_point()):
-                    raise RuntimeError("a replay gives another result than the step")
+                for name, one in wanted.items():
+                    if one.is_floating_point() and not nearly_as_exact(buffers[name], one, one, state[name]):
+                        raise RuntimeError("a replay gives another result than the step")
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
             return self._refuse(base, f"the step cannot be captured ({in_one_line(error)})")
@@ -404,20 +403,6 @@ def run_trial(run: Callable[[], Result], device: torch.device) -> tuple[Result, 
     if host_generators(device) != before:
         raise RuntimeError("the step draws random numbers on the host, which every replay would repeat")
     return result, list(trial.given.values())
-
-
-def alike(got: Tensor, wanted: Tensor) -> bool:
-    """Return True if two results of a step are equal, up to rounding errors. This function waits for the device.
-
-    A library may add numbers in another order. If a gradient is nearly 0, its sign may then differ, and the step goes
-    in the other direction. So a small share of the values may have a large error.
-    """
-    if not wanted.numel():
-        return True
-    finite = torch.where(wanted.isfinite(), wanted, 0.0)
-    close = (got - wanted).abs() <= FLOAT32 * finite.abs().amax()
-    same = (got == wanted) | (got.isnan() & wanted.isnan()) | close
-    return bool(same.float().mean() >= 1 - OTHER_SIGNS)
 
 
 def remember(table: dict[Any, Result], key: Hashable, value: Result, most: int) -> Result:
