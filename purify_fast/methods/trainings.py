@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._hashes import weights_fingerprint
-from .._process import processes
+from .._memory import processes
 from .._validation import Count, Share
 from ..defences.base import Defence
 from ..speed.weights import FEWEST_WEIGHTS, matrix_weights
