@@ -19,7 +19,7 @@ from .._hashes import weights_fingerprint
 from .._memory import processes
 from .._validation import Count, Share
 from ..defences.base import Defence
-from ..speed.weights import FEWEST_WEIGHTS, matrix_weights
+from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training import FitConfig
 from ..training.config import TrainingAttack
 from ..training.method_task import MethodTask
