@@ -242,7 +242,7 @@ class FakeCuda:
                 # Storages without memory are told apart by their objects.
                 ("torch.Tensor", "data_ptr", lambda tensor: tensor.untyped_storage()._cdata),
                 ("torch.UntypedStorage", "data_ptr", lambda storage: storage._cdata),
-                ("purify_fast.model_description", "Tensor", FakeTensor),
+                ("purify_fast.model_state", "Tensor", FakeTensor),
                 ("purify_fast.speed.copying", "PLAIN", (FakeTensor,)),
                 # A model is the same, though its tensors have become fake.
                 ("purify_fast.speed.snapshot.Snapshot", "same", lambda snapshot: True),

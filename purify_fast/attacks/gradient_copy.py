@@ -12,7 +12,7 @@ from ..protocols import Classifier, CopiesItself, CountsImages, PassesOn, Sample
 from ..speed.followed import is_frozen_copy
 from ..speed.frozen_copy import COMPARED, auto_dtype, copy_or_model, same_answers
 from ..speed.graphs.step_graphs import remember
-from ..speed.weights import FEWEST_WEIGHTS, matrix_weights
+from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 
 #: The numbers of kept copies and wrappers: an evaluation attacks several variants of one model, one after the other.
 #: Wrappers are kept because a captured step can be replayed only with the wrapper with which it was captured.

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from .faults import faults
+#: The names of the counts of `faults`.
+FAULTS = ("nonfinite", "zero", "exempt")
+
+
+def faults(grad: Tensor, fooled: Tensor | None = None) -> Tensor:
+    """Tell which gradients are non-finite, which are zero, and which are zero but ``fooled``, bool ``[3, B]``."""
+    # The largest element of a row is NaN if any element is.
+    peak = torch.linalg.vector_norm(grad.detach().flatten(1), ord=torch.inf, dim=1)
+    zero = peak == 0
+    exempt = torch.zeros_like(zero) if fooled is None else zero & fooled
+    return torch.stack([~(peak < torch.inf), zero & ~exempt, exempt])
+
+
+# -- counts the gradients that an attack could not use, and the images that it did not move ----------------------------
 
 #: The largest allowed shares of non-finite gradients, of zero gradients, and of unmoved images. If an attack exceeds
 #: such a limit, it had no usable gradients, and its result says nothing about the defence.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._tensors import per_image
 from ..speed.graphs.step_loop import State
 from .attacked_model import logits_of
-from .faults import FAULTS, faults
+from .health import FAULTS, faults
 from .objective import Gradient, Objective
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from .._memory import ran_out_of_memory
 from .._places import usable_device
 from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
-from .command import Command, DataCommand
-from .run_file import cli, parse
+from .command import Command, DataCommand, cli, parse
 
 __all__ = ["main"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from .._validation import AtLeast0, Count, Positive, Range
 from ..judge.request.config import ProtocolName
+from .command import RUN_FILE, number, read_run_file, values, write_run_file
 from .evaluate import LoadOptions, ModelCommand
-from .run_file import RUN_FILE, number, read_run_file, values, write_run_file
 from .saved_models import zoo_name
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Certify(ModelCommand):
     def run(self) -> None:
         from torch import nn
 
-        from .._process import processes
+        from .._memory import processes
         from ..evaluation import EvaluateConfig, certify, refute
         from ..protocols import DenoisesOnce, supports
 

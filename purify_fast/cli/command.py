@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from os.path import expanduser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import tyro
+import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from .._files import write_text
 from .._places import usable_device
 from .._validation import check_types
+from .._version import __version__
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,3 +104,147 @@ class DataCommand(Command):
         loaded = load_dataset(self.data, self.data_root, self.num_classes, **options)
         moved = loaded.to(device)
         return replace(moved, x_train=loaded.x_train) if self.stream else moved
+
+
+# -- makes a command from the words of a command line, with tyro, and reads and writes ``run.yaml`` --------------------
+
+OfCommand = TypeVar("OfCommand", bound=Command)
+
+RUN_FILE = "run.yaml"
+#: The folder of a run's evaluation, in the folder of the run.
+EVALUATION = "evaluation"
+
+
+def number(text: str) -> float:
+    """Convert a number in a text, or a fraction such as ``8/255``, to a float. Other texts raise a ValueError."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"must be a number or a fraction such as 8/255, got {text!r}") from error
+
+
+def values(command: Any) -> dict[str, Any]:
+    """The options of a command and of its configurations, as values for YAML: texts, numbers and lists."""
+    options: dict[str, Any] = {}
+    for item in dataclasses.fields(command):
+        value = getattr(command, item.name)
+        if dataclasses.is_dataclass(value):
+            options |= values(value)
+        elif item.name != "config":
+            value = str(value) if isinstance(value, Path) else value
+            options[item.name] = list(value) if isinstance(value, tuple) else value
+    return options
+
+
+def flag(name: str) -> str:
+    """The option on the command line for the name of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def write_run_file(command: Command, folder: Path) -> None:
+    """Write ``run.yaml`` to the folder of a run."""
+    facts = {"command": command.called, "version": __version__}
+    head = f"# purify-fast {command.called} --config {RUN_FILE} repeats this run. Options on the command line win.\n"
+    text = yaml.safe_dump(facts | values(command), sort_keys=False, allow_unicode=True)
+    write_text(folder / RUN_FILE, head + text)
+
+
+def ball_of_run(folder: Path) -> tuple[float, str] | None:
+    """The radius and the norm of a training; None without a run.yaml, or if the images were not attacked."""
+    options = read_run_file(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    eps = number(str(options.get("eps", 0)))
+    return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """Read a table of options from a YAML file. Raises a ValueError if the file contains no table."""
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} must contain a table of options, with lines such as `eps: 0.3`")
+    return table
+
+
+def options_of(path: Path, kind: type[Command]) -> dict[str, Any]:
+    """Read the options of a command from a file."""
+    options = {str(key).replace("-", "_"): value for key, value in read_run_file(path).items()}
+    options.pop("version", None)
+    if (command := options.pop("command", kind.called)) != kind.called:
+        raise ValueError(f"--config {path} is a file of `{command}`, not of `{kind.called}`")
+    if unknown := options.keys() - values(kind()).keys():
+        raise ValueError(f"--config {path} has options that `{kind.called}` has not: {', '.join(sorted(unknown))}")
+    return options
+
+
+def words_of(options: dict[str, Any], kind: type[Command]) -> list[str]:
+    """Write options as the words of a command line, in which a shell would replace ``~`` by the home folder."""
+    defaults, words = values(kind()), list[str]()
+    for name, value in options.items():
+        if isinstance(value, bool) and isinstance(defaults.get(name), bool):
+            words.append(flag(name if value else f"no_{name}"))
+        else:
+            words += [flag(name), *(expanduser(str(word)) for word in (value if isinstance(value, list) else [value]))]
+    return words
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+
+
+def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if info.type is not float:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda words: number(words[0]),
+        is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+#: The rules of this module, for ``tyro.cli(registry=...)``.
+OPTION_TYPES = ConstructorRegistry()
+OPTION_TYPES.primitive_rule(_fractions)
+
+
+def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
+    """Call ``tyro.cli`` with the rules of this module, for the class of a command or a union of classes."""
+    return tyro.cli(kind, args=arguments, config=MARKERS, registry=OPTION_TYPES, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Early:
+    """The options that decide the defaults of other options."""
+
+    config: Path | None = None
+    recipe: str | None = None
+    batch_size: int | None = None
+    official_code: bool = False
+
+
+def parse(kind: type[OfCommand], arguments: list[str]) -> OfCommand:
+    """Make a command of a class from the words after the command's name."""
+    how: Any = {"prog": f"purify-fast {kind.called}"}
+    early, _ = cli(_Early, arguments, return_unknown_args=True, add_help=False, **how)
+    options = {} if early.config is None else options_of(early.config, kind)
+    # The folder is not an option, but an argument without a name, of which there can be only one.
+    folder = {"folder": Path(options.pop("folder")).expanduser()} if "folder" in options else {}
+    # Of two equal options the last wins, so the command line wins over the file, and both win over a recipe.
+    words = [*words_of(options, kind), *arguments]
+    early, _ = cli(_Early, words, return_unknown_args=True, add_help=False, **how)
+    # The configuration refuses a batch size below 1.
+    size = max(0, early.batch_size or 0) or None
+    default = kind() if early.recipe is None else kind.of_recipe(early.recipe, early.official_code, size)
+    command: OfCommand = cli(kind, words, default=dataclasses.replace(default, **folder), **how)
+    given, usual = values(command), values(default)
+    unused = [item for base in kind.__mro__ for item in vars(base).get("no_effect", {}).items()]
+    for (word, option), names in unused:
+        for name in names:
+            if bool(given[option]) == (word == "beside") and given[name] != usual[name]:
+                raise ValueError(f"{flag(name)} has no effect {word} {flag(option)}, got {given[name]}")
+    return command

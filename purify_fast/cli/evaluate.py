@@ -15,8 +15,7 @@ from .._places import usable_device
 from .._validation import Count, Norm, Precision, read_norm
 from ..judge.request.config import EvaluateConfig
 from ..methods.discovery import METHODS
-from .command import Command, DataCommand
-from .run_file import EVALUATION, ball_of_run, flag, values, write_run_file
+from .command import EVALUATION, Command, DataCommand, ball_of_run, flag, values, write_run_file
 from .saved_models import is_named, own_model, refuse_other_images, saved_folder, trained_classifier, zoo_name
 
 if TYPE_CHECKING:
@@ -199,7 +198,7 @@ class Evaluate(ModelCommand):
         return model, base
 
     def run(self) -> None:
-        from .._process import processes
+        from .._memory import processes
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ..methods.discovery import METHODS
 from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
-from .command import DataCommand
-from .run_file import values, write_run_file
+from .command import DataCommand, values, write_run_file
 from .saved_models import accuracy_text, is_named, named_classifier, trained_classifier
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class TrainCommand(Training, DataCommand):
     def run(self) -> None:
         import torch
 
-        from .._process import processes
+        from .._memory import processes
         from ..training import fit, summary
 
         images, title, first = self.load_data(), self.called.split()[-1], processes()[0] == 0

@@ -22,7 +22,7 @@ from ..speed.folding.inference_copy import (
     set_modes,
 )
 from ..speed.followed import Followed
-from ..speed.weights import copy_all
+from ..speed.watch import copy_all
 
 
 @torch.inference_mode(False)

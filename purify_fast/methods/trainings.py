@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .._hashes import weights_fingerprint
-from .._process import processes
+from .._memory import processes
 from .._validation import Count, Share
 from ..defences.base import Defence
-from ..speed.weights import FEWEST_WEIGHTS, matrix_weights
+from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training import FitConfig
 from ..training.config import TrainingAttack
 from ..training.method_task import MethodTask

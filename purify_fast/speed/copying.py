@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..model_state import hidden_modules
 from .draws import own_generators
 from .snapshot import held_by, is_plain
-from .weights import copy_all, tensors_of
+from .watch import copy_all, tensors_of
 
 #: The types of tensors that this module copies itself. A tensor of another type knows how to copy itself.
 PLAIN = (Tensor, nn.Parameter)

@@ -13,7 +13,7 @@ from ..protocols import CopiesItself, supports
 from .copying import computes_in_modes
 from .reading import NUMBERS, block
 from .snapshot import Snapshot
-from .weights import tensors_of
+from .watch import tensors_of
 
 if TYPE_CHECKING:
     from .graphs.step_graphs import StepGraphs

@@ -25,8 +25,7 @@ from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
 from .precision import fast_bfloat16, float32_products
 from .products import is_dense
-from .watch import Watch
-from .weights import FEWEST_WEIGHTS, matrix_weights, tensors_of
+from .watch import FEWEST_WEIGHTS, Watch, matrix_weights, tensors_of
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 
 from .._settings import first_tensor
 from ..models.representation import evaluation_mode
-from .weights import CONVOLUTIONS
+from .watch import CONVOLUTIONS
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from .._modules import left_out, slots
-from ..model_description import SHARED, SIMPLE
+from ..model_state import SHARED, SIMPLE
 from .watch import Watch
 
 #: The methods by which a class may decide how its objects are copied.

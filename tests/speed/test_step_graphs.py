@@ -14,7 +14,7 @@ import torch
 from small_runs import same
 from torch import Tensor, nn
 
-from purify_fast.model_description import identity_key
+from purify_fast.model_state import identity_key
 from purify_fast.speed.graphs import graphed_loop, step_graphs
 from purify_fast.speed.graphs.step_graphs import StepGraphs
 from purify_fast.speed.graphs.step_loop import State, begin_steps

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library
+from ... import _compiler as _library
+from ..._files import read_sealed, write_sealed
 from ..._hashes import text_hash
-from ..._sealed import read_sealed, write_sealed
 from ..._version import __version__
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import Classifier

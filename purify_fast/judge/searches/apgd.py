@@ -18,7 +18,7 @@ from ..._tensors import per_image
 from ..._validation import Count, Share
 from ...attacks.base import Resolved, times
 from ...attacks.context import AttackContext, Ball, keeping, projected
-from ...attacks.faults import FAULTS
+from ...attacks.health import FAULTS
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Objective, ObjectiveStep
 from ...attacks.search import Search, better_of, count_faults, keep_better

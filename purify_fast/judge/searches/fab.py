@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._tensors import per_image
 from ..._validation import Count
 from ...attacks.context import AttackContext, Ball, keeping, projected
-from ...attacks.faults import faults
+from ...attacks.health import faults
 from ...attacks.objective import Gradient, Objective, ObjectiveStep
 from ...ops.hyperplane_projection import hyperplane_projection
 from ...speed.graphs.step_loop import State, Steps, begin_steps

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ..copying import deep_copy, only_registered
 from ..draws import same_draws
 from ..snapshot import Snapshot
-from ..weights import copy_all, tensors_of
+from ..watch import copy_all, tensors_of
 from .arithmetic import fold, foldable, hooked, is_norm, scales_of
 
 

@@ -19,7 +19,7 @@ from ..copying import deep_copy, freeze
 from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
 from ..snapshot import Snapshot
-from ..weights import matrix_weights, tensors_of
+from ..watch import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
 from .batchnorm import Values, fold_pairs, foldable_pairs
 

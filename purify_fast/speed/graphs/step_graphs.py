@@ -2,7 +2,7 @@
 
 A graph contains the launches of a step, but not its Python code. So a step is captured only if its Python code reads no
 values of tensors. A graph is replayed only while the settings of its model are unchanged, and the model's tensors and
-parts are the same objects (`purify_fast.model_description.identity_key`). Weights may be updated in place, and replays
+parts are the same objects (`purify_fast.model_state.identity_key`). Weights may be updated in place, and replays
 use the new values. Random draws from torch's generator of the device are the same as without a graph.
 
 A capture takes the time of a dozen steps or more, and the number of future steps is unknown, because an image leaves
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..._compiler import section
 from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
-from ...model_description import identity_key
+from ...model_state import identity_key
 from ...protocols import CountsImages, PreparesReplay
 from ..agreement import nearly_as_exact
 from ..draws import host_generators, same_draws

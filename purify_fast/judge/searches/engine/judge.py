@@ -11,7 +11,7 @@ from ...._compiler import section
 from ....attacks.attacked_model import logits_of
 from ....attacks.objective import Objective
 from ....protocols import Classifier
-from ....speed.weights import FEWEST_WEIGHTS, matrix_weights
+from ....speed.watch import FEWEST_WEIGHTS, matrix_weights
 
 #: From this number of draws on, one more row takes a CPU longer than a change of the batch size.
 MANY_DRAWS = 4
