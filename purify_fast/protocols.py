@@ -97,11 +97,7 @@ class OwnAttacks(Protocol):
     """Has attacks that were written for this defence."""
 
     def strong_attacks(self, norm: str, eps: float) -> Sequence[Any]:
-        """The `purify_fast.evaluation.AttackSpec` objects that the protocol "strong" adds in the given ball.
-
-        A pair such as ``("AttackSpec", {"attack": attack})``, the name and the arguments of `AttackSpec` or
-        `purify_fast.evaluation.lee_kim_2023`, stands for the object, for a module that does not import the evaluation.
-        """
+        """The attacks that the protocol "strong" adds in the given ball, as `evaluate` takes them."""
 
 
 @runtime_checkable

@@ -223,11 +223,7 @@ class PGD(InBall):
             state["gradient"] = torch.zeros_like(state["x"])
         density = None if changes else FIRST_DENSITY * (fall(first, steps) if norm == "l1" else 1.0)
         ascent = Ascent(
-            objective,
-            *(norm, lo, hi, pixelwise),
-            density=density,
-            counts=health is not None,
-            keeps=self.keep_best,
+            objective, *(norm, lo, hi, pixelwise), density=density, counts=health is not None, keeps=self.keep_best
         )
         loop = begin_steps(objective.graphs, ascent, state)
         with keeping(lambda: loop.values()["best" if self.keep_best else "point"]):

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from ..speed.copying import deep_copy, memo_of
 from ..speed.folding.batchnorm import Values, fold_pairs, foldable_pairs
-from ..speed.folding.inference_copy import (
-    InferenceCopy,
-    computed_values,
-    kept_modes,
-    prepare_for_inference,
-    set_modes,
-)
+from ..speed.folding.inference_copy import InferenceCopy, computed_values, kept_modes, prepare_for_inference, set_modes
 from ..speed.followed import Followed
 from ..speed.watch import copy_all
 

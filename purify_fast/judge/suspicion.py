@@ -65,12 +65,13 @@ class Suspicion:
     def about_gradients(self, evidence: Evidence) -> dict[str, Any]:
         """Compare or look for gradients without the probes; the result are fields of the evidence."""
         subject = self.measure.subject
-        if any(row.lacked_gradients for row in evidence.with_counted_gradients()):
+        counted = evidence.with_counted_gradients()
+        if any(row.lacked_gradients for row in counted):
             # The rows only count gradients of zeros. The probes would have told why.
             return {"no_gradient": has_no_gradient(subject)}
         # The gradients of BPDA and of surrogates are approximations by design.
         approximate = getattr(type(subject.base_model), "approximates_gradients", False)
-        if approximate or not self.compares or not evidence.followed_gradients():
+        if approximate or not self.compares or all(row.settings.get("through") for row in counted):
             return {}
         return {"cosine": subject.batch_limit.within(lambda: compared_gradients(subject, self.measure.context))}
 

@@ -124,11 +124,6 @@ class Evidence:
         """The attacks that used the model's own gradients and counted them."""
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
 
-    def followed_gradients(self) -> bool:
-        """Return True if an attack followed the model's own gradients, and not those of another model."""
-        counted = self.with_counted_gradients()
-        return any(not row.settings.get("through") for row in counted)
-
     @property
     def images(self) -> int:
         """Return the number of all images of the evaluation."""

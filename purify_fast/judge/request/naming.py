@@ -294,15 +294,12 @@ def row_name(spec: AttackSpec, context: AttackContext) -> str:
     """The name of the attack's row in the report."""
     threat, name = threat_name(spec, context), spec.label
     if name is None:
-        name = spec.attack.name(context) + ("" if spec.through is None else f" through {_model_name(spec.through)}")
+        # The name of another model is its class, or the name of a function.
+        through = getattr(spec.through, "__name__", type(spec.through).__name__)
+        name = spec.attack.name(context) + ("" if spec.through is None else f" through {through}")
         name += "" if spec.nearest is None else f", {spec.nearest} nearest"
         name += "" if spec.max_images is None else f", first {spec.max_images}"
     return name + (f", {threat}" if threat is not None and threat not in name else "")
-
-
-def _model_name(model: Classifier) -> str:
-    """The name of another model in the name of a row: its class, or the name of a function."""
-    return str(getattr(model, "__name__", type(model).__name__))
 
 
 def short(eps: float) -> str:

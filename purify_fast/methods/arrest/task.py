@@ -162,7 +162,7 @@ class ArrestTask(MethodTask):
 
     def attacks_all_rows(self, device: torch.device) -> bool:
         """Return True if replayed images are attacked too, because a replay of the captured attack takes less time."""
-        return self.graphs is not None and self.graphs.may_replay(device)
+        return self.graphs is not None and self.graphs.may_capture(device) and self.graphs.refusal is None
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """Return the loss of inputs ``x [B, C, H, W]``, and metrics."""

@@ -223,10 +223,6 @@ class StepGraphs:
         """Take the lock for a direct attack on a device; False if nothing can be captured now, as in a capture."""
         return self.may_capture(device) and on_usual_stream(device) and not is_tracing() and self.lock.acquire(False)
 
-    def may_replay(self, device: torch.device) -> bool:
-        """Return True if loops on a device are or may still be captured."""
-        return self.may_capture(device) and self.refusal is None
-
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again.
 

@@ -139,13 +139,17 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     assert not labels & {LOW, lee_kim.label}
 
 
-def test_a_pair_of_another_name_is_refused():
+def test_a_defence_names_attacks_of_its_own():
     class Own(torch.nn.Identity):
         def strong_attacks(self, norm, eps):
-            return [("AttackSpec", {"attack": APGD()}), ("Attack", {})]
+            return [APGD(), *self.others]
 
-    with pytest.raises(ValueError, match=r"strong_attacks of Own must return .*, got \('Attack', \{\}\)"):
-        strong_attacks(Own(), "linf", 0.1)
+    own = Own()
+    own.others = []
+    assert [spec.attack for spec in strong_attacks(own, "linf", 0.1)] == [APGD()]
+    own.others = ["APGD"]
+    with pytest.raises(TypeError, match="APGD"):
+        strong_attacks(own, "linf", 0.1)
 
 
 @pytest.mark.parametrize(("noise", "norm", "expected"), [(0.1, "linf", True), (0.0, "linf", False), (0.1, "l2", False)])
