@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -70,56 +67,3 @@ def is_compiled(module: Any) -> bool:
     """Return True if a module is the result of `torch.compile`."""
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-
-
-# -- load the compiled extension. If that fails, the package works without it; `load_error` is the reason --------------
-
-logger = logging.getLogger("purify_fast")
-
-#: The reason why the extension is not loaded; None if it is loaded.
-load_error: Exception | None = None
-#: Path of the extension, even if it could not be loaded; None if it is not installed.
-path: str | None = None
-
-BUILD_HINT = (
-    "build it with `PURIFY_FAST_BUILD=cpu pip install --no-build-isolation -e .` "
-    "(needs a C++20 compiler, and torch and setuptools >= 77 in the environment)"
-)
-
-
-def _find() -> str | None:
-    """The path in the variable PURIFY_FAST_EXTENSION, or else the path of the installed extension."""
-    spec = importlib.util.find_spec("purify_fast._C")
-    return os.path.expanduser(os.environ.get("PURIFY_FAST_EXTENSION", "")) or (spec.origin if spec else None)
-
-
-def _load() -> None:
-    global load_error, path
-    path = _find()
-    if path is None:
-        load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
-    else:
-        try:
-            torch.ops.load_library(path)
-        # The pure-Python package must work in spite of an extension that cannot be loaded.
-        except Exception as error:
-            load_error = ImportError(f"{path} cannot be loaded: {error.__cause__ or error}; {BUILD_HINT}")
-    if load_error is not None:
-        level = logging.INFO if path is None else logging.WARNING
-        logger.log(level, "the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)
-
-
-def loaded() -> bool:
-    """Return True if the compiled extension is loaded."""
-    return load_error is None
-
-
-def has_kernel(qualified: str, key: str) -> bool:
-    """Return True if the op ``qualified`` (such as ``purify_fast::op``) has a kernel for the dispatch key ``key``."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key))
-
-
-if os.environ.get("PURIFY_FAST_NO_EXTENSION") != "1":
-    _load()
-else:
-    load_error = ImportError("switched off by PURIFY_FAST_NO_EXTENSION=1: unset this variable to load the extension")

@@ -25,7 +25,7 @@ from captures import Rerun, Tape
 from loading import module_at
 from slow_shares import of_other_shares
 
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.ops import use_backend
 from purify_fast.ops.dispatch import choices, records, verify
 from purify_fast.ops.dispatch.examples import Example

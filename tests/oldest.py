@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from purify_fast import _compiler as _library
+from purify_fast import _library
 
 
 def main(requirements: list[str]) -> int:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.ops import philox, use_backend
 from purify_fast.ops.philox import Stream
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from loading import module_at
 
-from purify_fast import __version__, _compiler as _library
+from purify_fast import __version__, _library
 from purify_fast.zoo import cards
 
 ROOT = Path(__file__).resolve().parents[1]

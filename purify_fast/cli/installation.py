@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _compiler as _library
+from .. import _library
 from .._templates import render
 from .._version import __version__
 from ..judge.show.text import terminal_table

@@ -9,7 +9,7 @@ import torch
 from benchmarks import __main__ as program
 from benchmarks.speed import kernel_times, running, sheets, timing
 from benchmarks.speed.op_cases import registry
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.ops import REGISTRY
 
 ROOT = Path(__file__).parents[2]

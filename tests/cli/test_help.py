@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from purify_fast import __version__, _compiler as _library, cli
+from purify_fast import __version__, _library, cli
 from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import records, verify

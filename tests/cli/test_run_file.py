@@ -6,7 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from purify_fast import _compiler as _library, cli
+from purify_fast import _library, cli
 from purify_fast.cli import command as run_file
 from purify_fast.cli.command import parse
 from purify_fast.ops.dispatch import records

@@ -10,7 +10,7 @@ from mangling import CONTEXTS, fuzzed, mangled, named, names_of, on_meta, ordina
 from op_table import PUBLIC
 from torch import Tensor
 
-from purify_fast import _compiler as _library, ops
+from purify_fast import _library, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NO_MEMORY = re.compile("can't allocate memory|storage size calculation overflowed|bad_alloc|invalid shape")

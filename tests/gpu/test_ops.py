@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.speed.op_cases import Case, registry
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import examples
 from purify_fast.ops.dispatch.verify import deviation

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.attacks import checkpointed_steps
 from purify_fast.ops import REGISTRY, aggregate, gated_elu, philox, use_backend
 from purify_fast.ops.dispatch.registry import Op, _narrow, forced_backends

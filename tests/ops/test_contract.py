@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from purify_fast import _compiler as _library, ops
+from purify_fast import _library, ops
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch.example_tensors import tensors, tile
 from purify_fast.ops.dispatch.registry import Op

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from op_cases import DTYPES, points
 
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.ops import apgd_step, pgd_step, use_backend
 
 pytestmark = pytest.mark.interpreter

@@ -4,7 +4,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.ops import Stream, philox, use_backend
 
 op = import_module("purify_fast.ops.philox")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from purify_fast import _compiler as _library, cli
+from purify_fast import _library, cli
 from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
 from purify_fast.ops.dispatch import tuning, verify

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from purify_fast import _compiler as _library
+from purify_fast import _library
 from purify_fast.ops import REGISTRY, kernels_now, use_backend
 from purify_fast.ops.dispatch import choices, records, registry, verify
 from purify_fast.ops.dispatch.examples import Example

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _compiler as _library
+from ... import _library
 from ..._files import read_sealed, write_sealed
 from ..._hashes import text_hash
 from ..._version import __version__

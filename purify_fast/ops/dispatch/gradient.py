@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from ... import _compiler as _library
+from ... import _library
 from .registry import Op, forced_backends, use_backend
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ... import _compiler as _library, kernels
+from ... import _library, kernels
 from .examples import Example
 
 KERNELS = Path(kernels.__path__[0])

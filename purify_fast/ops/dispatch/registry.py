@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 
-from ... import _compiler as _library
+from ... import _library
 from .examples import Example
 from .op import BACKENDS, KERNELS, Backend, Definition, Sizes
 
