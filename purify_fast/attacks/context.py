@@ -16,7 +16,6 @@ from .._tensors import per_sample
 from .._validation import GradientPrecision, Norm, NormName, check_counts, read_norm
 from ..ops.pgd_step import NORMS, clamped, per_pixel, pgd_step
 from ..ops.philox import DISTRIBUTIONS, OP as DRAW, Stream, philox, philox_key
-from ..speed.graphs.step_loop import CapturesSteps
 from .arguments import can_read, check_eps, check_tensor, largest_distance
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that
@@ -102,7 +101,7 @@ class AttackContext:
     toward: bool = False
     keep_mode: bool = False
     max_forward_batch: int | None = None
-    graphs: CapturesSteps | None = None
+    graphs: Any = None
     counts_health: bool = False
 
     def __post_init__(self) -> None:

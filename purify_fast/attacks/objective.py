@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._classifier import Classifier, SharesDraws, supports
 from ..ops.attack_loss import KINDS, OP
-from ..speed.graphs.step_loop import CapturesSteps, State
+from ..speed.graphs.step_loop import State
 from .attacked_model import gradient_to, logits_of, logits_of_draws
 from .context import LossFunction
 from .losses import FEWEST_CLASSES, check_classes
@@ -50,7 +50,7 @@ class Objective:
     eot_iter: int = 1
     max_forward_batch: int | None = None
     #: A comparison of objectives ignores `graphs`, because graphs change the result by rounding errors only.
-    graphs: CapturesSteps | None = field(default=None, compare=False)
+    graphs: Any = field(default=None, compare=False)
     apart: bool = False
     toward: bool = False
 
@@ -71,10 +71,6 @@ class Objective:
     def loss_of(self, x: Tensor, y: Tensor) -> Tensor:
         """Only the loss, ``[B]``, for a search that does not need the number of misclassified draws."""
         return self._mean(self._over_passes(self._judge, x, y)[0])
-
-    def takes_one_pass(self, images: int) -> bool:
-        """Return True if a gradient takes a single forward pass."""
-        return self._at_once(images) == (images, self.eot_iter)
 
     # -- one forward pass, with ``draws`` draws of each image ---------------------------------------------------------
 
@@ -159,14 +155,14 @@ class Objective:
 
     def _over_passes(self, one_pass: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """Add up what ``one_pass(x, y, draws)`` returns, over as many passes as all images and draws need."""
-        images, draws = self._at_once(len(x))
+        images, draws = self.at_once(len(x))
         parts = []
         for a, b in zip(x.split(images), y.split(images), strict=True):
             passes = [one_pass(a, b, min(draws, self.eot_iter - first)) for first in range(0, self.eot_iter, draws)]
             parts.append([sum(column[1:], column[0]) for column in zip(*passes, strict=True)])
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def _at_once(self, images: int) -> tuple[int, int]:
+    def at_once(self, images: int) -> tuple[int, int]:
         """The number of different images in one forward pass, and the number of draws of each image in this pass."""
         most = self.max_forward_batch or max(1, images * self.eot_iter)
         if self.apart:

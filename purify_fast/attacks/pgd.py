@@ -85,7 +85,7 @@ class Ascent(ObjectiveStep):
 
     def may_be_compiled(self, state: State) -> bool:
         # All passes of a compiled step would have the same seed.
-        return self.objective.takes_one_pass(len(state["point"]))
+        return self.objective.at_once(len(state["point"])) == (len(state["point"]), self.objective.eot_iter)
 
     def on(self, model: Classifier) -> Ascent:
         """Return the same step on another model."""

@@ -314,7 +314,7 @@ class _Evaluation:
             report.about["claim_test"] = test.verdict
         if torch.bfloat16 in context.copies.dtypes:
             report.about["gradients"] = "of a frozen copy in bfloat16; the model itself judges"
-        graphs: Any = context.graphs
+        graphs = context.graphs
         if graphs.may_capture(subject.device):
             facts = graphs.facts
             report.about["captured"] = "; ".join([f"{facts['captured']} captured", *facts.get("not_captured", ())])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from purify_fast.attacks import PGD, BpdaModel, OriginalAutoAttack
 from purify_fast.evaluation import AttackSpec
+from purify_fast.methods.diffusion.process import END
 from purify_fast.ops.diffusion_step import diffusion_step
 from purify_fast.ops.dispatch.gradient import first_order
 
@@ -100,7 +101,7 @@ class _Adjoint(torch.autograd.Function):
         schedule, ((start, count),) = process.schedule, process.rounds
         t = schedule.times(start, count)
         # The adjoint SDE runs backward in time, so each of its steps begins where a step of the SDE ended.
-        least = schedule.least_time
+        least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
         rows, _ = process.denoising(t)
         rows, units = rows.to(y), schedule.to_denoiser_units(t[:-1], process.time_units).to(y.device)

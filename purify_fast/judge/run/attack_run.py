@@ -244,7 +244,6 @@ class AttackRun:
             return attack.search(self.target, x.clone(), y, batch_context)
 
         graphs = context.graphs
-        assert graphs is not None
         try:
             result = subject.batch_limit.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
         except TimeIsOver as over:

@@ -211,7 +211,11 @@ class Measure:
         """A context with the run of an attack."""
         spec, subject = self.attacks[job.attack], self.subject
         subject.reseed("attack")
-        target, followed = target_of(spec, subject), spec.through if spec.attack.follows_gradients else None
+        # An attack that follows the gradients of another model attacks the model itself.
+        followed = spec.through if spec.attack.follows_gradients else None
+        target = (
+            spec.attack.target(subject.model) if spec.through is None or spec.attack.follows_gradients else spec.through
+        )
         with frozen(target):
             # Some aggregations give infinite logits, which hide differences, and some models draw only for attacked
             # images: the draws are then taken as different.
@@ -323,13 +327,6 @@ class Measure:
             fell=np.full(len(shown), len(fallen) > 0),
             predicted=judged.classes[shown.numpy()],
         )
-
-
-def target_of(spec: AttackSpec, subject: Subject) -> Classifier:
-    """The model that an attack attacks. If it follows the gradients of another model, it attacks the model itself."""
-    if spec.through is not None and not spec.attack.follows_gradients:
-        return spec.through
-    return spec.attack.target(subject.model)
 
 
 def aggregates_only(other: Classifier, model: Classifier) -> bool:

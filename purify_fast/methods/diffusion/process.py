@@ -87,11 +87,6 @@ class Schedule:
             raise ValueError(f"last_beta must be below {self.steps / USUAL_STEPS}, got {self.last_beta}")
 
     @property
-    def least_time(self) -> float:
-        """The smallest time of a step."""
-        return END if self.is_continuous else 1 / self.steps
-
-    @property
     def is_continuous(self) -> bool:
         """True if there are times between the training steps."""
         return self.kind == "vp"

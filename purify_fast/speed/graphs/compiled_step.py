@@ -65,10 +65,6 @@ def compile_calls(module: Any) -> None:
     module._compiled_call_impl = compiled(module._call_impl)
 
 
-def _step(function: StepFunction, state: State) -> State:
-    return function(state)
-
-
 class CompiledSteps:
     """The compiled steps of attacks on a copy, whose owner has this object.
 
@@ -123,7 +119,7 @@ class CompiledSteps:
         if self._take is None:
             on_gpu = next(iter(state.values())).device.type == "cuda"
             mode = {"mode": "reduce-overhead"} if on_gpu and BACKEND == "inductor" else {}
-            self._take = compiled(_step, fullgraph=True, dynamic=False, **mode)
+            self._take = compiled(lambda function, state: function(state), fullgraph=True, dynamic=False, **mode)
         # A replay of a CUDA graph overwrites the results of the step before.
         torch.compiler.cudagraph_mark_step_begin()
         with contextlib.ExitStack() as stack:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..._compiler import section
 
 State = dict[str, Tensor]
-Result = TypeVar("Result")
 
 
 class StepFunction(Protocol):
@@ -35,16 +34,6 @@ class StepFunction(Protocol):
 
     def __call__(self, state: State) -> State:
         """Compute new values, with unchanged shapes and dtypes, for some tensors of the state. Do not write to it."""
-
-
-class CapturesSteps(Protocol):
-    """Begins loops of steps, and captures steps, as `StepGraphs` does."""
-
-    def begin(self, function: StepFunction, state: State) -> Steps:
-        """Begin a loop of a step from the initial state."""
-
-    def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
-        """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again."""
 
 
 class Steps:
@@ -114,7 +103,7 @@ def compiler_of(function: StepFunction, state: State) -> Any:
     return found if found is not None and function.may_be_compiled(state) else None
 
 
-def begin_steps(graphs: CapturesSteps | None, function: StepFunction, state: State) -> Steps:
+def begin_steps(graphs: Any, function: StepFunction, state: State) -> Steps:
     """Begin a loop of a step, from tensors on the same device.
 
     The step is compiled if the user has asked for this, or ``graphs`` may capture it. Otherwise the loop is eager.
