@@ -12,9 +12,8 @@ from .bpda import BpdaModel as BpdaModel
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
 from .fgsm import FGSM as FGSM
-from .functions import fgsm as fgsm, pgd as pgd
+from .functions import LeavingPGD as LeavingPGD, fgsm as fgsm, pgd as pgd
 from .health import GradientHealth as GradientHealth
-from .leaving_pgd import LeavingPGD as LeavingPGD
 from .pgd import PGD as PGD
 
 # The searches that only a judge runs are imported when they are first used, so a training does not import them.
