@@ -20,8 +20,7 @@ from .arguments import check_eps, check_images
 from .attacked_model import first_output, frozen
 from .context import AttackContext, Ball, Radius, ball_around, chosen_seed, keeping
 from .losses import usable_loss
-from .objective import Objective
-from .search import better_of
+from .objective import Objective, better_of
 
 if TYPE_CHECKING:
     from .health import GradientHealth

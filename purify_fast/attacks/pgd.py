@@ -22,8 +22,7 @@ from .arguments import check_tensor
 from .base import AttackResult, InBall, times, worst_of_runs
 from .context import AttackContext, Ball, keeping, normal_in_ball, sample_in_ball
 from .losses import Loss
-from .objective import Objective, ObjectiveStep
-from .search import Search, count_faults, keep_better
+from .objective import Objective, ObjectiveStep, Search, count_faults, keep_better
 
 if TYPE_CHECKING:
     from .health import GradientHealth

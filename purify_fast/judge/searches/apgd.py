@@ -20,8 +20,7 @@ from ...attacks.base import Resolved, times
 from ...attacks.context import AttackContext, Ball, keeping, projected
 from ...attacks.health import FAULTS
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
-from ...attacks.objective import Objective, ObjectiveStep
-from ...attacks.search import Search, better_of, count_faults, keep_better
+from ...attacks.objective import Objective, ObjectiveStep, Search, better_of, count_faults, keep_better
 from ...ops.apgd_step import apgd_step
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times

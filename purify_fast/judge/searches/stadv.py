@@ -24,8 +24,7 @@ from ...attacks.base import Attack, AttackResult, ThreatModel, times, worst_of_r
 from ...attacks.context import AttackContext, Ball, keeping, sample_in_ball
 from ...attacks.health import GradientHealth
 from ...attacks.losses import Loss
-from ...attacks.objective import Gradient, Objective, ObjectiveStep
-from ...attacks.search import Search
+from ...attacks.objective import Gradient, Objective, ObjectiveStep, Search
 from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, begin_steps
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ....attacks.context import Ball, sample_in_ball
 from ....attacks.health import GradientHealth
-from ....attacks.objective import Objective
-from ....attacks.search import better_of
+from ....attacks.objective import Objective, better_of
 from ..judge_context import JudgeContext
 from .judge import Judge, bucket, has_fallen, repeated_to, takes_every_size
 from .pace import FEWEST_STEPS, SHARES, TIMES, Gains, PaceMonitor, some_of
