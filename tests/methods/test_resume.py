@@ -105,5 +105,5 @@ def test_held_out_images_get_the_same_noise_from_any_number_of_processes(monkeyp
     torch.manual_seed(1)
     alone = made.validate(batch)
     torch.manual_seed(1)
-    monkeypatch.setattr("purify_fast.methods.trainings.processes", lambda: (0, 2))
+    monkeypatch.setattr("purify_fast.methods.purifier_task.processes", lambda: (0, 2))
     assert made.validate(batch) == alone

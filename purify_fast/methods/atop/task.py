@@ -28,7 +28,7 @@ from ...speed.graphs.step_loop import eager_steps
 from ...training.method_task import cross_entropy_of
 from ...training.schedules import RunLength
 from ...training.task import Batch, FrozenAttacks, Metrics, Update, as_written
-from ..trainings import PurifierTask, noise_of
+from ..purifier_task import PurifierTask, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, patch_depth
 from .defence import Atop

@@ -37,7 +37,7 @@ from ...speed.graphs.step_loop import eager_steps
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
 from ...training.task import Batch, FrozenAttacks, Metrics, as_written
-from ..trainings import PurifierTask, noise_of
+from ..purifier_task import PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
 
