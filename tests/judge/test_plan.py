@@ -20,7 +20,7 @@ from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import BLIND
 from purify_fast.judge.surrogates import copies
 from purify_fast.protocols import Passes
-from purify_fast.speed.graphs.step_loop import Steps
+from purify_fast.speed.graphs.graphed_loop import GraphedSteps
 
 
 def shaken(how=lambda x: (4 * x).round() / 4):
@@ -282,7 +282,7 @@ def test_a_replayed_step_asks_for_the_time(clock):
     deadline = Deadline()
     model = counted_model(standard(), Progress(deadline=deadline))
     deadline.begin(clock.now + 5)
-    steps = Steps(lambda state: state, {"point": torch.zeros(1)})
+    steps = GraphedSteps(lambda state: state, {"point": torch.zeros(1)}, lambda *step: None)
     steps.captured = mock.Mock(replay=lambda: setattr(clock, "now", clock.now + 1))
     steps.counters = [(model, Passes(4, 4))]
     # An error handler of a model does not catch the end of the time.
