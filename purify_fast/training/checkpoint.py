@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import read_sealed, write_sealed
+from .._sealed import read_sealed, write_sealed
 from .._version import __version__
 
 #: The file name of a run's checkpoint.

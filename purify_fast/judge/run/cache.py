@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from ..._files import read_sealed, write_sealed
 from ..._hashes import text_hash
+from ..._sealed import read_sealed, write_sealed
 from ..._version import __version__
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import Classifier
