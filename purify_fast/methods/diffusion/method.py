@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..trainings import Method
-from .process import Solver
+from .config import Solver
 
 
 @dataclass(frozen=True)

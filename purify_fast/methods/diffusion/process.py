@@ -40,12 +40,7 @@ from torch.nn import functional as F
 from ..._settings import without_autocast
 from ..._validation import AtLeast0, Range, Share, check_counts, check_types
 from ...ops.diffusion_step import STEPS
-
-#: The solvers that remove the noise; see `purify_fast.methods.diffusion.process`.
-Solver = Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"]
-
-
-# -- the settings of a purification by diffusion, and the table of its steps (`StepTable`) -----------------------------
+from .config import Solver
 
 ScheduleKind = Literal["linear", "cosine", "vp"]
 #: The units of a denoiser's input t.
