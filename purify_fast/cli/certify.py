@@ -99,7 +99,7 @@ class Certify(ModelCommand):
     def run(self) -> None:
         from torch import nn
 
-        from .._memory import processes
+        from .._process import processes
         from ..evaluation import EvaluateConfig, certify, refute
         from ..protocols import DenoisesOnce, supports
 

@@ -198,7 +198,7 @@ class Evaluate(ModelCommand):
         return model, base
 
     def run(self) -> None:
-        from .._memory import processes
+        from .._process import processes
         from ..evaluation import evaluate
         from ..speed.precision import float32_products
 

@@ -27,7 +27,7 @@ class TrainCommand(Training, DataCommand):
     def run(self) -> None:
         import torch
 
-        from .._memory import processes
+        from .._process import processes
         from ..training import fit, summary
 
         images, title, first = self.load_data(), self.called.split()[-1], processes()[0] == 0

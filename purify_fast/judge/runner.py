@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._memory import processes
 from .._places import check_folder
+from .._process import processes
 from .._validation import Count, NormName, Positive, read_norm
 from ..attacks import Attack, frozen
 from ..attacks.arguments import check_eps

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._hashes import weights_fingerprint
-from .._memory import processes
+from .._process import processes
 from ..defences.base import Defence
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack

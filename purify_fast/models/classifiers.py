@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._memory import processes
+from .._process import processes
 from .._validation import check_literal
 from .layers import BatchNorm1d, BatchNorm2d, Normalize, Statistic, check_sizes
 

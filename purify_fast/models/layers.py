@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.optim import swa_utils
 
-from .._memory import processes
+from .._process import processes
 from .._validation import check_counts
 from .representation import outputs_of, without_recorders
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from .._memory import patience, processes, sendable
+from .._process import patience, processes, sendable
 from .._settings import in_memory_order, laid_out_like
 from ..models.layers import BatchNorm1d, BatchNorm2d, Synchronized, synchronized
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._files import write_text
 from .._hashes import text_hash
-from .._memory import processes
+from .._process import processes
 from ..data import crop_flip, to_float
 from ..models.representation import evaluation_mode
 from ..speed.agreement import FLOAT32, apart, differ

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .._hashes import digest
-from .._memory import processes
+from .._process import processes
 from ..data import batches
 from ..speed.memory import free_memory
 from .batches import check_channels, check_range, read_batch, seed_generators

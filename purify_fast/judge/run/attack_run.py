@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._hashes import text_hash
-from ..._memory import processes, sendable
+from ..._process import processes, sendable
 from ...attacks import AttackResult, GradientHealth
 from ...attacks.context import TimeIsOver
 from ...ops import attack_loss

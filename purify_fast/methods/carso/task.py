@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._memory import processes
+from ..._process import processes
 from ...attacks import FGSM, PGD, AttackContext
 from ...defences.stochastic import with_samples
 from ...models.representation import evaluation_mode
