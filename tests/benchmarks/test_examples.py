@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu import every_op
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import examples
+from purify_fast.ops.dispatch import example_tensors
 
 
 def leaves(arguments) -> list[Tensor]:
@@ -31,9 +31,9 @@ def test_tiled_samples_have_tiled_results(op):
     """The batch dimensions are found, those of passes and owners too."""
     example = REGISTRY[op].examples[0]
     small = example.make(torch.float32, 0)
-    got = examples.tensors(REGISTRY[op].reference(*examples.tile(small, 2)))
-    for out, wanted in zip(got, examples.tensors(REGISTRY[op].reference(*small)), strict=True):
-        torch.testing.assert_close(out, examples.tile(wanted, 2))
+    got = example_tensors.tensors(REGISTRY[op].reference(*example_tensors.tile(small, 2)))
+    for out, wanted in zip(got, example_tensors.tensors(REGISTRY[op].reference(*small)), strict=True):
+        torch.testing.assert_close(out, example_tensors.tile(wanted, 2))
 
 
 @pytest.mark.parametrize("op", ["decode_samples", "decode_samples_backward"])
@@ -42,7 +42,7 @@ def test_weights_are_not_tiled(op):
         given = example.make(torch.float32, 0)
         weights, tiled = (
             [leaf.shape for leaf in leaves(arguments) if isinstance(leaf, torch.nn.Parameter)]
-            for arguments in (given, examples.tile(given, 3))
+            for arguments in (given, example_tensors.tile(given, 3))
         )
         assert len(weights) == 2 and weights == tiled
 

@@ -68,13 +68,13 @@ def kernel(request):
 
 
 def run(op: str, arguments: tuple) -> tuple[Tensor, ...]:
-    return examples.tensors(REGISTRY[op].handle(*arguments))
+    return example_tensors.tensors(REGISTRY[op].handle(*arguments))
 
 
 def given(op: str, seed: int = 0) -> tuple:
     """Arguments of the op's first example, on the device."""
     example = REGISTRY[op].examples[0]
-    return examples.to(example.make(example.dtypes[0], seed), DEVICE)
+    return example_tensors.to(example.make(example.dtypes[0], seed), DEVICE)
 
 
 def same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -85,12 +85,12 @@ def same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize(("op", "example", "dtype"), EXAMPLES)
 def test_values(op, example, dtype, poisoned):
     arguments = example.make(dtype, 0)
-    moved = examples.to(arguments, DEVICE)
+    moved = example_tensors.to(arguments, DEVICE)
     outputs = run(op, moved)
-    for leaf, before in zip(tree_leaves(moved), tree_leaves(examples.to(arguments, DEVICE)), strict=True):
+    for leaf, before in zip(tree_leaves(moved), tree_leaves(example_tensors.to(arguments, DEVICE)), strict=True):
         assert not isinstance(leaf, Tensor) or torch.equal(leaf.nan_to_num(), before.nan_to_num()), "it was written to"
     reference = REGISTRY[op].reference
-    same, golden = (examples.tensors(reference(*a)) for a in (arguments, examples.double(arguments)))
+    same, golden = (example_tensors.tensors(reference(*a)) for a in (arguments, example_tensors.double(arguments)))
     for actual, exact, rounded in zip(outputs, golden, same, strict=True):
         assert actual.device.type == DEVICE.type
         assert actual.is_contiguous() or actual.is_contiguous(memory_format=torch.channels_last)
@@ -108,7 +108,7 @@ def test_functions_and_gradients(name: str, case: Case, poisoned):
         leaves = [inputs[i].requires_grad_() for i in case.differentiable]
 
         def call(function, inputs=inputs, leaves=leaves) -> tuple[Tensor, ...]:
-            outputs = [out for out in examples.tensors(function(*inputs)) if out.is_floating_point()]
+            outputs = [out for out in example_tensors.tensors(function(*inputs)) if out.is_floating_point()]
             grads = [torch.linspace(0.5, 1.5, o.numel()).view(o.shape).to(o) for o in outputs if o.requires_grad]
             roots = [out for out in outputs if out.requires_grad]
             return *(o.detach() for o in outputs), *(torch.autograd.grad(roots, leaves, grads) if leaves else ())
@@ -147,7 +147,7 @@ def test_compiled_has_the_bits_of_eager(op):
     torch._dynamo.reset()
     arguments, handle = given(op), REGISTRY[op].handle
     compiled = torch.compile(lambda *given: handle(*given), fullgraph=True, dynamic=False)
-    same_bits(examples.tensors(compiled(*arguments)), run(op, arguments))
+    same_bits(example_tensors.tensors(compiled(*arguments)), run(op, arguments))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -204,10 +204,10 @@ def test_offsets_beyond_32_bits(op, poisoned):
     """A batch of copies of one example is copies of its results, also where offsets no longer fit into 32 bits."""
     example = REGISTRY[op].examples[0]
     dtype = torch.bfloat16 if torch.bfloat16 in example.dtypes else example.dtypes[0]
-    small = examples.to(example.make(dtype, 0), DEVICE)
+    small = example_tensors.to(example.make(dtype, 0), DEVICE)
     expected = run(op, small)
     leaves = [t for t in (*tree_leaves(small), *expected) if isinstance(t, Tensor)]
-    batched = [t for t in leaves if examples.batch_dimension(t) is not None]
+    batched = [t for t in leaves if example_tensors.batch_dimension(t) is not None]
     times = MANY // max(t.numel() for t in batched) + 2
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
@@ -215,9 +215,9 @@ def test_offsets_beyond_32_bits(op, poisoned):
         free = torch.cuda.mem_get_info(DEVICE)[0]
         if needed > free:
             pytest.skip(f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-    whole = run(op, examples.tile(small, times))
+    whole = run(op, example_tensors.tile(small, times))
     for got, wanted in zip(whole, expected, strict=True):
-        dimension = examples.batch_dimension(wanted)
+        dimension = example_tensors.batch_dimension(wanted)
         assert got.numel() == times * wanted.numel()
         parts = got.unflatten(dimension, (times, wanted.shape[dimension]))
         wanted = wanted.unsqueeze(dimension)
