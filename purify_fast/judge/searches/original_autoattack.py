@@ -13,14 +13,18 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..._validation import Count
 from ...attacks.attacked_model import frozen
 from ...attacks.base import AttackResult, InBall, Resolved
 from ...attacks.context import AttackContext, ball_around, projected
+from ...attacks.health import GradientHealth
+from ...attacks.objective import Objective
 from ...protocols import Classifier
 from .judge_context import JudgeContext
 from .model_tests import SAMPLE, check_model
@@ -94,8 +98,7 @@ class OriginalAutoAttack(InBall):
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         """Attack an ``nn.Module`` batch by batch, by float32 images on its device.
 
-        An image that withstood AutoAttack is returned clean. The result has AutoAttack's warnings. The gradients are
-        not counted.
+        An image that withstood AutoAttack is returned clean. The result has AutoAttack's warnings.
 
         Raises:
             ModuleNotFoundError: AutoAttack is not installed.
@@ -129,7 +132,14 @@ class OriginalAutoAttack(InBall):
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             found = result[0] if isinstance(result, tuple) else result
             points = projected(x, found.detach(), ball_around(x, eps, norm))
-        return AttackResult(points, warnings=warnings)
+            health = GradientHealth() if context.counts_health else None
+            if health is not None:
+                # This is the cross-entropy as the package computes it.
+                loss = partial(F.cross_entropy, reduction="none")
+                objective = Objective(target, loss, max_forward_batch=context.batch_size)
+                for images in (x, points):
+                    health.see_gradient(objective.gradient(images, y).image)
+        return AttackResult(points, health, warnings)
 
 
 @contextlib.contextmanager
