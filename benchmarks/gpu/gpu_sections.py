@@ -189,7 +189,7 @@ def _one_capture(context: Context, images: int, precision: Any) -> dict:
     return {
         "images": images,
         "precision": precision if source is not model or precision == "float32" else "no copy",
-        "captured": loop.captured is not None,
+        "captured": getattr(loop, "captured", None) is not None,
         **{f"{name}_ms": f"{1e3 * seconds:.3f}" for name, seconds in times.items()},
         "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
         "refusal": "; ".join(graphs.refusals),

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.judge.request.attack_lists import diffusion_attacks, protocol_attacks
+from purify_fast.judge.request.attack_lists import protocol_attacks
 from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.request.naming import AttackSpec
 from purify_fast.judge.run import stopping
+from purify_fast.methods.diffusion.attacks import strong_attacks
 
 #: The versions of the rule for random models, of the probes of random models, of the draws of models that promise
 #: other draws for each image, and of the surrogates. Increase a number if results change by it.
@@ -50,9 +51,9 @@ class AnyModel(nn.Module):
 class AnyPurifier(AnyModel):
     """`AnyModel` with the attacks that the protocol "strong" adds for a purifier by diffusion."""
 
-    def strong_attacks(self, norm: str, eps: float) -> list[AttackSpec]:
+    def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
         """Return the added attacks. The arguments are those of `purify_fast.protocols.OwnAttacks`."""
-        return diffusion_attacks(self, norm, eps)
+        return strong_attacks(self, norm, eps)
 
 
 def of_attacks(specs: Iterable[AttackSpec], random: bool = True) -> list[str]:

@@ -27,24 +27,17 @@ from .config import ProtocolName
 from .deadline import Subject
 from .naming import AttackSpec, as_specs, lee_kim_2023
 
+#: The names that a model may give in place of an `AttackSpec`, because what trains does not import what judges.
+MAKERS: dict[Any, Callable[..., AttackSpec]] = {"AttackSpec": AttackSpec, "lee_kim_2023": lee_kim_2023}
+
 
 def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None:
     """Return the attacks that the protocol "strong" adds for a model; None if the model has none of its own."""
-    from ...methods.diffusion import DiffusionPurifier
-
-    if supports(model, OwnAttacks):
-        return as_specs(cast(OwnAttacks, model).strong_attacks(norm, eps))
-    return diffusion_attacks(model, norm, eps) if isinstance(model, DiffusionPurifier) else None
-
-
-def diffusion_attacks(model: Classifier, norm: str, eps: float) -> list[AttackSpec]:
-    """Return the attacks for a purifier by diffusion, see `purify_fast.methods.diffusion.attacks`."""
-    from ...methods.diffusion.attacks import DRAWS, LOW, LowFrequencyGradient
-
-    attack = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
-    low = AttackSpec(attack, label=LOW, through=LowFrequencyGradient(cast(Any, model)))
-    # The length of a step of Lee and Kim's attack is for L-inf.
-    return [lee_kim_2023(eps, leave=True), low] if norm == "linf" else [low]
+    if not supports(model, OwnAttacks):
+        return None
+    given = cast(OwnAttacks, model).strong_attacks(norm, eps)
+    pairs = [item if not isinstance(item, tuple) else MAKERS[item[0]](**item[1]) for item in given]
+    return as_specs(pairs)
 
 
 # -- attack lists ------------------------------------------------------------------------------------------------------

@@ -8,14 +8,26 @@ direction, and otherwise 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from ...attacks import APGD
 
 #: The highest frequency in the filtered gradient, in each direction, as a share of the image's highest frequency.
 KEPT = 0.25
 #: Number of draws over which a step averages the gradient.
 DRAWS = 20
 LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
+
+
+def strong_attacks(defence: nn.Module, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
+    """Return the attacks for a purifier in a ball, as pairs that the evaluation makes into an `AttackSpec`."""
+    low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
+    own = ("AttackSpec", {"attack": low, "label": LOW, "through": LowFrequencyGradient(defence)})
+    # The length of a step of Lee and Kim's attack is for L-inf.
+    return [("lee_kim_2023", {"eps": eps, "leave": True}), own] if norm == "linf" else [own]
 
 
 def low_frequencies(image: Tensor) -> Tensor:

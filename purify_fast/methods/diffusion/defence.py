@@ -251,6 +251,13 @@ class DiffusionPurifier(Defence):
         # `few` is left out if it has a single step, because it is then nearly the same as `one`, for every solver
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
+    def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
+        """Return attacks for purifiers by diffusion, as pairs of the name and the arguments of what makes them."""
+        # Only an evaluation needs these attacks.
+        from .attacks import strong_attacks
+
+        return strong_attacks(self, norm, eps)
+
     # -- speed --------------------------------------------------------------------------------------------------------
 
     @property
