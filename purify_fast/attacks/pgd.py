@@ -6,7 +6,7 @@ and box (Croce & Hein, ICML 2021). SLIDE moves a constant share of the coordinat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -234,3 +234,30 @@ class PGD(InBall):
                     share = FIRST_DENSITY * fall(i, steps)
                     loop.put(point=ascent.step(loop.state, loop.state["gradient"], share))
         return loop.values()
+
+
+# -- FGSM (Goodfellow et al., ICLR 2015), a single step ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(InBall):
+    """One step of length eps from the image itself.
+
+    Args:
+        loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".
+        precision: precision of the step, see `PGD`.
+    """
+
+    kind: ClassVar[str] = "fgsm"
+    code_version: ClassVar[str] = "3"
+
+    loss: Loss = "ce"
+    precision: GradientPrecision = "auto"
+
+    def name(self, context: AttackContext) -> str:
+        return f"FGSM {self.resolved_for(context).loss}"
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        # The length of the first step is eps.
+        one = PGD(steps=1, random_start=False, keep_best=False, **asdict(self))
+        return one.search(target, x, y, context)
