@@ -256,7 +256,7 @@ class Check(Command):
         import torch
 
         from ..data import DataSet
-        from ..judge.show.adversarial import Adversarial, check_adversarial
+        from ..judge.show.report import Adversarial, check_adversarial
         from ..speed.precision import float32_products
 
         folder = next((one for one in (self.report, self.report / EVALUATION) if (one / "report.json").is_file()), None)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from ..judge.request.naming import AttackSpec as AttackSpec, as_attack as as_attack, lee_kim_2023 as lee_kim_2023
     from ..judge.results.rows import Examples as Examples, Paired as Paired, Row as Row
     from ..judge.runner import evaluate as evaluate
-    from ..judge.show.adversarial import (
+    from ..judge.show.report import (
         Adversarial as Adversarial,
         CheckedAdversarial as CheckedAdversarial,
+        Report as Report,
         check_adversarial as check_adversarial,
     )
-    from ..judge.show.report import Report as Report
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -42,8 +42,7 @@ from .run.measure import Measure, Standing, settings_of
 from .run.progress import Progress
 from .searches.judge_context import JudgeContext
 from .searches.model_tests import check_leaves_images
-from .show.adversarial import gathered
-from .show.report import Report
+from .show.report import Report, gathered
 from .show.text import notes_on_rows, paragraphs
 from .suspicion import Suspicion
 

@@ -11,7 +11,7 @@ from purify_fast import cli
 from purify_fast.attacks import APGD, PGD
 from purify_fast.defences import MajorityVote
 from purify_fast.evaluation import Report, check_adversarial
-from purify_fast.judge.show.adversarial import FILE
+from purify_fast.judge.show.report import FILE
 
 
 def saved(folder, model=None, **options):
