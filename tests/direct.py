@@ -12,8 +12,8 @@ from purify_fast.attacks import (
     StAdv,
     apgd,
     fab_t,
+    fgsm,
     pgd,
-    pgd as fgsm,
     square,
     stadv,
 )

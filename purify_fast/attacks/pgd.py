@@ -259,5 +259,4 @@ class FGSM(InBall):
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
         # The length of the first step is eps.
-        one = PGD(steps=1, random_start=False, keep_best=False, **asdict(self))
-        return one.search(target, x, y, context)
+        return PGD(steps=1, random_start=False, keep_best=False, **asdict(self)).search(target, x, y, context)

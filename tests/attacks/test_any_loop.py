@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import PGD, AttackContext, apgd, frozen, pgd, pgd as fgsm, square
+from purify_fast.attacks import PGD, AttackContext, apgd, fgsm, frozen, pgd, square
 
 EPS, ALPHA = 0.05, 0.02
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import PGD, apgd, fab_t, pgd, pgd as fgsm, square, stadv
+from purify_fast.attacks import PGD, apgd, fab_t, fgsm, pgd, square, stadv
 from purify_fast.autoattack import AutoAttack
 
 FEW = {fgsm: {}, square: {"n_queries": 5}, pgd: {"steps": 2}, apgd: {"steps": 2}, fab_t: {"steps": 2}}

@@ -7,7 +7,7 @@ from small_models import Purifying
 from torch import nn
 
 from purify_fast import Carso, frozen_copy
-from purify_fast.attacks import BpdaModel, frozen, pgd as fgsm
+from purify_fast.attacks import BpdaModel, fgsm, frozen
 from purify_fast.attacks.bpda import classifier_of
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate

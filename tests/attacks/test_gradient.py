@@ -7,7 +7,7 @@ from input_gradients import input_gradient
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import GradientHealth, frozen, pgd, pgd as fgsm
+from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
 from purify_fast.attacks.context import Ball, ball_around, normal_in_ball, sample_in_ball
 from purify_fast.attacks.losses import margin
 from purify_fast.ops import attack_loss

@@ -8,7 +8,7 @@ from direct import direct
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import GradientHealth, JudgeContext, OriginalAutoAttack, apgd, frozen, pgd, pgd as fgsm
+from purify_fast.attacks import GradientHealth, JudgeContext, OriginalAutoAttack, apgd, fgsm, frozen, pgd
 from purify_fast.ops import attack_loss, use_backend
 from purify_fast.ops.attack_loss import KINDS
 from purify_fast.training import Batch, TrainingAttack

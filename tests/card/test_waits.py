@@ -18,7 +18,7 @@ from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task,
 from torch import nn
 
 from purify_fast import frozen_copy
-from purify_fast.attacks import apgd, fab_t, frozen, pgd, pgd as fgsm, square, stadv
+from purify_fast.attacks import apgd, fab_t, fgsm, frozen, pgd, square, stadv
 from purify_fast.defences import Defence
 from purify_fast.judge.searches.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process

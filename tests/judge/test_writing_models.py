@@ -8,7 +8,7 @@ from evaluating import evaluate
 from input_gradients import input_gradient
 from small_models import Made, labelled
 
-from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv, apgd, fab_t, pgd, pgd as fgsm, square, stadv
+from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv, apgd, fab_t, fgsm, pgd, square, stadv
 from purify_fast.evaluation import AttackSpec
 
 pytestmark = pytest.mark.usefixtures("trained")

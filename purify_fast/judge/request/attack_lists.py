@@ -36,8 +36,7 @@ def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None
     if not supports(model, OwnAttacks):
         return None
     given = cast(OwnAttacks, model).strong_attacks(norm, eps)
-    pairs = [item if not isinstance(item, tuple) else MAKERS[item[0]](**item[1]) for item in given]
-    return as_specs(pairs)
+    return as_specs([MAKERS[one[0]](**one[1]) if type(one) is tuple and one[0] in MAKERS else one for one in given])
 
 
 # -- attack lists ------------------------------------------------------------------------------------------------------

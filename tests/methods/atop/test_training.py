@@ -9,7 +9,7 @@ from small_models import Made, atop, configured, first_digits
 from torch import nn
 
 from purify_fast import data
-from purify_fast.attacks import FGSM, pgd as fgsm
+from purify_fast.attacks import FGSM, fgsm
 from purify_fast.methods.atop import AtopConfig, AtopTask
 from purify_fast.methods.atop.task import hinge, passes
 from purify_fast.training import Batch, FitConfig, fit
