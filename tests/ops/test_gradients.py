@@ -1,10 +1,12 @@
 """Gradients pass through every op as they pass through its definition, unless the op is declared to have none."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from op_table import FUNCTIONS
 
-from purify_fast.ops import REGISTRY
+from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch.example_tensors import tensors
 from purify_fast.ops.dispatch.registry import Op
 
@@ -15,7 +17,8 @@ def test_gradients_pass_through_an_op_as_through_its_definition(name, monkeypatc
     for plain in (True, False):
         monkeypatch.setattr(Op, "uses_reference", lambda *_, plain=plain: plain)
         given = [x.requires_grad_(x.is_floating_point()) for x in FUNCTIONS[name].make(3)]
-        outputs = [out.sum() for out in tensors(FUNCTIONS[name].call(*given)) if out.requires_grad]
+        with use_backend("reference") if plain else nullcontext():
+            outputs = [out.sum() for out in tensors(FUNCTIONS[name].call(*given)) if out.requires_grad]
         if outputs:
             sum(outputs).backward()
         found.append([x.grad for x in given if x.grad is not None])
