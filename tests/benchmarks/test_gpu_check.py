@@ -56,7 +56,7 @@ def test_sections_write_rows_and_keep_them_if_they_are_asked_to(tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
-    """One raises, one does not end and keeps the row that it has, one dies."""
+    """The first raises an error, the second does not end and keeps its row, and the third dies."""
 
     def bad(context):
         raise ValueError("what went wrong")
@@ -243,3 +243,15 @@ def test_cudnn_races_in_the_raced_form_only(monkeypatch):
     for form in (goals.UNRACED, goals.RACED):
         goals.measure(goals.PGD, form, CPU, True)
     assert seen == {goals.UNRACED: ("off", False), goals.RACED: ("off", True)}
+
+
+def test_a_training_that_ends_early_or_drops_its_graphs_says_so(monkeypatch):
+    def fit(task, *given, **options):
+        task.graphs.mode = "off"
+        raise RuntimeError("memory ran out")
+
+    monkeypatch.setattr(in_use, "fit", fit)
+    row = in_use.full(CPU, True)
+    assert (row["ended"], row["dropped"], row["verdict"]) == (False, True, "failed") and "memory ran out" in row[
+        "error"
+    ]

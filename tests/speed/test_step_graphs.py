@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from purify_fast.model_state import identity_key
 from purify_fast.speed.graphs import graphed_loop, step_graphs
 from purify_fast.speed.graphs.step_graphs import StepGraphs
-from purify_fast.speed.graphs.step_loop import State, begin_steps
+from purify_fast.speed.graphs.step_loop import State, Steps, begin_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Steps of a loop.
@@ -343,3 +343,62 @@ def test_the_tensors_that_a_graph_reads_stay_alive(graphs):
     (captured,) = graphs._captured.values()
     address = hidden.pop("scale").data_ptr()
     assert address in [one.data_ptr() for one in captured.objects if isinstance(one, Tensor)]
+
+
+def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
+    class Refuses(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 0:
+                raise ValueError("no images")
+            return super().forward(x)
+
+    loop = begin_steps(StepGraphs("always", capture=rerun), Grow(Refuses()), start(0))
+    assert rerun.recorded == 0 and type(loop) is Steps
+
+
+class Verified(Scale):
+    """Waits at its first call only, as where a kernel is verified."""
+
+    def __init__(self):
+        super().__init__()
+        self.checked: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.checked:
+            assert float(x.sum()) > 0
+            self.checked.add(len(x))
+        return super().forward(x)
+
+
+def test_what_waits_at_its_first_call_alone_is_captured(graphs, rerun):
+    model = Verified()
+    found = run(graphs, model, STEPS)
+    assert rerun.recorded == 1 and same(found, run(None, Verified(), STEPS))
+
+
+def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
+    model, rerun.error = Scale(), RuntimeError("operation not permitted\nwhen stream is capturing")
+    with pytest.warns(UserWarning) as warned:
+        for _ in range(2):
+            assert same(run(graphs, model, STEPS), run(None, model, STEPS))
+    reason = "the step cannot be captured (RuntimeError: operation not permitted)"
+    assert [str(one.message) for one in warned] == [f"an attack runs without a CUDA graph: {reason}"]
+    rerun.error = None
+    run(graphs, model, STEPS)
+    assert rerun.recorded == 0 and graphs.refusal == reason, "what failed is not tried again"
+    run(graphs, model, STEPS, start(4))
+    assert rerun.recorded == 1 and graphs.refusal is None
+
+
+def test_a_step_is_run_without_a_graph_only_before_its_capture(rerun):
+    """Afterwards the graph keeps the memory of a step, and another step beside it may not fit."""
+    calls = []
+
+    class Counted(Scale):
+        def forward(self, x):
+            calls.append(rerun.recorded + rerun.replaying)
+            return super().forward(x)
+
+    run(StepGraphs("always", rerun), Counted(), 3)
+    # Calls in a replay are those of the stand-in.
+    assert rerun.recorded == 1 and calls.count(0) >= 3 and calls.count(1) == 0
