@@ -1,4 +1,4 @@
-"""What every attack needs to know of a model. `purify_fast.protocols` has the other protocols, and passes these on."""
+"""The protocols of models that every attack reads. `purify_fast.protocols` has the others, and passes these on."""
 
 from __future__ import annotations
 

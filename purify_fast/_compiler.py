@@ -31,7 +31,7 @@ def outside_graphs(function: Callable[_P, _R], recursive: bool = True) -> Callab
 
 
 class _OneGraph(threading.local):
-    """Whether this thread runs or traces a whole step of an attack, whose copies have read their models before."""
+    """Return True if this thread runs or traces a whole step of an attack; its copies have read their models before."""
 
     # Each thread calls this once. If the attribute were the class's, the compiler would not notice a later change.
     def __init__(self) -> None:

@@ -52,7 +52,7 @@ class Followed:
 
     @property
     def has_model(self) -> bool:
-        """Whether there is a model: not after pickling."""
+        """Return True if there is a model. After pickling there is none."""
         return self._model is not None
 
     def read(self) -> Any:
@@ -80,7 +80,7 @@ class Followed:
 
     @property
     def may_write(self) -> bool:
-        """Whether a read may write into present tensors; a backward pass may need those of each earlier plain call."""
+        """Return True if a read may write into present tensors. A backward pass of an earlier call may need them."""
         return not self.reason or block.get() > 0
 
     def finish(self) -> None:

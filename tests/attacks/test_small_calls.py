@@ -1,4 +1,4 @@
-"""What an attack costs beside the network: the functions and the operators of a call and of a step."""
+"""Count the functions and operators that an attack runs beside the network, for a call and for a step."""
 
 import sys
 from collections import Counter

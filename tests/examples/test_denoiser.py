@@ -41,7 +41,7 @@ def test_the_loss_is_that_of_the_schedule_of_the_purifier():
 def test_the_result_is_a_moving_average_that_begins_fast():
     task = example.Denoising(nn.Linear(2, 2))
     average = {name: value.clone() for name, value in task.denoiser.state_dict().items()}
-    # what a step keeps after n others
+    # the share of the old average that stays after n steps
     for kept in [(1 + n) / (10 + n) for n in range(5)]:
         for weight in task.denoiser.parameters():
             weight.data.add_(torch.randn_like(weight))

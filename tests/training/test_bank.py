@@ -177,7 +177,7 @@ def test_a_kill_in_the_middle_of_writing_goes_on_to_the_same_weights(tmp_path, m
         calls.append(seed)
         if len(calls) < last:
             return part(slice(None))
-        # one variant is written, and the others are half written, when the process ends
+        # The process ends after it has written one variant, and half of each other variant.
         assert len(steps) > 1
         part(slice(1))
         with pytest.raises(ValueError):
