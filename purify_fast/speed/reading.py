@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from .._modules import modules_of
+
 #: The numbers of blocks and of reads, in the order in which they began.
 NUMBERS = itertools.count(1)
 #: The number of the innermost block; 0 outside of all blocks.
@@ -30,7 +32,7 @@ def reading(*models: object) -> Iterator[Any]:
     try:
         # Without this module there is no frozen copy. Every attack runs these lines, so they must be fast.
         for model in models if "purify_fast.speed.followed" in sys.modules else ():
-            for part in model.modules() if isinstance(model, nn.Module) else ():
+            for part in modules_of(model) if isinstance(model, nn.Module) else ():
                 if vars(part).get("_followed") is not None:
                     part.prepare_replay()  # type: ignore[operator]
         followed = getattr(models[0], "__dict__", {}).get("_followed") if models else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -243,9 +242,8 @@ class AttackRun:
             # A copy, because the later check of the radius would not see a change in place.
             return attack.search(self.target, x.clone(), y, batch_context)
 
-        graphs = context.graphs
         try:
-            result = subject.batch_limit.within(functools.partial(graphs.retry_without_graphs, search, subject.device))
+            result = subject.batch_limit.within(lambda: context.graphs.retry_without_graphs(search, subject.device))
         except TimeIsOver as over:
             result = AttackResult(x if over.points is None else over.points, warnings=[CUT])
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
