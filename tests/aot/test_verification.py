@@ -42,9 +42,9 @@ def compiled(ops: Iterable[str]) -> set[tuple]:
     return keys
 
 
-def test_all_kernels_are_verified_by_132_compiles():
+def test_all_kernels_are_verified_by_143_compiles():
     found = compiled(GPU_OPS)
-    assert 0 < len(found) <= 132, len(found)
+    assert 0 < len(found) <= 143, len(found)
 
 
 @pytest.fixture
@@ -64,14 +64,14 @@ def reached(monkeypatch) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_an_undefended_classifier_waits_for_27_compiles(norm, reached, short_signs, one_thread):
+def test_an_undefended_classifier_waits_for_38_compiles(norm, reached, short_signs, one_thread):
     torch.manual_seed(0)
     model, x = SmallCNN().eval(), torch.rand(4, 1, 16, 16)
     options = {"eps": {"linf": 0.1, "l2": 1.0}[norm], "norm": norm, "steps": 2}
     evaluate(model, x, model(x).argmax(1), **options, progress=False)
     kernels = [name for name in reached if name in GPU_OPS]
     assert "apgd_step" in kernels
-    assert 0 < len(compiled(kernels)) <= 27, (len(compiled(kernels)), kernels)
+    assert 0 < len(compiled(kernels)) <= 38, (len(compiled(kernels)), kernels)
 
 
 @pytest.mark.parametrize("op", GPU_OPS)
