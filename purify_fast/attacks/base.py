@@ -293,7 +293,7 @@ def worst_of_runs(
         health = GradientHealth()
     _, draws, loss, _ = attack.resolved_for(context)
     precision: GradientPrecision = "float32" if context.keep_mode else getattr(attack, "precision", "float32")
-    with torch.enable_grad(), frozen(model, keep_mode=context.keep_mode), contextlib.ExitStack() as stack:
+    with torch.enable_grad(), frozen(model, keep_mode=context.keep_mode):
         apart = False
         if draws > 1:
             from .shared_draws import drawn_once_per_call
@@ -302,24 +302,23 @@ def worst_of_runs(
         source = model
         if context.copies is not None or precision == "bfloat16":
             source = context.source(model, x, precision)
-        if source is not model:
-            stack.enter_context(frozen(source))
         loss = context.loss_function or loss
-        how: dict[str, Any] = {"graphs": context.graphs, "apart": apart, "toward": context.toward}
-        objective = Objective(source, loss, draws, most, **how)
-        best = one_run(objective, 0, health)
-        if attack.restarts == 1:
+        ways = {"graphs": context.graphs, "apart": apart, "toward": context.toward}
+        objective = Objective(source, loss, draws, most, **ways)
+        with frozen(source) if source is not model else contextlib.nullcontext():
+            best = one_run(objective, 0, health)
+            if attack.restarts == 1:
+                return AttackResult(best, health)
+            # Each forward pass contains at most one draw of every image.
+            judge = Objective(model, "margin", draws, min(max(1, len(y)), most or len(y) + 1), apart=apart)
+
+            def score(points: Tensor) -> Tensor:
+                wrong, margins = judge.score(points, y)
+                return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
+
+            best_score = score(best)
+            with keeping(lambda: best):
+                for number in range(1, attack.restarts):
+                    points = one_run(objective, number, health)
+                    best, best_score = better_of(best, best_score, points, score(points))
             return AttackResult(best, health)
-        # Each forward pass contains at most one draw of every image.
-        judge = Objective(model, "margin", draws, min(max(1, len(y)), most or len(y) + 1), apart=apart)
-
-        def score(points: Tensor) -> Tensor:
-            wrong, margins = judge.score(points, y)
-            return torch.stack([wrong, margins.masked_fill(margins.isnan(), torch.inf)])
-
-        best_score = score(best)
-        with keeping(lambda: best):
-            for number in range(1, attack.restarts):
-                points = one_run(objective, number, health)
-                best, best_score = better_of(best, best_score, points, score(points))
-    return AttackResult(best, health)

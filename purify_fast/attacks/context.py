@@ -182,14 +182,15 @@ def normal_in_ball(
 ) -> Tensor:
     """Draw a point from a normal distribution around each image, and project it onto the ball and the box."""
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    noise = philox(philox_key(seed, x.device), ids, x[0].numel(), stream=Stream.ATTACK_START, distribution="normal")
+    key, size = philox_key(seed, x.device), x.shape[1:].numel()
+    noise = philox(key, ids, size, stream=Stream.ATTACK_START, distribution="normal")
     return projected(x, (x + std * noise.view_as(x)).to(x.dtype), ball)
 
 
 def sample_in_ball(x: Tensor, ball: Ball, *, seed: int | Tensor = 0, sample_ids: Tensor | None = None) -> Tensor:
     """Draw a point uniformly from the ball around each image, and clamp it to the box."""
     ids = torch.arange(x.shape[0], device=x.device) if sample_ids is None else sample_ids
-    key, size, stream = philox_key(seed, x.device), x[0].numel(), Stream.ATTACK_START
+    key, size, stream = philox_key(seed, x.device), x.shape[1:].numel(), Stream.ATTACK_START
     if ball.norm == "linf":
         # `philox` without its checks.
         noise = DRAW(key, ids, size, *(int(stream), UNIFORM, 1, 0)).view(x.shape)

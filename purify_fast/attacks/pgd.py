@@ -165,7 +165,7 @@ class PGD(InBall):
         return f"{self.label}-{resolved.steps} {resolved.loss}{times(self.restarts)}"
 
     def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
-        ball, steps = self.ball(x, y, context), self.resolved_for(context).steps
+        ball, steps = self.ball(x, y, context), self.steps or self.usual_steps or context.steps
         if len(x) == 0:
             return AttackResult(x.clone())
         # A model that writes to its images, by x.data, must not write to the caller's.

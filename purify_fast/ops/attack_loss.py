@@ -137,23 +137,9 @@ def _fake(logits: Tensor, labels: Tensor, kind: int, toward: bool) -> tuple[Tens
 
 #: By kind and number of classes; for the values see `Example.gpu`. A program has several rows of 10 classes, one row of
 #: 1000, and a part of a row of 5001. The half precision of the cross-entropy has a tangent of its own.
-EXAMPLES = {
-    ("ce", 10): "fh",
-    ("ce", 1000): "b",
-    ("ce", 5001): "",
-    ("margin", 10): "h",
-    ("margin", 1000): "",
-    ("scaled_margin", 10): "f",
-    ("scaled_margin", 1000): "",
-    ("scaled_margin", 5001): "b",
-    ("dlr", 10): "f",
-    ("dlr", 1000): "b",
-    ("margin_targeted", 10): "f",
-    ("margin_targeted", 1000): "",
-    ("dlr_targeted", 10): "h",
-    ("dlr_targeted", 1000): "",
-    ("dlr_targeted", 5001): "f",
-}
+EXAMPLES = {(kind, 10): "f" for kind in KINDS} | {(kind, 1000): "" for kind in KINDS}
+EXAMPLES |= {("ce", 10): "fh", ("ce", 1000): "b", ("dlr", 1000): "b"}
+EXAMPLES |= {("ce", 5001): "", ("scaled_margin", 5001): "b", ("dlr_targeted", 5001): "f"}
 
 
 def _arguments(kind: str, classes: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, int, bool]:
