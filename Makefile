@@ -72,12 +72,13 @@ EXAMPLES ?= 1000
 fuzz: $(STAMPS)/tests  ## run the tests with random arguments, each EXAMPLES=1000 times
 	FUZZ_EXAMPLES=$(EXAMPLES) $(PARALLEL) -n auto --dist worksteal tests/fuzz $(ARGS)
 
-lint: $(STAMPS)/lint  ## run ruff, clang-format, mypy and import-linter; installs no test packages, builds nothing
+lint: $(STAMPS)/lint  ## run ruff, clang-format, mypy, import-linter and the budgets of code lines; builds nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/promises.py
 
 format: $(STAMPS)/lint  ## rewrite the sources in the format that the linters require
 	$(BIN)/ruff check --fix .
