@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +25,7 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     if value.shape not in ((), (x.shape[0],)):
         raise ValueError(f"{name} must be a number or a tensor [B] = [{x.shape[0]}], got {list(value.shape)}")
     value = value.to(device=x.device, dtype=dtype)
-    return value.contiguous() if value.dim() else value.expand(x.shape[0]).contiguous()
+    return value.expand(x.shape[0]).contiguous()
 
 
 #: The dtypes of tensors that ops compute with.
@@ -49,6 +52,17 @@ def check_floating(**tensors: Tensor) -> None:
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got the layout {tensor.layout}")
     check_one_device(**tensors)
+
+
+def check_form(name: str, value: Any, dtype: torch.dtype, form: str, shape: Sequence[int], **others: Tensor) -> None:
+    """Raise a ValueError unless ``value`` is a tensor of this dtype and shape, on the device of the other tensors.
+
+    ``form`` are the names of the dimensions in the message.
+    """
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != tuple(shape):
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} must be a tensor {form} = {list(shape)} of {dtype}, got {got}")
+    check_one_device(**others, **{name: value})
 
 
 def check_alike(**tensors: Tensor) -> None:

@@ -50,7 +50,6 @@ OP = define_op(
     cpu=0,
     cuda=0,
     in_graphs={"cuda": ("l2",)},
-    differentiable=False,
 )
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._tensors import check_floating, check_one_device
+from .._tensors import check_floating, check_form
 from .dispatch.examples import ROWS, examples, normal
 from .dispatch.registry import define_op, wide
 
@@ -160,7 +160,6 @@ OP = define_op(
     examples=examples(_arguments, EXAMPLES),
     cpu=0,
     cuda=0,
-    differentiable=False,
 )
 
 
@@ -197,12 +196,9 @@ def attack_loss(
     least = FEWEST_CLASSES.get(kind, 2)
     if logits.dim() != 2 or logits.shape[1] < least:
         raise ValueError(f"logits must be [B, C] with C of at least {least} for {kind!r}, got {list(logits.shape)}")
-    for name, value in (("labels", labels), ("targets", targets)):
-        if value is None:
-            continue
-        check_one_device(logits=logits, **{name: value})
-        if value.shape != logits.shape[:1] or value.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64 [B] = [{len(logits)}], got {value.dtype} {list(value.shape)}")
+    check_form("labels", labels, torch.int64, "[B]", logits.shape[:1], logits=logits)
+    if targets is not None:
+        check_form("targets", targets, torch.int64, "[B]", logits.shape[:1], logits=logits)
     with torch.no_grad():
         both = labels if targets is None else torch.stack([labels, targets], 1)
         return OP(logits.detach(), both, KINDS.index(kind), toward)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._settings import without_autocast
-from .._tensors import check_floating, check_one_device, last_channels
+from .._tensors import check_floating, check_form, last_channels
 from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.gradient import SAVING_KERNELS, cpu_kernel, differentiable, may_save, needs_gradient
@@ -249,10 +249,7 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     if rows % 2 or columns % 2 or rows == 0 or columns == 0:
         raise ValueError(f"features must have even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")
     height, width = rows // 2, columns // 2
-    if valid.dtype != torch.bool or valid.shape != (batch, height * width):
-        wanted = f"valid must be bool [B, (H/2) * (W/2)] = {[batch, height * width]}"
-        raise ValueError(f"{wanted}, got {valid.dtype} {list(valid.shape)}")
-    check_one_device(features=features, valid=valid)
+    check_form("valid", valid, torch.bool, "[B, (H/2) * (W/2)]", (batch, height * width), features=features)
 
     last, gradient, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
     plain = OP.uses_reference(features.device, pairs)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter, functional as F
 
 from .._settings import without_autocast
-from .._tensors import memory_format
+from .._tensors import check_form, memory_format
 from ..kernels import decoder_sizes as tiles
 from ._streams import default_stream
 from .dispatch.backward import define_backward
@@ -308,15 +308,12 @@ def decode_prior(
         raise ValueError(f"packed must be bfloat16, float32 or float64, got {packed.dtype}")
     real = torch.promote_types(packed.dtype, torch.float32)
     dtype = real if dtype is None else dtype
-    if condition.dim() != 2 or condition.shape[1] != channels * h * w or condition.dtype != real:
-        got = f"{list(condition.shape)} and {condition.dtype}"
-        raise ValueError(f"condition must be [B, {channels * h * w}] and {real}, got {got}")
-    if biases.dtype != real:
-        raise ValueError(f"biases must be {real}, got {biases.dtype}")
+    check_form("condition", condition, real, "[B, H * W * C]", (*condition.shape[:1], channels * h * w))
     weights_size, shifts = geometry.sizes()
-    for name, value, size in (("packed", packed, weights_size), ("biases", biases, shifts)):
-        if value.shape != (size,) or not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and [{size}] for {geometry}, got {list(value.shape)}")
+    check_form("packed", packed, packed.dtype, f"for {geometry}", (weights_size,))
+    check_form("biases", biases, real, f"for {geometry}", (shifts,))
+    if not (packed.is_contiguous() and biases.is_contiguous()):
+        raise ValueError("packed and biases must be contiguous")
     if dtype not in ((torch.float64,) if real == torch.float64 else (torch.float32, torch.bfloat16)):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 for float64 weights), got {dtype}")
     others = {"packed": packed, "biases": biases}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .._settings import without_autocast
-from .._tensors import check_floating, per_image
+from .._tensors import check_floating, check_form, per_image
 from ._streams import default_stream
 from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
@@ -247,10 +247,8 @@ def diffusion_step(
         raise ValueError("step must be given with a seed, because equal steps of a seed have equal noise, got None")
     draws = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device) if draws is None else draws
     step = torch.zeros(1, dtype=torch.int64, device=x.device) if step is None else step
-    for name, value, size in (("draws", draws, x.shape[0]), ("step", step, 1)):
-        if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1 or value.shape[0] != size:
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{name} must be an int64 tensor [{size}], got {got}")
+    check_form("draws", draws, torch.int64, "[B]", x.shape[:1])
+    check_form("step", step, torch.int64, "[1]", (1,))
     others = {"x": x, "prediction": prediction, "coefficients": coefficients, "draws": draws, "step": step}
     seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], **others)
     which = variant(prediction.shape[1] > x.shape[1], noisy)

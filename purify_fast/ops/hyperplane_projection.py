@@ -123,7 +123,6 @@ OP = define_op(
     cpu=0,
     cuda=0,
     in_graphs={"cpu": NORMS, "cuda": NORMS},
-    differentiable=False,
 )
 
 

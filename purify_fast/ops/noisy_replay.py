@@ -48,7 +48,6 @@ OP = define_op(
     cpu=2**16,
     cuda=0,
     in_graphs={"cuda": ("",)},
-    differentiable=False,
 )
 
 

@@ -163,7 +163,6 @@ OP = define_op(
     cpu=0,
     cuda=0,
     in_graphs={"cpu": ("l1",), "cuda": ("l2", "l1")},
-    differentiable=False,
 )
 
 

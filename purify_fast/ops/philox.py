@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._tensors import check_one_device
+from .._tensors import check_form, check_one_device
 from .dispatch.examples import ROWS, examples, stream as example_stream
 from .dispatch.registry import define_op
 
@@ -133,7 +133,6 @@ OP = define_op(
     in_graphs={"cuda": ("",)},
     # The size is the number of values that a call draws.
     size=lambda seed, ids, numel, stream, distribution, draws=1, *_: ids.numel() * draws * numel,
-    differentiable=False,
 )
 
 
@@ -149,18 +148,12 @@ def philox_key(seed: int | Tensor, device: torch.device) -> Tensor:
 
 def check_stream(seed: Tensor, sample_ids: Tensor, batch: int | None = None, **others: Tensor) -> None:
     """Raise an error unless seed is int64 [1] and sample_ids int64 [B], on the device of the other tensors."""
-    for name, value, shape in (("seed", seed, "[1]"), ("sample_ids", sample_ids, "[B]")):
-        if isinstance(value, Tensor):
-            continue
-        got = f"the number {value}" if isinstance(value, int) else type(value).__name__
-        hint = f": write torch.tensor([{value}])" if isinstance(value, int) and name == "seed" else ""
-        raise TypeError(f"{name} must be an int64 tensor of shape {shape}, got {got}{hint}")
-    if seed.dtype != torch.int64 or seed.shape != (1,):
-        raise ValueError(f"seed must be an int64 tensor of shape [1], got {seed.dtype} {list(seed.shape)}")
-    if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
-        raise ValueError(f"sample_ids must be an int64 tensor [B], got {sample_ids.dtype} {list(sample_ids.shape)}")
-    if batch is not None and sample_ids.shape[0] != batch:
-        raise ValueError(f"sample_ids must have one entry per sample, so {batch}, but it has {sample_ids.shape[0]}")
+    for name, value in (("seed", seed), ("sample_ids", sample_ids)):
+        if not isinstance(value, Tensor):
+            hint = f": write torch.tensor([{value}])" if isinstance(value, int) and name == "seed" else ""
+            raise TypeError(f"{name} must be an int64 tensor, got {value!r}{hint}")
+    check_form("seed", seed, torch.int64, "[1]", (1,))
+    check_form("sample_ids", sample_ids, torch.int64, "[B]", (sample_ids.numel() if batch is None else batch,))
     check_one_device(**others, seed=seed, sample_ids=sample_ids)
 
 

@@ -20,12 +20,13 @@ for every dtype of the images.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .._tensors import check_one_device, per_image, per_sample
+from .._tensors import check_form, per_image, per_sample
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
 from .pgd_step import NORMS, check, pgd_step
@@ -156,7 +157,6 @@ OP = define_op(
     # From benchmarks/results: nvidia-h200/kernels.csv. There is no kernel for CPUs.
     cuda=0,
     in_graphs={"cuda": ("l2", "l1")},
-    differentiable=False,
 )
 
 
@@ -165,27 +165,20 @@ def _check(x: Tensor, numbers: Tensor, edge: int | Tensor, norm: str, pattern: T
     if x.dim() != 4:
         raise ValueError(f"x must be images [B, C, H, W], got {list(x.shape)}")
     batch, channels, height, width = x.shape
-    if numbers.dtype != torch.float32 or numbers.dim() != 3 or numbers.shape[::2] != (batch, PLACES + channels):
-        wanted, got = f"[{batch}, T, {PLACES + channels}]", f"{numbers.dtype} {list(numbers.shape)}"
-        raise ValueError(f"numbers must be float32 [B, T, 5 + C] = {wanted}, got {got}")
-    check_one_device(x=x, numbers=numbers)
+    sizes = batch, *numbers.shape[1:2], PLACES + channels
+    check_form("numbers", numbers, torch.float32, "[B, T, 5 + C]", sizes, x=x)
+    side: Any = edge
     if isinstance(edge, Tensor):
-        if edge.dtype != torch.int64 or edge.dim():
-            raise ValueError(f"edge must be a number or an int64 tensor [], got {edge.dtype} {list(edge.shape)}")
+        check_form("edge", edge, torch.int64, "[] or a number", ())
         # The pattern may be larger than the windows.
         side = min(height, width) if pattern is None else pattern.shape[-1]
     elif not 1 <= edge <= min(height, width):
         raise ValueError(f"edge must be from 1 to {min(height, width)} in images of {height} x {width}, got {edge}")
-    else:
-        side = edge
     if norm == "linf":
         if pattern is not None:
             raise ValueError("pattern must be None for norm='linf', which has no pattern")
         return
-    if pattern is None or pattern.shape != (2, side, side) or pattern.dtype != torch.float32:
-        got = "None" if pattern is None else f"{pattern.dtype} {list(pattern.shape)}"
-        raise ValueError(f"pattern must be float32 [2, edge, edge] = [2, {side}, {side}] for {norm}, got {got}")
-    check_one_device(x=x, pattern=pattern)
+    check_form("pattern", pattern, torch.float32, f"[2, edge, edge] for norm={norm!r}", (2, side, side), x=x)
 
 
 def square_proposal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -77,11 +77,8 @@ def properties_of(setting: tuple, properties: Mapping) -> dict:
     return {name: value(*setting) if callable(value) else value for name, value in properties.items()}
 
 
-def examples(
-    arguments: Callable[..., tuple], settings: Mapping[tuple, str] | Iterable[tuple], **properties
-) -> list[Example]:
-    """Make an example of each setting (with `gpu` if a mapping). A property may be a function of the setting."""
-    gpu = settings if isinstance(settings, Mapping) else {}
+def examples(arguments: Callable[..., tuple], settings: Mapping[tuple, str], **properties) -> list[Example]:
+    """Make an example of each setting, with its value as `gpu`. A property may be a function of the setting."""
 
     def word(part) -> str:
         return "x".join(map(word, part)) if isinstance(part, tuple) else str(part).removeprefix("torch.")
@@ -91,8 +88,8 @@ def examples(
             " ".join(filter(None, map(word, setting))),
             partial(arguments, *setting),
             setting,
-            gpu=gpu.get(setting, ""),
+            gpu=gpu,
             **properties_of(setting, properties),
         )
-        for setting in settings
+        for setting, gpu in settings.items()
     ]

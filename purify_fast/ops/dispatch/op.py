@@ -11,6 +11,7 @@ import torch
 
 from ... import _library, kernels
 from .examples import Example
+from .records import files_digest
 
 KERNELS = Path(kernels.__path__[0])
 
@@ -23,7 +24,7 @@ BACKENDS: dict[Backend, tuple[str, ...]] = {"reference": ("cpu", "cuda"), "cpp":
 
 @dataclass(frozen=True)
 class Definition:
-    """The description of an op.
+    """The description of an op, which never records gradients itself.
 
     Attributes:
         name: name without the name space.
@@ -37,7 +38,6 @@ class Definition:
             by default. None: no call does.
         in_graphs: by device type, the variants that use the kernel also inside compiled graphs, which do not know their
             sizes.
-        differentiable: whether the public function has gradients. The op itself never records gradients.
         chosen: the smallest size that uses the kernel, by device and variant, where the kernel was verified.
     """
 
@@ -53,7 +53,6 @@ class Definition:
     size: Callable[..., int]
     smallest: dict[str, Sizes]
     in_graphs: Mapping[str, Iterable[str]]
-    differentiable: bool = True
     chosen: dict[tuple[torch.device, str], float] = field(default_factory=dict)
 
     def kernel(self, kind: str) -> Backend:
@@ -62,10 +61,8 @@ class Definition:
 
     def code_hash(self, kind: str) -> str:
         """Return a hash of the kernel's sources on a type of device."""
-        from .records import files_digest, runs_triton
-
         definition = Path(self.reference.__code__.co_filename)
-        if runs_triton(kind):
+        if kind == "cuda":
             # All files, because kernels call functions of other kernels, and definitions call other definitions.
             return files_digest((*sorted(definition.parent.glob("[!_]*.py")), *sorted(KERNELS.glob("*.py"))))
         return files_digest((definition, Path(_library.path)) if _library.path else (definition,))

@@ -27,15 +27,12 @@ def folder() -> Path:
     """Return the folder of the files: ``PURIFY_FAST_CACHE``, or ``purify_fast`` in the user's cache folder."""
     if os.environ.get("PURIFY_FAST_CACHE"):
         return Path(os.environ["PURIFY_FAST_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "purify_fast"
-
-
-def _home() -> Path:
-    """The user's home folder, or a path below which nobody can write, if the user has no account and no HOME."""
     try:
-        return Path.home()
+        home = Path.home()
     except RuntimeError:
-        return Path(os.devnull)
+        # The user has no account and no HOME. Nobody can write below this path.
+        home = Path(os.devnull)
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "purify_fast"
 
 
 @functools.cache
@@ -58,25 +55,17 @@ def triton_version() -> str:
     return triton.__version__
 
 
-def runs_triton(kind: str) -> bool:
-    """Return True if a type of device runs Triton's kernels. PyTorch calls the GPUs of NVIDIA and of AMD ``cuda``."""
-    return kind == "cuda"
-
-
 @functools.cache
 def machine(device: torch.device) -> dict[str, str]:
     """Return the device and the versions that determine what a kernel computes on it."""
-    if not runs_triton(device.type):
-        capability = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return {"kind": device.type, "device": processor(), "capability": capability, "torch": torch.__version__}
-    major, minor = torch.cuda.get_device_capability(device)
-    return {
-        "kind": "cuda",
-        "device": torch.cuda.get_device_name(device),
-        "capability": f"sm_{major}{minor}",
-        "torch": torch.__version__,
-        "triton": triton_version(),
-    }
+    # PyTorch calls the GPUs of NVIDIA and of AMD ``cuda``.
+    if gpu := device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name, capability = torch.cuda.get_device_name(device), f"sm_{major}{minor}"
+    else:
+        name, capability = processor(), f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    facts = {"kind": device.type, "device": name, "capability": capability, "torch": torch.__version__}
+    return facts | ({"triton": triton_version()} if gpu else {})
 
 
 def files_digest(paths: tuple[Path, ...]) -> str:

@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -72,45 +72,24 @@ def forced_backends() -> tuple[Backend, ...]:
     return _forced.names
 
 
-def like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    """Compute the fake of an op whose result has the shape and dtype of its first argument, and is contiguous."""
-    return x.new_empty(x.shape)
-
-
-def like_second(_: torch.Tensor, x: torch.Tensor, *__: Any) -> torch.Tensor:
-    """Compute the fake of an op whose result has the shape and dtype of its second argument, and is contiguous."""
-    return x.new_empty(x.shape)
-
-
-def numel_of_first(x: torch.Tensor, *_: Any) -> int:
-    """Return the number of elements of a call whose first argument has them."""
-    return x.numel()
-
-
 class Op(Definition):
     """A registered op. Calling it chooses the backend that computes the call, and runs this backend."""
 
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, of which the first is a tensor, and run it."""
-        size = args[0].numel() if self.size is numel_of_first else self.size(*args)
-        # Every eager call runs these lines, so they must be fast.
-        smallest = None
-        if not _forced.names and not torch.compiler.is_compiling():
-            smallest = self.chosen.get((args[0].device, variant))
-        if smallest is None:
-            smallest = math.inf if self.backend_for(args[0].device, size, variant) == "reference" else 0
-        return (self.reference if size < smallest else self.handle)(*args)
+        plain = self.uses_reference(args[0].device, self.size(*args), variant)
+        return (self.reference if plain else self.handle)(*args)
 
     def uses_reference(self, device: torch.device, size: int, variant: str = "") -> bool:
         """Return True if the public function should call the reference directly for a number of elements."""
+        # Every eager call runs these lines, so they must be fast.
         forced = _forced.names or torch.compiler.is_compiling()
         smallest = None if forced else self.chosen.get((device, variant))
         return self.backend_for(device, size, variant) == "reference" if smallest is None else size < smallest
 
     def backend_for(self, device: torch.device, size: int, variant: str = "") -> Backend:
         """Return the backend that computes a call. A kernel is used only after it was verified."""
-        forced = self.forced(device.type) if _forced.names else None
-        if forced is not None:
+        if (forced := self.forced(device.type)) is not None:
             return forced
         if torch.compiler.is_compiling():
             return _in_graph(self.name, device.type, device.index, variant)
@@ -129,17 +108,13 @@ class Op(Definition):
 
     def forced(self, kind: str) -> Backend | None:
         """Return the backend that is forced for a type of device, or None."""
-        there, wanted = self.available.get(kind, ("reference",)), _forced.names
-        for name in wanted:
-            if name in there:
-                return name
-        if not wanted:
-            return None
-        missing = " or ".join(map(repr, wanted))
-        raise RuntimeError(
-            f"{self.name}: the forced backend {missing} has no kernel for tensors on {kind}, allowed are: "
-            f"{', '.join(there)}. Add one of these, as in use_backend('{','.join(wanted)},reference')"
-        )
+        allowed, names = self.available.get(kind, ("reference",)), _forced.names
+        usable = [name for name in names if name in allowed]
+        if usable or not names:
+            return usable[0] if usable else None
+        missing = f"the forced backend {' or '.join(map(repr, names))} has no kernel for tensors on {kind}"
+        advice = f"Add one of these, as in use_backend('{','.join(names)},reference')"
+        raise RuntimeError(f"{self.name}: {missing}, allowed are: {', '.join(allowed)}. {advice}")
 
 
 # Called while a graph is traced, and without a number of elements: a graph may run with inputs of any size.
@@ -165,7 +140,7 @@ def sizes_here(name: str, device: torch.device) -> tuple[Sizes, str]:
     if op.kernel(device.type) == "reference":
         return {}, "there is no kernel"
     # Without a GPU, the file of its machine is not known.
-    if not records.runs_triton(device.type) or torch.cuda.is_available():
+    if device.type != "cuda" or torch.cuda.is_available():
         tuned = records.entry_of(name, op.code_hash(device.type), device).get("tuned")
         if tuned:
             return {**op.smallest[device.type], **tuned["smallest"]}, f"tuned on this machine, {tuned['date']}"
@@ -180,13 +155,12 @@ def define_op(
     schema: str,
     *,
     reference: Callable,
-    fake: Callable = like_first,
+    fake: Callable = lambda x, *_: x.new_empty(x.shape),
     examples: list[Example],
     cpu: int | Sizes | None = None,
     cuda: int | Sizes | None = None,
     in_graphs: Mapping[str, Iterable[str]] | None = None,
-    size: Callable[..., int] = numel_of_first,
-    differentiable: bool = True,
+    size: Callable[..., int] = lambda x, *_: x.numel(),
 ) -> Op:
     """Register the op ``purify_fast::name``, with the kernels that are found by its name.
 
@@ -207,7 +181,6 @@ def define_op(
             faster than the compiled reference, because a compiler cannot fuse it with its neighbors. On a GPU graphs
             were not measured: choose variants whose reference is many launches that a compiler does not fuse.
         size: function that returns the number of elements of a call, from the kernel's arguments.
-        differentiable: whether the public function has gradients.
     """
 
     def by_variant(sizes: int | Sizes | None) -> Sizes:
@@ -218,26 +191,23 @@ def define_op(
     torch.library.register_fake(qualified, fake)
     # The op runs the reference if it has no kernel. Without no_grad, autograd would record the reference's operators.
     plain = torch.no_grad()(reference)
-    available: dict[str, tuple[Backend, ...]] = {"cpu": ("reference",), "cuda": ("reference",)}
-    if _library.has_kernel(qualified, "CPU"):
-        available["cpu"] += ("cpp",)
-    else:
+    cpp, launch = _library.has_kernel(qualified, "CPU"), _launcher(name)
+    if not cpp:
         torch.library.impl(qualified, "CPU", plain)
-    launch = _launcher(name)
-    if launch is not None:
-        available["cuda"] += ("triton",)
-    torch.library.impl(qualified, "CUDA", _narrow(launch, plain) if launch is not None else plain)
+    torch.library.impl(qualified, "CUDA", _narrow(launch, plain) if launch else plain)
     REGISTRY[name] = Op(
         name=name,
         handle=getattr(torch.ops.purify_fast, name).default,
         reference=reference,
-        available=available,
+        available={
+            "cpu": ("reference", "cpp") if cpp else ("reference",),
+            "cuda": ("reference", "triton") if launch else ("reference",),
+        },
         examples=examples,
         launch=launch,
         size=size,
         smallest={"cpu": by_variant(cpu), "cuda": by_variant(cuda)},
         in_graphs=in_graphs or {},
-        differentiable=differentiable,
     )
     return REGISTRY[name]
 

@@ -124,15 +124,10 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
 
 def _verify(op: Definition, device: torch.device) -> Verdict:
     began = time.perf_counter()
-
-    def work() -> Verdict:
-        _verifying.active = True
-        return compare(op, device, cases(op, device))
-
     try:
         # A new thread has none of the caller's modes: gradients, autocast, fake tensors, vmap.
-        with ThreadPoolExecutor(1) as pool:
-            worst = pool.submit(work).result()
+        with ThreadPoolExecutor(1, initializer=setattr, initargs=(_verifying, "active", True)) as pool:
+            worst = pool.submit(compare, op, device, cases(op, device)).result()
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         worst = Verdict(math.inf, 0.0, text, status="raised")
@@ -144,11 +139,8 @@ def _warn(op: Definition, device: torch.device, verdict: Verdict) -> None:
     """Warn that a kernel is not used."""
     backend, where = op.kernel(device.type), records.machine(device)["device"]
     # If Triton finds no compiler, the text is the same for all kernels, so it is shown once.
-    what = (
-        f"the {backend} kernel of {op.name} is wrong"
-        if verdict.status == "compared"
-        else f"a {backend} kernel cannot be run"
-    )
+    wrong = verdict.status == "compared"
+    what = f"the {backend} kernel of {op.name} is wrong" if wrong else f"a {backend} kernel cannot be run"
     hint = "Triton needs a C compiler and Python.h (apt-get install gcc python3-dev). " if backend == "triton" else ""
     warnings.warn(
         f"purify_fast: {what} on {where}: {verdict.words()}. On this machine PyTorch computes the op instead. {hint}"
