@@ -125,10 +125,10 @@ def kernel_cache(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty folder of verdicts and tuned sizes, and a process that knows of none."""
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     verify._warn_unwritable.cache_clear()
-    records.forget()
+    records._contents.clear()
     choices.forget_choices()
     yield tmp_path / "cache"
-    records.forget()
+    records._contents.clear()
     choices.forget_choices()
 
 

@@ -165,10 +165,8 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     check_floating(logits=logits)
-    if logits.dim() != 3:
-        raise ValueError(f"logits must be [B, K, C], got {list(logits.shape)}")
-    if logits.shape[1] < 1 or logits.shape[2] < 2:
-        raise ValueError(f"logits must have K >= 1 samples and C >= 2 classes, got [B, K, C] = {list(logits.shape)}")
+    if logits.dim() != 3 or logits.shape[1] < 1 or logits.shape[2] < 2:
+        raise ValueError(f"logits must be [B, K, C], with K >= 1 and C >= 2 classes, got {list(logits.shape)}")
     if method == "peel_reference":
         return peel_reference(logits)
     if method not in METHODS:
@@ -177,8 +175,7 @@ def aggregate(logits: Tensor, method: str = "lse") -> Tensor:
     differentiated = needs_gradient(logits)
     if OP.uses_reference(logits.device, logits.numel(), method) and not (method == "vote" and differentiated):
         return reference(logits, index)
-    if not differentiated:
-        return OP.handle(logits, index)
-    if method in ("lse", "peel") and logits.shape[2] >= SAVED_FROM and saves(BACKWARD, logits, method):
+    few = method not in ("lse", "peel") or logits.shape[2] < SAVED_FROM
+    if differentiated and not few and saves(BACKWARD, logits, method):
         return _with_saved(logits, index)[0]
-    return _aggregate(logits, index)
+    return (_aggregate if differentiated else OP.handle)(logits, index)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .._tensors import per_image, per_sample
-from .dispatch.examples import IMAGES, ROWS
 from .dispatch.registry import define_op, wide
 from .pgd_step import check, direction, project, step_arguments, step_examples
 
@@ -37,15 +36,15 @@ def reference(
     return into_ball(moved).to(x.dtype).contiguous()
 
 
-ON_GPU = {("linf", (ROWS, 16400)): "f", ("linf", (ROWS, 3, 33, 31)): "h", ("l2", (ROWS, 16400)): "fb"}
-_arguments = functools.partial(step_arguments, momentum=True)
+#: By norm, `Example.gpu` for each shape of `IMAGES`.
+ON_GPU = {"linf": ("", "h", "", "f"), "l2": ("", "", "", "fb")}
 
 OP = define_op(
     "apgd_step",
     "(Tensor x, Tensor grad, Tensor x_nat, Tensor previous, Tensor alpha, Tensor eps, float momentum, int norm, "
     "float lo, float hi) -> Tensor",
     reference=reference,
-    examples=step_examples(_arguments, NORMS, IMAGES, ON_GPU),
+    examples=step_examples(functools.partial(step_arguments, momentum=True), ON_GPU),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
     cpu=0,
     cuda=0,

@@ -49,11 +49,6 @@ def least_exponent(dtype: torch.dtype) -> float:
     return min(math.log(SURE), LEAST_SLOPE * math.log(torch.finfo(dtype).tiny))
 
 
-def sure_below(dtype: torch.dtype) -> float:
-    """Return the loss below which the usual formula of the cross-entropy is replaced, for arithmetic in a dtype."""
-    return SURE * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-
-
 def _cross_entropy(logits: Tensor, true: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     log_shares = F.log_softmax(logits, 1)
     usual = -log_shares.gather(1, true)[:, 0]
@@ -65,7 +60,7 @@ def _cross_entropy(logits: Tensor, true: Tensor, dtype: torch.dtype) -> tuple[Te
     # The largest share is exp(top - logsumexp). The two logits are subtracted first, because both may be large.
     z = (others.amax(1) - logits.gather(1, true)[:, 0]) - shares.amax(1).log()
     # With NaN or infinite logits, one of these two numbers is NaN, and the usual loss is kept.
-    exact = torch.maximum(usual, z) < sure_below(logits.dtype)
+    exact = torch.maximum(usual, z) < SURE * torch.finfo(logits.dtype).eps / torch.finfo(torch.float32).eps
     bounded = z.clamp_min(least_exponent(dtype))
     slope = bounded.sigmoid()
     loss = torch.addcmul(F.softplus(bounded), slope, z - bounded)

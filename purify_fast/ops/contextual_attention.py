@@ -34,7 +34,7 @@ from .._settings import without_autocast
 from .._tensors import check_floating, check_form, last_channels
 from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
-from .dispatch.gradient import SAVING_KERNELS, cpu_kernel, differentiable, may_save, needs_gradient
+from .dispatch.gradient import cpu_kernel, differentiable, may_save, needs_gradient
 from .dispatch.registry import define_op, wide
 
 _SMALLEST_NORM = 1e-4
@@ -182,8 +182,6 @@ SLOPES = cpu_kernel(
     "(Tensor grad, Tensor correlation, Tensor inverse, Tensor weights, SymInt height, SymInt width, float scale)"
     " -> Tensor",
 )
-#: True if the kernels of the whole function exist and may be used.
-WHOLE = SAVING_KERNELS
 
 
 def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[Tensor, ...]:
@@ -198,16 +196,8 @@ def _attend(features: Tensor, valid: Tensor, scale: float, last: bool) -> tuple[
     return JOIN(out.view_as(phases), None, height, width, last), phases, correlation, inverse, spread, weights
 
 
-def _attend_backward(
-    grad: Tensor,
-    phases: Tensor,
-    correlation: Tensor,
-    inverse: Tensor,
-    spread: Tensor,
-    weights: Tensor,
-    scale: float,
-    last: bool,
-) -> Tensor:
+def _attend_backward(grad: Tensor, phases: Tensor, *saved: Any) -> Tensor:
+    correlation, inverse, spread, weights, scale, last = saved
     height, width = grad.shape[2] // 2, grad.shape[3] // 2
     with without_autocast(grad.device):
         slopes = SPLIT(grad.contiguous(memory_format=torch.channels_last) if last else grad, last).flatten(0, 1)
@@ -243,17 +233,15 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
     samples, apart from the rounding of the matrix products.
     """
     check_floating(features=features)
-    if features.dim() != 4:
-        raise ValueError(f"features must be [B, C, H, W], got {list(features.shape)}")
+    if features.dim() != 4 or any(side % 2 or side == 0 for side in features.shape[2:]):
+        raise ValueError(f"features must be [B, C, H, W] with even H and W, at least 2, got {list(features.shape)}")
     batch, channels, rows, columns = features.shape
-    if rows % 2 or columns % 2 or rows == 0 or columns == 0:
-        raise ValueError(f"features must have even H and W, at least 2, got [B, C, H, W] = {list(features.shape)}")
     height, width = rows // 2, columns // 2
     check_form("valid", valid, torch.bool, "[B, (H/2) * (W/2)]", (batch, height * width), features=features)
 
     last, gradient, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
     plain = OP.uses_reference(features.device, pairs)
-    whole = WHOLE and may_save(features) and not plain
+    whole = may_save(features) and not plain
     with without_autocast(features.device):
         # The kernels of the whole function are used where the op's kernels would be used, forward and backward.
         if whole and not (gradient and BACKWARD.uses_reference(features.device, pairs)):

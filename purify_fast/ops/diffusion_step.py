@@ -28,14 +28,13 @@ import torch
 from torch import Tensor
 
 from .._settings import without_autocast
-from .._tensors import check_floating, check_form, per_image
+from .._tensors import check_floating, check_form, last_channels, memory_format, per_image
 from ._streams import default_stream
 from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import differentiable, needs_gradient
 from .dispatch.registry import define_op
 from .philox import DISTRIBUTIONS, Stream, drawn
-from .stitch import layout
 
 #: The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.
 COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")
@@ -52,16 +51,12 @@ def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, step: Ten
     return made.view(x.shape).to(x.dtype)
 
 
-def _parts(x: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the prediction and, for learned variances, the interpolation numbers (else None), in x's dtype."""
-    channels = x.shape[1]
+def _parts(x: Tensor, prediction: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return P x + Q m, v or None, and the coefficients in shapes that broadcast to x, all in x's dtype."""
+    channels, numbers = x.shape[1], [per_image(number, x) for number in coefficients.unbind(-1)]
     whole = prediction.to(x.dtype)
-    return whole[:, :channels], whole[:, channels:] if prediction.shape[1] > channels else None
-
-
-def _each(coefficients: Tensor, x: Tensor) -> list[Tensor]:
-    """Return the eight coefficients, in shapes that broadcast to x."""
-    return [per_image(one, x) for one in coefficients.unbind(-1)]
+    v = whole[:, channels:] if prediction.shape[1] > channels else None
+    return numbers[0] * x + numbers[1] * whole[:, :channels], v, numbers
 
 
 def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -75,9 +70,7 @@ def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
 def reference(x: Tensor, prediction: Tensor, coefficients: Tensor, *named: Any) -> Tensor:
     """Compute the op by PyTorch in x's dtype. ``named`` are the arguments seed, sample_ids, draws, step and noisy."""
     *name, noisy = named
-    m, v = _parts(x, prediction)
-    p, q, c, a, b, s, lo, hi = _each(coefficients, x)
-    image = p * x + q * m
+    image, v, (*_, c, a, b, s, lo, hi) = _parts(x, prediction, coefficients)
     # Both ends of the clip pass the gradient, in contrast to torch.clamp in some versions of torch.
     clipped = torch.where((image >= -c) & (image <= c), image, image.detach().clamp(-c, c))
     out = a * clipped + b * x
@@ -91,9 +84,7 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the prediction, in their dtypes and shapes."""
     *name, noisy = named
-    m, v = _parts(x, prediction)
-    p, q, c, a, b, s, lo, hi = _each(coefficients, x)
-    image = p * x + q * m
+    image, v, (p, q, c, a, b, s, lo, hi) = _parts(x, prediction, coefficients)
     through = torch.where((image >= -c) & (image <= c), a * grad, 0.0)
     to_x, to_prediction = (p * through + b * grad).contiguous(), q * through
     if v is not None:
@@ -102,11 +93,7 @@ def reference_backward(
         # torch.cat raises an error for some dtypes under CPU autocast.
         with without_autocast(x.device):
             to_prediction = torch.cat([to_prediction, to_v], dim=1)
-    return to_x, to_prediction.to(prediction.dtype).contiguous(memory_format=layout(prediction))
-
-
-def _like(prediction: Tensor) -> Tensor:
-    return torch.empty_like(prediction, memory_format=layout(prediction))
+    return to_x, to_prediction.to(prediction.dtype).contiguous(memory_format=memory_format(last_channels(prediction)))
 
 
 def variant(learned: bool, noisy: bool) -> str:
@@ -161,7 +148,10 @@ BACKWARD = define_backward(
     "(Tensor grad, Tensor x, Tensor prediction, Tensor coefficients, Tensor seed, Tensor sample_ids, Tensor draws, "
     "Tensor step, bool noisy) -> (Tensor, Tensor)",
     reference=reference_backward,
-    fake=lambda grad, x, prediction, *_: (x.new_empty(x.shape), _like(prediction)),
+    fake=lambda grad, x, m, *_: (
+        x.new_empty(x.shape),
+        torch.empty_like(m, memory_format=memory_format(last_channels(m))),
+    ),
     changes={"exact": lambda shape, learned, noisy, _: not (learned and noisy)},
     in_graphs={"cuda": ("fixed", "learned")},
 )

@@ -72,10 +72,8 @@ def gated_elu(features: Tensor) -> Tensor:
     The op has first-order gradients only and is deterministic. The kernels do not support ``vmap``.
     """
     check_floating(features=features)
-    if features.dim() < 2:
-        raise ValueError(f"features must be [B, 2C, ...], got {list(features.shape)}")
-    if features.shape[1] % 2:
-        raise ValueError(f"features must have an even number of channels, 2C, got {features.shape[1]}")
+    if features.dim() < 2 or features.shape[1] % 2:
+        raise ValueError(f"features must be [B, 2C, ...], so with an even second size, got {list(features.shape)}")
     if OP.uses_reference(features.device, features.numel()):
         return reference(features, 1)
     call = _gated_elu if needs_gradient(features) else OP.handle

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._tensors import check_alike, per_image, per_sample
+from .._tensors import check_alike, check_floating, check_form, per_image, per_sample
 from ._streams import default_stream
 from .dispatch.examples import IMAGES, ROWS, examples, stream, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
@@ -96,10 +96,9 @@ def noisy_replay(
     in a tensor eps propagates.
     """
     check_alike(x=x, x_adv=x_adv)
-    if drift.shape != x.shape[:1] or not drift.is_floating_point():
-        got = f"{drift.dtype} {list(drift.shape)}"
-        raise ValueError(f"drift must be a floating-point tensor [B] = [{x.shape[0]}], got {got}")
-    seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x, drift=drift)
+    check_floating(drift=drift)
+    check_form("drift", drift, drift.dtype, "[B]", x.shape[:1], x=x)
+    seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x)
     if not lo <= hi:
         raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
     with torch.no_grad():

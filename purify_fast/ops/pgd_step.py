@@ -18,7 +18,7 @@ l2, the gradient is divided by max |g| first, so that tiny gradients still have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,17 +110,8 @@ def reference(x: Tensor, grad: Tensor, x_nat: Tensor, alpha: Tensor, eps: Tensor
     return moved.to(x.dtype).contiguous()
 
 
-#: By norm and shape; for the values see `Example.gpu`.
-ON_GPU = {
-    ("linf", (ROWS, 16400)): "f",
-    ("linf", (ROWS, 3, 33, 31)): "h",
-    ("l2", (ROWS, 16400)): "fb",
-    ("l2", (ROWS, 3, 33, 31)): "f",
-    ("l2", (ROWS, 1, 16, 16)): "b",
-    ("l1", (ROWS, 16400)): "fb",
-    ("l1", (ROWS, 3, 33, 31)): "f",
-    ("l1", (ROWS, 1, 16, 16)): "b",
-}
+#: By norm, `Example.gpu` for each shape of `IMAGES`.
+ON_GPU = {"linf": ("", "h", "", "f"), "l2": ("b", "f", "", "fb"), "l1": ("b", "f", "", "fb")}
 
 
 def step_arguments(
@@ -136,18 +127,13 @@ def step_arguments(
     return *images, *radii, *([0.75] if momentum else []), index, 0.1, 0.9, *([] if momentum else [DENSITY])
 
 
-def step_examples(
-    arguments: Callable[..., tuple[Any, ...]],
-    norms: Sequence[str],
-    shapes: Iterable[tuple[tuple[int, ...]]],
-    gpu: dict[tuple[str, tuple[int, ...]], str],
-) -> list[Example]:
-    """Return examples of a step for all norms and these shapes of images, contiguous and channels_last."""
+def step_examples(arguments: Callable[..., tuple[Any, ...]], gpu: Mapping[str, tuple[str, ...]]) -> list[Example]:
+    """Return examples of a step for the norms and the shapes of `ON_GPU`, contiguous and channels_last."""
     settings = {
-        (norm, layout, shape): "" if layout else gpu.get((norm, shape), "")
+        (norm, layout, shape): "" if layout else letters
         for layout in LAYOUTS
-        for norm in norms
-        for (shape,) in shapes
+        for norm, of_shapes in gpu.items()
+        for (shape,), letters in zip(IMAGES, of_shapes, strict=True)
         if len(shape) == 4 or not layout
     }
     return examples(arguments, settings, exact=lambda norm, *_: norm == "linf", variant=lambda norm, *_: norm)
@@ -158,7 +144,7 @@ OP = define_op(
     "(Tensor x, Tensor grad, Tensor x_nat, Tensor alpha, Tensor eps, int norm, float lo, float hi, float density) "
     "-> Tensor",
     reference=reference,
-    examples=step_examples(step_arguments, NORMS, IMAGES, ON_GPU),
+    examples=step_examples(step_arguments, ON_GPU),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
     cpu=0,
     cuda=0,

@@ -72,15 +72,9 @@ def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream:
     groups = (numel + 3) // 4
     element = torch.arange(groups, device=sample_ids.device)
     # A call has one seed. Every word of the counter is broadcast to [B, draws, groups].
-    key = (seed & _MASK, (seed >> 32) & _MASK)
     zero = torch.zeros((sample_ids.shape[0], draw.shape[1], groups), dtype=torch.int64, device=sample_ids.device)
-    counter = (
-        zero + element,
-        zero + (draw & _MASK)[..., None],
-        zero + (sample_ids & _MASK)[:, None, None],
-        zero + stream,
-    )
-    word = words(key, counter)
+    index, sample = (draw & _MASK)[..., None], (sample_ids & _MASK)[:, None, None]
+    word = words((seed & _MASK, (seed >> 32) & _MASK), (zero + element, zero + index, zero + sample, zero + stream))
     if distribution == 0:
         out = torch.stack([w - ((w >> 31) << 32) for w in word], dim=-1).to(torch.int32)
     elif distribution == 1:

@@ -88,8 +88,6 @@ def reconstruction_loss(logits: Tensor, target: Tensor) -> Tensor:
     small = gradient and logits.device.type == "cpu" and not forced_backends() and logits.numel() < SMALLEST
     if small or OP.uses_reference(logits.device, logits.numel()):
         return reference(logits, target)
-    if not gradient:
-        return OP.handle(logits, target)
-    if saves(BACKWARD, logits):
+    if gradient and saves(BACKWARD, logits):
         return _with_saved(logits, target)[0]
-    return _reconstruction_loss(logits, target)
+    return (_reconstruction_loss if gradient else OP.handle)(logits, target)

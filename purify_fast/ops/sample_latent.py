@@ -9,6 +9,9 @@ Source: Kingma & Welling, ICLR 2014; CARSO (arXiv 2306.06081), section 4.3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,11 +111,10 @@ def sample_latent(
         z, kl = sample_latent(mu.flatten(0, -2), logvar.flatten(0, -2), seed, sample_ids)
         return z.view(mu.shape), kl.view(mu.shape[:-1])
     seed, sample_ids = default_stream(seed, sample_ids, mu.shape[0], mu=mu)
+    call: Callable[..., Any] = OP.handle
     if OP.uses_reference(mu.device, mu.numel()):
-        return reference(mu, logvar, seed, sample_ids)
-    if not needs_gradient(mu, logvar):
-        return OP.handle(mu, logvar, seed, sample_ids)
-    if saves(BACKWARD, mu):
-        z, kl, _ = _with_saved(mu, logvar, seed, sample_ids)
-        return z, kl
-    return _sample_latent(mu, logvar, seed, sample_ids)
+        call = reference
+    elif needs_gradient(mu, logvar):
+        call = _with_saved if saves(BACKWARD, mu) else _sample_latent
+    z, kl, *_ = call(mu, logvar, seed, sample_ids)
+    return z, kl

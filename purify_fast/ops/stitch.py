@@ -18,11 +18,6 @@ from .dispatch.registry import define_op
 from .random_transform import on_pixels
 
 
-def layout(images: Tensor) -> torch.memory_format:
-    """Return the memory format of the result: channels_last if the images are channels_last and not contiguous."""
-    return memory_format(last_channels(images))
-
-
 def _owned(owners: Tensor, passes: int, height: int, width: int) -> Tensor:
     """Return the pixels that each pass owns, bool [S * B, N, 1, H, W]."""
     pixels = on_pixels(owners, height, width).flatten(0, 1)[:, None, None]
@@ -34,17 +29,18 @@ def reference(images: Tensor, owners: Tensor, passes: int) -> Tensor:
     each = images.unflatten(0, (owners.shape[0] * owners.shape[1], passes))
     # All terms except one are 0, so the sum is exact. A compiler fuses it into one loop, also in the backward.
     out = torch.where(_owned(owners, passes, *images.shape[2:]), each, 0).sum(1)
-    return out.contiguous(memory_format=layout(images))
+    return out.contiguous(memory_format=memory_format(last_channels(images)))
 
 
 def reference_backward(grad: Tensor, owners: Tensor, passes: int) -> Tensor:
     """Return the gradient of ``images``, [S * B * N, C, H, W], in grad's dtype and memory format."""
     out = torch.where(_owned(owners, passes, *grad.shape[2:]), grad[:, None], 0).flatten(0, 1)
-    return out.contiguous(memory_format=layout(grad))
+    return out.contiguous(memory_format=memory_format(last_channels(grad)))
 
 
 def _like(x: Tensor, images: int) -> Tensor:
-    return torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout(x))
+    form = memory_format(last_channels(x))
+    return torch.empty((images, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=form)
 
 
 #: By shape, blocks, passes and layout; for the values see `Example.gpu`.
@@ -116,15 +112,13 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
     kernels do not support ``vmap``.
     """
     check_floating(images=images)
-    if images.dim() != 4:
-        raise ValueError(f"images must be [S * B * N, C, H, W], got {list(images.shape)}")
-    if owners.dim() != 4 or owners.dtype != torch.uint8:
-        raise ValueError(f"owners must be uint8 [S, B, rows, columns], got {owners.dtype} {list(owners.shape)}")
+    if images.dim() != 4 or owners.dim() != 4 or owners.dtype != torch.uint8:
+        text = "images must be [S * B * N, C, H, W], and owners uint8 [S, B, rows, columns], got "
+        raise ValueError(f"{text}{list(images.shape)}, and {owners.dtype} {list(owners.shape)}")
     check_one_device(images=images, owners=owners)
-    samples, batch, rows, columns = owners.shape
-    height, width = images.shape[2:]
+    (samples, batch, rows, columns), (height, width) = owners.shape, images.shape[2:]
     if rows < 1 or columns < 1 or height < 1 or width < 1 or height % rows or width % columns:
-        text = f"owners must have rows and columns that divide the height and width of images, {height} x {width}, got "
+        text = f"owners must have rows and columns that divide the sides of images, {height} x {width}, got "
         raise ValueError(f"{text}{rows} x {columns}")
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
         raise ValueError(

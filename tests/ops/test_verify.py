@@ -161,7 +161,7 @@ def test_a_stale_verdict_counts_for_nothing(make, folder):
         content = json.loads(path.read_text())
         (content["ops"][op.name] if where == "ops" else content["machine"])[name] = value
         path.write_text(json.dumps(content))
-        records.forget()
+        records._contents.clear()
         choices.forget_choices()
         before = kernel.calls
         assert op.backend_for(CPU, 1) == "cpp" and kernel.calls == before + 3
@@ -251,7 +251,7 @@ def test_the_users_sizes_come_before_the_shipped_and_stale_ones_are_not_used(mak
         content["ops"][op.name]["tuned"]["smallest"] = {"": smallest}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
-        records.forget()
+        records._contents.clear()
         choices.forget_choices()
         return registry.sizes_here(op.name, CPU)
 
@@ -265,7 +265,7 @@ def test_the_users_sizes_come_before_the_shipped_and_stale_ones_are_not_used(mak
     content["machine"] = {**content["machine"], "torch": "1.0"}
     assert here(mine, None) == ({"": 0}, "shipped")
     path.write_text("{")
-    records.forget()
+    records._contents.clear()
     choices.forget_choices()
     assert op.backend_for(CPU, 1) == "cpp" and "cannot be read" in caplog.text
 

@@ -21,10 +21,8 @@ from .registry import Op, forced_backends, use_backend
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Return True if a derivative of a function of these tensors may be needed."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                return True
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        return True
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 

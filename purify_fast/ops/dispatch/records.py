@@ -114,11 +114,6 @@ def read(device: torch.device) -> dict[str, Any]:
     return _contents[path]
 
 
-def forget() -> None:
-    """Make the next access read the files again."""
-    _contents.clear()
-
-
 def entry_of(op: str, sources: str, device: torch.device) -> dict[str, Any]:
     """Return the entry of an op; empty if there is none, or if it is of other sources."""
     entry: dict[str, Any] = read(device)["ops"].get(op, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -90,11 +91,8 @@ def with_kernel(device: torch.device, names: Iterable[str] = ()) -> list[Op]:
 
 def smallest_size(speedup: dict[int, float]) -> int | None:
     """Return the least size from which on a kernel is faster, from its speedups; 0 for the smallest timed size."""
-    smallest = None
-    for size in sorted(speedup, reverse=True):
-        if speedup[size] < 1:
-            break
-        smallest = size
+    faster = list(itertools.takewhile(lambda size: speedup[size] >= 1, sorted(speedup, reverse=True)))
+    smallest = min(faster, default=None)
     return 0 if smallest == min(speedup) else smallest
 
 
@@ -109,12 +107,10 @@ def tune(device: torch.device, names: Iterable[str] = ()) -> tuple[Speedups, dic
     speedups: Speedups = defaultdict(dict)
     for (name, variant, size), (reference, kernel) in times.items():
         speedups[name, variant][size] = reference / kernel
-    smallest: defaultdict[str, dict[str, int | None]] = defaultdict(dict)
+    entries: dict[str, dict] = {}
     for (name, variant), speedup in speedups.items():
-        smallest[name][variant] = smallest_size(speedup)
-    today = datetime.date.today().isoformat()
-    for name, sizes in smallest.items():
-        tuned = {"date": today, "smallest": sizes}
-        records.update(device, {name: {"sources": REGISTRY[name].code_hash(device.type), "tuned": tuned}})
+        entry = {"sources": REGISTRY[name].code_hash(device.type), "tuned": {"date": f"{datetime.date.today()}"}}
+        entries.setdefault(name, entry)["tuned"].setdefault("smallest", {})[variant] = smallest_size(speedup)
+    records.update(device, entries)
     forget_choices()
     return speedups, failed
