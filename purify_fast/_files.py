@@ -27,7 +27,14 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-        _sync_folder(path.parent)
+        # Sync the names of the files, so that the file keeps its new name after a power failure. Windows cannot open a
+        # folder, and some network file systems cannot sync a folder.
+        with contextlib.suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         if error.filename is None and error.errno is not None:
             # The system's error has no file name if the write failed, for example on a full disk. Add the name.
@@ -35,17 +42,6 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Sync the names of the files in a folder, so that a renamed file keeps its new name after a power failure."""
-    # Windows cannot open a folder, and some network file systems cannot sync a folder.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,11 +10,6 @@ import torch
 
 logger = logging.getLogger("purify_fast")
 
-#: The reason why the extension is not loaded; None if it is loaded.
-load_error: Exception | None = None
-#: Path of the extension, even if it could not be loaded; None if it is not installed.
-path: str | None = None
-
 BUILD_HINT = (
     "build it with `PURIFY_FAST_BUILD=cpu pip install --no-build-isolation -e .` "
     "(needs a C++20 compiler, and torch and setuptools >= 77 in the environment)"
@@ -27,20 +22,16 @@ def _find() -> str | None:
     return os.path.expanduser(os.environ.get("PURIFY_FAST_EXTENSION", "")) or (spec.origin if spec else None)
 
 
-def _load() -> None:
-    global load_error, path
-    path = _find()
+def _load() -> ImportError | None:
+    """Load the extension. Return the reason if it cannot be loaded."""
     if path is None:
-        load_error = ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
-    else:
-        try:
-            torch.ops.load_library(path)
-        # The pure-Python package must work in spite of an extension that cannot be loaded.
-        except Exception as error:
-            load_error = ImportError(f"{path} cannot be loaded: {error.__cause__ or error}; {BUILD_HINT}")
-    if load_error is not None:
-        level = logging.INFO if path is None else logging.WARNING
-        logger.log(level, "the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)
+        return ImportError(f"purify_fast._C is not installed: {BUILD_HINT}")
+    try:
+        torch.ops.load_library(path)
+    # The pure-Python package must work in spite of an extension that cannot be loaded.
+    except Exception as error:
+        return ImportError(f"{path} cannot be loaded: {error.__cause__ or error}; {BUILD_HINT}")
+    return None
 
 
 def loaded() -> bool:
@@ -53,7 +44,14 @@ def has_kernel(qualified: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key))
 
 
-if os.environ.get("PURIFY_FAST_NO_EXTENSION") != "1":
-    _load()
-else:
+#: Path of the extension, even if it could not be loaded; None if it is not installed or switched off.
+path: str | None = None
+#: The reason why the extension is not loaded; None if it is loaded.
+load_error: Exception | None = None
+if os.environ.get("PURIFY_FAST_NO_EXTENSION") == "1":
     load_error = ImportError("switched off by PURIFY_FAST_NO_EXTENSION=1: unset this variable to load the extension")
+else:
+    path = _find()
+    if load_error := _load():
+        level = logging.INFO if path is None else logging.WARNING
+        logger.log(level, "the compiled CPU kernels are off, and PyTorch computes their operations: %s", load_error)

@@ -67,18 +67,12 @@ def check_form(name: str, value: Any, dtype: torch.dtype, form: str, shape: Sequ
 
 def check_alike(**tensors: Tensor) -> None:
     """Raise a ValueError if the tensors differ in shape, dtype or device. The keywords are the names in the message."""
+    check_floating(**tensors)
     first, *others = tensors.values()
-    # Every call of an op runs this loop, so it must be fast.
-    shape_fits, dtype_fits = first.dim() >= 2, first.dtype in FLOATING and first.layout == torch.strided
-    for other in others:
-        shape_fits = shape_fits and other.shape == first.shape
-        dtype_fits = dtype_fits and other.dtype == first.dtype and other.layout == first.layout
-    if not (shape_fits and dtype_fits):
-        check_floating(**tensors)
+    if first.dim() < 2 or any([other.shape != first.shape or other.dtype != first.dtype for other in others]):
         *names, last = tensors
         got = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors.values())
         raise ValueError(f"{', '.join(names)} and {last} must have the same dtype and shape [B, ...], got {got}")
-    check_one_device(**tensors)
 
 
 def repeat_batch(x: Tensor, times: int) -> Tensor:

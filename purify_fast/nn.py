@@ -11,22 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from ._validation import check_literal
 from .models.layers import AveragedModel
-from .speed.decoding import PackedDecoder, decode_samples
-
-__all__ = [
-    "EMA",
-    "Aggregate",
-    "ContextualAttention",
-    "CosineDistance",
-    "GatedELU",
-    "PackedDecoder",
-    "RandomMask",
-    "ReconstructionLoss",
-    "SampleLatent",
-    "Stitch",
-    "decode_samples",
-]
-
+from .speed.decoding import PackedDecoder as PackedDecoder, decode_samples as decode_samples
 
 Reduction = Literal["none", "mean", "sum"]
 
