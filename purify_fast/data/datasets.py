@@ -13,10 +13,18 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision import datasets
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 
+#: Torchvision's classes that read the official files of data sets, by name.
+READERS: dict[str, Any] = {
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "svhn": SVHN,
+}
 #: Names of the data sets that can be read from official files or from ``<root>/<name>.npz``.
-NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "tiny_imagenet")
+NAMES = (*READERS, "tiny_imagenet")
 DIGITS_TEST = 500
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -112,27 +120,25 @@ def load_dataset(
     name = str(name_or_path)
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
-    found: Path | dict[str, np.ndarray]
+    source: Path | dict[str, np.ndarray]
     if name in NAMES:
-        # The import of torchvision takes about a second, and digits and .npz files do not need it.
-
-        found = find_official(name, Path("." if root is None else root), download, train)
+        source = find_official(name, Path("." if root is None else root), download, train)
     else:
-        found = _digits() if name == "digits" else _find(Path(name_or_path), None if root is None else Path(root))
-    if isinstance(found, Path) and found.is_dir():
+        source = _digits() if name == "digits" else _find(Path(name_or_path), None if root is None else Path(root))
+    if isinstance(source, Path) and source.is_dir():
         from .folders import read_folder
 
-        tensors, names, held_out = read_folder(found, image_size, train, cache)
-        title = name if name in NAMES else f"{found.resolve().name}/{held_out}"
+        tensors, names, held_out = read_folder(source, image_size, train, cache)
+        title = name if name in NAMES else f"{source.resolve().name}/{held_out}"
         classes = _number_of_classes(len(names), num_classes)
         return DataSet(**tensors, name=title, num_classes=classes, classes=tuple(names))
-    arrays = _read_npz(found, train) if isinstance(found, Path) else found
+    arrays = _read_npz(source, train) if isinstance(source, Path) else source
     tensors, classes = _checked(arrays, num_classes)
     if not train:
         tensors |= {"x_train": tensors["x_test"][:0], "y_train": tensors["y_test"][:0]}
     texts = arrays.get("classes", np.zeros(1))
     named = tuple(texts.tolist()) if texts.ndim == 1 and texts.dtype.kind == "U" else None
-    title = found.stem if isinstance(found, Path) else name
+    title = source.stem if isinstance(source, Path) else name
     loaded = DataSet(**tensors, name=title, num_classes=classes, classes=named)
     if image_size is None or tuple(image_size) == loaded.image_shape[1:]:
         return loaded
@@ -260,13 +266,6 @@ def _labels(name: str, array: np.ndarray) -> np.ndarray:
 
 # -- read and download the official files of data sets with torchvision ------------------------------------------------
 
-READERS: dict[str, Any] = {
-    "mnist": datasets.MNIST,
-    "fashion_mnist": datasets.FashionMNIST,
-    "cifar10": datasets.CIFAR10,
-    "cifar100": datasets.CIFAR100,
-    "svhn": datasets.SVHN,
-}
 TINY = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
@@ -275,13 +274,11 @@ def find_official(name: str, root: Path, download: bool, train: bool) -> Path | 
     npz = root / f"{name}.npz"
     if npz.is_file():
         return npz
-    lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if download:
         root.mkdir(parents=True, exist_ok=True)
-        # With this lock only a single process downloads, and the other processes then read the files.
-        lock = FileLock(root / f".{name}.lock")
     try:
-        with lock:
+        # With this lock only a single process downloads, and the other processes then read the files.
+        with FileLock(root / f".{name}.lock") if download else contextlib.nullcontext():
             if name in READERS:
                 return _arrays(name, root, download, ("train", "test") if train else ("test",))
             folder = root / "tiny-imagenet-200"

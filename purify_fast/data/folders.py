@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS as SUFFIXES, make_dataset
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
@@ -25,8 +24,6 @@ from .._files import atomic
 from .._hashes import text_hash
 from .images import same_name
 
-#: The endings of image files, as in torchvision's ImageFolder.
-SUFFIXES = IMG_EXTENSIONS
 CACHE = ".purify_fast"
 #: The file of tiny-imagenet-200 that names the classes of the images in val/.
 ANNOTATIONS = "val_annotations.txt"
@@ -40,11 +37,8 @@ FORM = (
 )
 
 
-class Split(NamedTuple):
-    """The paths of N images, and their labels, int64 ``[N]``."""
-
-    files: list[Path]
-    labels: Tensor
+#: The paths of N images, and their labels, int64 ``[N]``.
+Split = tuple[list[Path], Tensor]
 
 
 def read_folder(
@@ -55,8 +49,8 @@ def read_folder(
     held_out = _held_out(folder)
     splits, classes = _listed(folder, held_out, train)
     place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
-    first = next(iter(splits.values())).files[0]
-    height, width = read_image(first).shape[1:] if image_size is None else image_size
+    files, _ = next(iter(splits.values()))
+    height, width = read_image(files[0]).shape[1:] if image_size is None else image_size
     arrays = {"x_train": torch.empty((0, 3, height, width), dtype=torch.uint8), "y_train": torch.empty(0).long()}
     for part, (files, labels) in splits.items():
         arrays[f"x_{part}"] = _decoded(place, part, files, (height, width), resize=image_size is not None)
@@ -121,10 +115,10 @@ def _listed(folder: Path, held_out: Path, train: bool) -> tuple[dict[str, Split]
         raise ValueError(f"{held_out} has the classes {', '.join(sorted(unknown))}, which the folder train/ lacks")
     if rows:
         labels = torch.tensor([classes.index(row[1]) for row in rows], device="cpu")
-        test = Split([held_out / "images" / row[0] for row in rows], labels)
+        test = [held_out / "images" / row[0] for row in rows], labels
     else:
         test = _by_class(held_out, classes, allow_empty=True)
-    if not test.files:
+    if not test[0]:
         raise ValueError(f"{held_out} contains no image ({', '.join(SUFFIXES)})")
     return ({"train": _by_class(trained, classes)} if train else {}) | {"test": test}, classes
 
@@ -133,13 +127,13 @@ def _by_class(folder: Path, classes: Sequence[str], allow_empty: bool = False) -
     """The images in the folders of classes. An error names classes without images, unless ``allow_empty`` is True."""
 
     def is_valid(path: str) -> bool:
-        return has_file_allowed_extension(path, SUFFIXES) and not is_hidden(path, folder)
+        return path.lower().endswith(SUFFIXES) and not is_hidden(path, folder)
 
     labels = {path.name: classes.index(same_name(path.name)) for path in _class_folders(folder)}
     listed = make_dataset(folder, labels, is_valid_file=is_valid, allow_empty=allow_empty) if labels else []
     # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
     shown = sorted((label, Path(path)) for path, label in listed)
-    return Split([path for _, path in shown], torch.tensor([label for label, _ in shown], device="cpu"))
+    return [path for _, path in shown], torch.tensor([label for label, _ in shown], device="cpu")
 
 
 def _source(files: Sequence[Path]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modules import hold, release
 from .._settings import first_tensor
 
 #: For each module by its name, its outputs in a pass, each with the count of writes to it.
@@ -46,13 +47,12 @@ def without_recorders(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode within the block."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = hold("training", model.modules())
     try:
         model.eval()
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        release("training", modes)
 
 
 @torch.inference_mode(False)
@@ -129,15 +129,10 @@ class Representation:
         self.traced: list[Tensor | None] | None = None
         self.outputs: dict[int, list[Tensor | None]] = {}
         self.overwritten = [False] * len(layers)
-        self.shapes, self.num_classes = self._dry_run(image_shape)
+        self.shapes: list[tuple[int, ...]] = []
+        # In a first pass, check the outputs of the layers.
+        seen, self.num_classes = outputs_of(model, {name: modules[name] for name in layers}, image_shape)
         for index, name in enumerate(layers):
-            modules[name].register_forward_hook(Recorder(self, index))
-
-    def _dry_run(self, image_shape: tuple[int, int, int]) -> tuple[list[tuple[int, ...]], int]:
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        seen, classes = outputs_of(self.model, {name: modules[name] for name in self.layers}, image_shape)
-        shapes = []
-        for index, name in enumerate(self.layers):
             outputs = seen.get(name, [])
             if len(outputs) != 1:
                 raise ValueError(f"layers: {name!r} must run once in a forward pass; it runs {len(outputs)} times")
@@ -147,8 +142,9 @@ class Representation:
                 wanted = f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]"
                 raise ValueError(f"{wanted}; for B = 2 it is {got}")
             self.overwritten[index] = output._version != version
-            shapes.append(tuple(output.shape[1:]))
-        return shapes, classes
+            self.shapes.append(tuple(output.shape[1:]))
+        for index, name in enumerate(layers):
+            modules[name].register_forward_hook(Recorder(self, index))
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The outputs of the layers for images ``[B, C, H, W]``, in the order of ``layers``, with gradients."""
