@@ -57,12 +57,11 @@ def _read(arguments: list[str]) -> Command:
 
 
 def _run(arguments: list[str]) -> int:
-    # torchrun sets this variable.
-    several = int(os.environ.get("WORLD_SIZE") or 1)
     with contextlib.ExitStack() as stack:
         # Loading a user's model adds the folder of its code to `sys.path`. Restore `sys.path` when the command ends.
         stack.callback(sys.path.__setitem__, slice(None), list(sys.path))
-        if several > 1:
+        # torchrun sets this variable.
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             from ..training.distributed import torchrun_group
 
             stack.enter_context(torchrun_group())

@@ -100,7 +100,7 @@ class DataCommand(Command):
 
         device = usable_device(self.device)
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
-        options: dict[str, Any] = {"image_size": size, "train": train, "download": self.download, "cache": self.cache}
+        options: Any = {"image_size": size, "train": train, "download": self.download, "cache": self.cache}
         loaded = load_dataset(self.data, self.data_root, self.num_classes, **options)
         moved = loaded.to(device)
         return replace(moved, x_train=loaded.x_train) if self.stream else moved
@@ -192,9 +192,11 @@ def words_of(options: dict[str, Any], kind: type[Command]) -> list[str]:
 
 # -- the command line --------------------------------------------------------------------------------------------------
 
-MARKERS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+#: The rules of this module, for ``tyro.cli(registry=...)``.
+OPTION_TYPES = ConstructorRegistry()
 
 
+@OPTION_TYPES.primitive_rule
 def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if info.type is not float:
         return None
@@ -207,14 +209,10 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-#: The rules of this module, for ``tyro.cli(registry=...)``.
-OPTION_TYPES = ConstructorRegistry()
-OPTION_TYPES.primitive_rule(_fractions)
-
-
 def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
     """Call ``tyro.cli`` with the rules of this module, for the class of a command or a union of classes."""
-    return tyro.cli(kind, args=arguments, config=MARKERS, registry=OPTION_TYPES, **options)
+    markers = tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes
+    return tyro.cli(kind, args=arguments, config=markers, registry=OPTION_TYPES, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +239,9 @@ def parse(kind: type[OfCommand], arguments: list[str]) -> OfCommand:
     size = max(0, early.batch_size or 0) or None
     default = kind() if early.recipe is None else kind.of_recipe(early.recipe, early.official_code, size)
     command: OfCommand = cli(kind, words, default=dataclasses.replace(default, **folder), **how)
-    given, usual = values(command), values(default)
-    unused = [item for base in kind.__mro__ for item in vars(base).get("no_effect", {}).items()]
-    for (word, option), names in unused:
+    chosen, usual = values(command), values(default)
+    for (word, option), names in (item for base in kind.__mro__ for item in vars(base).get("no_effect", {}).items()):
         for name in names:
-            if bool(given[option]) == (word == "beside") and given[name] != usual[name]:
-                raise ValueError(f"{flag(name)} has no effect {word} {flag(option)}, got {given[name]}")
+            if bool(chosen[option]) == (word == "beside") and chosen[name] != usual[name]:
+                raise ValueError(f"{flag(name)} has no effect {word} {flag(option)}, got {chosen[name]}")
     return command

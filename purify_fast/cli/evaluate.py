@@ -96,7 +96,8 @@ class ModelCommand(DataCommand):
         saved = None if self.own else saved_folder(self.folder)
         if saved is not None and not is_classifier(saved):
             base = self.behind(saved, images)
-            model: Any = load_defence(saved, base, **self.changes())
+            loading = [getattr(self.loading, part.name) for part in fields(self.loading)]
+            model: Any = load_defence(saved, base, **{k: v for part in loading for k, v in part.changes().items()})
         elif self.classifier is not None or self.loading != LoadOptions():
             options = ", ".join(map(flag, ("classifier", *values(self.loading))))
             raise ValueError(f"{options} are only for a saved defence, got {self.folder}")
@@ -106,10 +107,6 @@ class ModelCommand(DataCommand):
             model = load_classifier(saved).to(images.y_test.device)
         refuse_other_images(model, images, f"the model in {self.folder}")
         return model, base
-
-    def changes(self) -> dict[str, Any]:
-        """The arguments of `load_defence` that options set."""
-        return {k: v for part in fields(self.loading) for k, v in getattr(self.loading, part.name).changes().items()}
 
     def behind(self, folder: Path, images: DataSet) -> nn.Module:
         """Load the classifier of the defence in a folder, to the device of the images."""
@@ -264,11 +261,11 @@ class Check(Command):
             raise FileNotFoundError(f"{self.report} contains no report.json: give the folder of a report")
         if self.model is None:
             raise ValueError("MODEL must be given: a folder, zoo:NAME or your function, as in `purify-fast evaluate`")
-        found = Adversarial.load(folder)
+        saved = Adversarial.load(folder)
         # The model is loaded to the device of these images, and refuses images of another size.
-        parts = (torch.from_numpy(found.images).mul(255).round().byte(), torch.from_numpy(found.labels)) * 2
+        parts = (torch.from_numpy(saved.images).mul(255).round().byte(), torch.from_numpy(saved.labels)) * 2
         images = DataSet(*parts, name="this report", num_classes=1).to(usable_device(self.device))
-        precision: Any = found.about["precision"] if found.about["precision"] in ("tf32", "bfloat16") else "float32"
+        precision: Any = saved.about["precision"] if saved.about["precision"] in ("tf32", "bfloat16") else "float32"
         model, _ = Evaluate(folder=Path(self.model), precision=precision).prepared(images)
         with float32_products(tf32=precision == "tf32"):
             checked = check_adversarial(folder, model, batch_size=self.batch_size, seed=self.seed)

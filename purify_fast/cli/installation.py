@@ -22,13 +22,6 @@ from ..ops.dispatch.verify import known_verdict
 WRONG = "WRONG here"
 
 
-def _devices() -> dict[str, torch.device]:
-    devices = {"cpu": torch.device("cpu")}
-    if torch.cuda.is_available():
-        devices["cuda"] = torch.device("cuda", torch.cuda.current_device())
-    return devices
-
-
 def _state(op: Op, kind: str) -> tuple[str, str, str]:
     """Three texts: the backends of an op in eager calls, those in compiled graphs, and why. No kernel is verified."""
     try:
@@ -40,11 +33,11 @@ def _state(op: Op, kind: str) -> tuple[str, str, str]:
     if op.kernel(kind) == "reference":
         missing = "there is no kernel" if _library.loaded() else "the extension is not loaded"
         return "reference", "reference", missing
-    present = _devices().get(kind)
-    verdict = None if present is None else known_verdict(op, present)
+    gpu = kind == "cuda" and torch.cuda.is_available()
+    device = torch.device(kind, torch.cuda.current_device()) if gpu else torch.device(kind)
+    verdict = known_verdict(op, device) if gpu or kind == "cpu" else None
     if verdict is not None and not verdict.passed:
         return "reference", "reference", f"the {op.kernel(kind)} kernel is {WRONG}: {verdict.words()}; please report it"
-    device = torch.device(kind) if present is None else present
     sizes, why = sizes_here(op.name, device)
     eager = in_words(op, op.kernel(kind), sizes)
     graph = in_words(op, op.kernel(kind), dict.fromkeys(op.in_graphs.get(kind, ()), 0))
@@ -67,14 +60,12 @@ def info(everything: bool) -> str:
         folder=Path(__file__).parents[1],
         python=platform.python_version(),
         torch=torch,
-        triton=records.triton_version() or "not installed",
-        processor=records.processor(),
+        records=records,
         gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
         library=_library,
-        states={kind: states[kind] for kind in _devices()},
+        states=states if torch.cuda.is_available() else {"cpu": states["cpu"]},
         wrong=WRONG,
         forced=forced_backends(),
-        verdicts=records.folder(),
         environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
         table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body),
     )

@@ -34,10 +34,7 @@ class ShowRecipe(Command):
         width = max(map(len, RECIPES))
         for name, published in RECIPES.items():
             print(f"{name.ljust(width)}  {published.title}")
-        print(
-            "`purify-fast recipe NAME` prints a recipe. `purify-fast train METHOD --recipe NAME` trains with a recipe, "
-            "if it is a training."
-        )
+        print("`purify-fast recipe NAME` prints a recipe. `purify-fast train METHOD --recipe NAME` trains with one.")
 
 
 @dataclass(frozen=True)

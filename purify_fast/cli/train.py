@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ..methods.discovery import METHODS
 from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
-from .command import DataCommand, values, write_run_file
+from .command import DataCommand, values, words_of, write_run_file
 from .saved_models import accuracy_text, is_named, named_classifier, trained_classifier
 
 if TYPE_CHECKING:
@@ -43,11 +43,12 @@ class TrainCommand(Training, DataCommand):
         what, most = self.measured
         share = accuracy_text(task.result, images.x_test, images.y_test, self.loop.batch_size, most)
         print(f"{what}: {share}")
-        given = {"--data": (self.data,), "--size": self.size or ()}
-        given |= {"--num-classes": (self.num_classes,), "--data-root": (self.data_root,)}
-        words = [str(word) for name, own in given.items() if any(own) for word in (name, *own)]
+        options = values(self)
+        words = words_of(
+            {k: options[k] for k in ("data", "size", "num_classes", "data_root") if options[k]}, type(self)
+        )
         attack = shlex.join(["purify-fast", "evaluate", str(self.out), *words])
-        print(f"saved to {self.out}" + (f"; attack it with: {attack}" if values(self).get("eps", 0) > 0 else ""))
+        print(f"saved to {self.out}" + (f"; attack it with: {attack}" if options.get("eps", 0) > 0 else ""))
 
 
 def given_classifier(options: OnClassifier, images: DataSet, prints: bool) -> nn.Module:
