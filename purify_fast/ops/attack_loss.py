@@ -124,12 +124,6 @@ def reference(logits: Tensor, labels: Tensor, kind: int, toward: bool) -> tuple[
     return (sign * gradient).to(logits.dtype), sign * loss, wrong
 
 
-def _fake(logits: Tensor, labels: Tensor, kind: int, toward: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[:1]
-    loss = logits.new_empty(rows, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return logits.new_empty(logits.shape), loss, logits.new_empty(rows, dtype=torch.float32)
-
-
 #: By kind and number of classes; for the values see `Example.gpu`. A program has several rows of 10 classes, one row of
 #: 1000, and a part of a row of 5001. The half precision of the cross-entropy has a tangent of its own.
 EXAMPLES = {(kind, 10): "f" for kind in KINDS} | {(kind, 1000): "" for kind in KINDS}
@@ -151,7 +145,11 @@ OP = define_op(
     "attack_loss",
     "(Tensor logits, Tensor labels, int kind, bool toward) -> (Tensor, Tensor, Tensor)",
     reference=reference,
-    fake=_fake,
+    fake=lambda logits, labels, kind, toward: (
+        logits.new_empty(logits.shape),
+        wide(logits).new_empty(logits.shape[0]),
+        logits.new_empty(logits.shape[0], dtype=torch.float32),
+    ),
     examples=examples(_arguments, EXAMPLES),
     cpu=0,
     cuda=0,

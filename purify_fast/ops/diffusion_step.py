@@ -184,15 +184,6 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
         raise ValueError(f"coefficients must be {x.dtype} [8] or [B, 8] = {list(shapes[1])}, got {got}")
 
 
-def _distinct(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inside torch.compile, which rejects an op that gets a tensor twice, replace each repetition with a view."""
-    if not torch.compiler.is_compiling():
-        return given
-    return tuple(
-        one.view_as(one) if any(one is before for before in given[:at]) else one for at, one in enumerate(given)
-    )
-
-
 def diffusion_step(
     x: Tensor,
     prediction: Tensor,
@@ -244,5 +235,10 @@ def diffusion_step(
     which = variant(prediction.shape[1] > x.shape[1], noisy)
     kernel = _diffusion_step if needs_gradient(x, prediction) else OP.handle
     call = reference if OP.uses_reference(x.device, x.numel(), which) else kernel
-    given = (x, prediction, coefficients.detach(), seed, sample_ids, draws, step)
-    return call(*_distinct(given), noisy)
+    tensors = [x, prediction, coefficients.detach(), seed, sample_ids, draws, step]
+    if torch.compiler.is_compiling():
+        # torch.compile rejects an op that gets a tensor twice, so each repetition is replaced with a view.
+        for at, tensor in enumerate(tensors):
+            if any(tensor is before for before in tensors[:at]):
+                tensors[at] = tensor.view_as(tensor)
+    return call(*tensors, noisy)

@@ -51,15 +51,6 @@ OP = define_op(
 )
 
 
-def _threshold(tau: float | Tensor, drift: Tensor) -> Tensor:
-    """Return ``tau`` as a [] tensor with the dtype and device of ``drift``; raise ValueError for another shape."""
-    if not isinstance(tau, Tensor):
-        return torch.full((), float(tau), dtype=drift.dtype, device=drift.device)
-    if tau.dim() != 0:
-        raise ValueError(f"tau must be a number or a tensor [], got {list(tau.shape)}")
-    return tau.to(device=drift.device, dtype=drift.dtype)
-
-
 def noisy_replay(
     x: Tensor,
     x_adv: Tensor,
@@ -101,7 +92,9 @@ def noisy_replay(
     seed, sample_ids = default_stream(seed, sample_ids, x.shape[0], x=x)
     if not lo <= hi:
         raise ValueError(f"lo must be at most hi, got lo = {lo} and hi = {hi}")
+    if isinstance(tau, Tensor) and tau.dim():
+        raise ValueError(f"tau must be a number or a tensor [], got {list(tau.shape)}")
     with torch.no_grad():
-        drift = wide(drift)
-        limit, radius = _threshold(tau, drift), per_sample("eps", eps, x)
+        drift, radius = wide(drift), per_sample("eps", eps, x)
+        limit = tau.to(drift) if isinstance(tau, Tensor) else drift.new_full((), float(tau))
         return OP(x, x_adv, drift, limit, radius, seed, sample_ids, float(lo), float(hi))

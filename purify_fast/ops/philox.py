@@ -89,11 +89,6 @@ def drawn(seed: Tensor, sample_ids: Tensor, draw: Tensor, numel: int, *, stream:
     return out.flatten(-2)[..., :numel].contiguous()
 
 
-def _fake(seed: Tensor, ids: Tensor, numel: int, stream: int, distribution: int, draws: int = 1, *_: int) -> Tensor:
-    dtype = torch.int32 if distribution == 0 else torch.float32
-    return ids.new_empty((ids.shape[0], draws, numel), dtype=dtype)
-
-
 def _arguments(distribution: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     # There are three draws. Begin at the index 2^32 - 2, so that the index of the third draw exceeds 32 bits.
     return *example_stream(seed), shape[-1], int(Stream.LATENT), DISTRIBUTIONS.index(distribution), 3, 2**32 - 2
@@ -111,7 +106,9 @@ OP = define_op(
     "(Tensor seed, Tensor sample_ids, SymInt numel, int stream, int distribution, SymInt draws=1, SymInt first_draw=0)"
     " -> Tensor",
     reference=reference,
-    fake=_fake,
+    fake=lambda seed, ids, numel, stream, distribution, draws=1, *_: ids.new_empty(
+        (ids.shape[0], draws, numel), dtype=torch.int32 if distribution == 0 else torch.float32
+    ),
     examples=examples(
         _arguments,
         {
