@@ -46,8 +46,6 @@ OP = define_op(
     reference=reference,
     examples=step_examples(functools.partial(step_arguments, momentum=True), ON_GPU),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
-    cpu=0,
-    cuda=0,
     in_graphs={"cuda": ("l2",)},
 )
 

@@ -151,8 +151,6 @@ OP = define_op(
         logits.new_empty(logits.shape[0], dtype=torch.float32),
     ),
     examples=examples(_arguments, EXAMPLES),
-    cpu=0,
-    cuda=0,
 )
 
 

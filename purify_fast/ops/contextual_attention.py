@@ -131,8 +131,6 @@ OP = define_op(
     ),
     examples=examples(_arguments, EXAMPLES),
     # From benchmarks/results: kernels.csv of cpu and (the backward) of nvidia-h200, and cpu/ops.csv.
-    cpu=0,
-    cuda=0,
     in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(

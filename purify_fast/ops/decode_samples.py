@@ -172,12 +172,6 @@ def _fake(condition: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return out.contiguous(memory_format=memory_format(channels_last)), signs
 
 
-def _fake_backward(grad: Tensor, image: Tensor, signs: Tensor, packed: Tensor, *others: Any) -> Tensor:
-    _, numbers, samples, *_ = others
-    real = torch.promote_types(packed.dtype, torch.float32)
-    return packed.new_empty((grad.shape[0] // samples, math.prod(numbers[1:4])), dtype=real)
-
-
 _SIZES = "Tensor packed, Tensor biases, int[] numbers, int samples, float slope, bool squash"
 _CIFAR = [(channels, 3, 2, 1, side, side) for channels, side in ((256, 5), (128, 9), (64, 17), (32, 33))]
 
@@ -245,14 +239,16 @@ OP = define_op(
         _arguments, EXAMPLES, dtypes=(torch.float32, torch.bfloat16), jumps=lambda *setting: setting[-1] == "kept"
     ),
     # From benchmarks/results: nvidia-h200/kernels.csv. There is no kernel for CPUs.
-    cuda=0,
+    cpu=None,
     in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(
     OP,
     f"(Tensor grad, Tensor image, Tensor signs, {_SIZES}) -> Tensor",
     reference=reference_backward,
-    fake=_fake_backward,
+    fake=lambda grad, image, signs, packed, biases, numbers, samples, *_: wide(packed[:0]).new_empty(
+        (grad.shape[0] // samples, math.prod(numbers[1:4]))
+    ),
     saved=lambda inputs, _: _saved(inputs, reference(*inputs[:-1], True)),
     constants=1,
     changes={"jumps": False},

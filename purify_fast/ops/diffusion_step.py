@@ -139,8 +139,6 @@ OP = define_op(
     reference=reference,
     examples=examples(_arguments, EXAMPLES, **PROPERTIES),
     # From benchmarks/results: cpu/ops.csv and nvidia-h200/kernels.csv.
-    cpu=0,
-    cuda=0,
     in_graphs={"cuda": ("fixed", "learned")},
 )
 BACKWARD = define_backward(
@@ -153,7 +151,6 @@ BACKWARD = define_backward(
         torch.empty_like(m, memory_format=memory_format(last_channels(m))),
     ),
     changes={"exact": lambda shape, learned, noisy, _: not (learned and noisy)},
-    in_graphs={"cuda": ("fixed", "learned")},
 )
 
 

@@ -48,7 +48,6 @@ OP = define_op(
     fake=lambda features, dim: features.new_empty(features.chunk(2, dim)[0].shape),
     examples=examples(_arguments, EXAMPLES, slack=16.0),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
-    cpu=0,
     cuda=2**20,
 )
 BACKWARD = define_backward(

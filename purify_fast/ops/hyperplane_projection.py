@@ -18,7 +18,6 @@ so each iteration passes a breakpoint. For l1 they bisect t's bits. w and b are 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,12 +94,6 @@ EXAMPLES = {(norm, shape): "" for norm in NORMS for (shape,) in IMAGES} | {
     ("l1", (ROWS, 16400)): "f",
     ("l1", (ROWS, 3, 33, 31)): "h",
 }
-PROPERTIES: dict[str, Any] = {
-    "variant": lambda norm, _: norm,
-    # The distance of a row to its plane is a sum. Each backend adds in its own order, so the rounding errors differ. In
-    # l1, a single coordinate receives all of this error.
-    "slack": lambda norm, _: 2.0**14 if norm == "l1" else 256.0,
-}
 
 
 def _arguments(norm: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor | float, ...]:
@@ -118,10 +111,12 @@ OP = define_op(
     "hyperplane_projection",
     "(Tensor x, Tensor w, Tensor b, int norm, float lo, float hi) -> Tensor",
     reference=reference,
-    examples=examples(_arguments, EXAMPLES, **PROPERTIES),
+    # The distance of a row to its plane is a sum. Each backend adds in its own order, so the rounding errors differ. In
+    # l1, a single coordinate receives all of this error.
+    examples=examples(
+        _arguments, EXAMPLES, variant=lambda norm, _: norm, slack=lambda norm, _: 2.0**14 if norm == "l1" else 256.0
+    ),
     # From benchmarks/results: cpu/ops.csv and nvidia-h200/kernels.csv.
-    cpu=0,
-    cuda=0,
     in_graphs={"cpu": NORMS, "cuda": NORMS},
 )
 

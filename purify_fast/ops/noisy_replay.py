@@ -46,7 +46,6 @@ OP = define_op(
     examples=examples(_arguments, IMAGES, exact=True),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
     cpu=2**16,
-    cuda=0,
     in_graphs={"cuda": ("",)},
 )
 

@@ -94,13 +94,6 @@ def _arguments(distribution: str, shape: tuple[int, ...], dtype: torch.dtype, se
     return *example_stream(seed), shape[-1], int(Stream.LATENT), DISTRIBUTIONS.index(distribution), 3, 2**32 - 2
 
 
-PROPERTIES = {
-    "dtypes": (torch.float32,),
-    "exact": lambda distribution, _: distribution != "normal",
-    "slack": lambda distribution, _: 16.0 if distribution == "normal" else 0.0,
-}
-
-
 OP = define_op(
     "philox",
     "(Tensor seed, Tensor sample_ids, SymInt numel, int stream, int distribution, SymInt draws=1, SymInt first_draw=0)"
@@ -116,11 +109,11 @@ OP = define_op(
             for distribution in DISTRIBUTIONS
             for numel in (130, 1024)
         },
-        **PROPERTIES,
+        dtypes=(torch.float32,),
+        exact=lambda distribution, _: distribution != "normal",
+        slack=lambda distribution, _: 16.0 if distribution == "normal" else 0.0,
     ),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
-    cpu=0,
-    cuda=0,
     in_graphs={"cuda": ("",)},
     # The size is the number of values that a call draws.
     size=lambda seed, ids, numel, stream, distribution, draws=1, *_: ids.numel() * draws * numel,

@@ -139,8 +139,6 @@ OP = define_op(
         slack=lambda shape, block, passes, sigma, *_: 16.0 if sigma else 0.0,
     ),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
-    cpu=0,
-    cuda=0,
     in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(

@@ -41,9 +41,6 @@ OP = define_op(
     reference=reference,
     fake=lambda logits, target: wide(logits).new_empty(logits.shape[0]),
     examples=examples(_arguments, IMAGES),
-    # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
-    cpu=0,
-    cuda=0,
 )
 BACKWARD = define_backward(
     OP, "(Tensor grad, Tensor logits, Tensor target) -> Tensor", reference=reference_backward, cuda=2**20

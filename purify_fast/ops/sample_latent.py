@@ -59,8 +59,6 @@ OP = define_op(
     fake=lambda mu, logvar, seed, sample_ids: (mu.new_empty(mu.shape), wide(mu).new_empty(mu.shape[0])),
     examples=examples(_arguments, EXAMPLES, slack=16.0),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
-    cpu=0,
-    cuda=0,
     in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(

@@ -157,8 +157,8 @@ def define_op(
     reference: Callable,
     fake: Callable = lambda x, *_: x.new_empty(x.shape),
     examples: list[Example],
-    cpu: int | Sizes | None = None,
-    cuda: int | Sizes | None = None,
+    cpu: int | Sizes | None = 0,
+    cuda: int | Sizes | None = 0,
     in_graphs: Mapping[str, Iterable[str]] | None = None,
     size: Callable[..., int] = lambda x, *_: x.numel(),
 ) -> Op:
@@ -174,8 +174,8 @@ def define_op(
         fake: function that returns outputs with the right shapes and dtypes. Default: like the first argument.
         examples: small inputs that verify, time and test kernels.
         cpu: smallest number of elements with which an eager call on a CPU uses the kernel by default, for the whole op
-            or by variant. None: no call does. This number, and the next two, must agree with the committed times in
-            ``benchmarks/results``: those of eager calls in ``kernels.csv``, and those of graphs in ``ops.csv``.
+            or by variant. 0: every call. None: no call. This number, and the next two, must agree with the committed
+            times in ``benchmarks/results``: those of eager calls in ``kernels.csv``, those of graphs in ``ops.csv``.
         cuda: the same number for a GPU.
         in_graphs: by device type, the variants that use the kernel inside compiled graphs. Such a kernel must be much
             faster than the compiled reference, because a compiler cannot fuse it with its neighbors. On a GPU graphs
@@ -218,8 +218,7 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
     def launch(*args):
         # Every eager call of a kernel runs this loop, so it must be fast. Numbers have no dtype.
         for arg in args:
-            several = type(arg) is list and arg and isinstance(arg[0], torch.Tensor)
-            for one in arg if several else (arg,):
+            for one in arg if type(arg) is list else (arg,):
                 if getattr(one, "dtype", None) is torch.float64:
                     return plain(*args)
         return kernel(*args)

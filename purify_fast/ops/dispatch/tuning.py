@@ -13,6 +13,7 @@ import torch
 from torch.utils import benchmark
 from tqdm import tqdm
 
+from ..._validation import in_one_line
 from . import records
 from .choices import forget_choices
 from .example_tensors import tile, to
@@ -75,7 +76,7 @@ def time_kernels(
             times[op.name, variant, size] = seconds(reference), seconds(kernel)
         except Exception as error:
             # If memory runs out, or if a kernel cannot be captured, the other calls are still timed.
-            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            failed[name] = in_one_line(error)
     return times, failed
 
 

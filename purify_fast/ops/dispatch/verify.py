@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..._validation import in_one_line
 from . import records
 from .example_tensors import double, tensors, to
 from .examples import Example
@@ -129,8 +130,7 @@ def _verify(op: Definition, device: torch.device) -> Verdict:
         with ThreadPoolExecutor(1, initializer=setattr, initargs=(_verifying, "active", True)) as pool:
             worst = pool.submit(compare, op, device, cases(op, device)).result()
     except Exception as error:
-        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        worst = Verdict(math.inf, 0.0, text, status="raised")
+        worst = Verdict(math.inf, 0.0, in_one_line(error), status="raised")
     now = datetime.datetime.now().isoformat(timespec="seconds")
     return replace(worst, seconds=round(time.perf_counter() - began, 3), date=now)
 
