@@ -178,7 +178,7 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
             got = f"{list(u.shape)}, {list(v.shape)}"
             wanted = "equal shapes [B, ...], and all layers the same B"
             raise ValueError(f"student and teacher must have {wanted}, got {got}")
-        check_floating(first=student[0], student=u, teacher=v)
+        check_floating(student=u, teacher=v, first=student[0])
 
 
 def representation_distance(
