@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -225,30 +226,19 @@ class AutoAttack:
         return float((self._classes(x, bs) == y.to(x.device)).float().mean())
 
     def _run(
-        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, *, labels: bool, out: str | Path | None = None
+        self, x: Tensor, y: Tensor, names: Sequence[str], size: int, labels: bool, out: str | Path | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_counts(bs=size)
-        attacks = {name.upper(): self._attack(name) for name in names}
+        specs = [AttackSpec(self._attack(name), label=name.upper(), survivors_only=True) for name in names]
         x, y, notes = collect(x, y)
         device, draws = self._device(x), max(self.apgd.eot_iter, self.apgd_targeted.eot_iter)
         self.logger.log(f"using {self.version} version including {', '.join(names)}")
-        report = evaluate(
-            self.model,
-            # A model without tensors computes on the device of the images.
-            x if device_of(self.model, x) == device else x.to(device),
-            y,
-            eps=self.epsilon,
-            norm=self.norm,
-            attacks=[AttackSpec(attack, label=name, survivors_only=True) for name, attack in attacks.items()],
-            out=out,
-            name="the model",
-            progress=self.verbose,
-            n_eval=max(JUDGES, draws),
-            seed=self.seed,
-            batch_size=size,
-            probes=False,
-            config=EvaluateConfig(together=False),
-        )
+        judges, seed = max(JUDGES, draws), self.seed or 0
+        config = EvaluateConfig(n_eval=judges, seed=seed, batch_size=size, probes=False, together=False)
+        # A model without tensors computes on the device of the images.
+        images = x if device_of(self.model, x) == device else x.to(device)
+        judge = partial(evaluate, eps=self.epsilon, norm=self.norm, out=out, name="the model", config=config)
+        report = judge(self.model, images, y, attacks=specs, progress=self.verbose)
         rows = [row for row in report.rows if row.kind != "worst"]
         for note in (*notes, *report.notes):
             self.logger.log(f"NOTE: {note}")
@@ -262,10 +252,10 @@ class AutoAttack:
             if not row.reliable:
                 self.logger.log(f"WARNING: {row.attack} had unusable gradients: {row.health_in_words()}")
         self.logger.log(f"robust accuracy: {rows[-1].mean:.2%}")
-        found, fell = x.clone(), report.adversarial
-        assert fell is not None
-        found[torch.from_numpy(fell.indices)] = torch.from_numpy(fell.images).to(x.device)
-        return (found, self._classes(found, size)) if labels else found
+        images, fallen = x.clone(), report.adversarial
+        assert fallen is not None
+        images[torch.from_numpy(fallen.indices)] = torch.from_numpy(fallen.images).to(x.device)
+        return (images, self._classes(images, size)) if labels else images
 
     def _attack(self, name: str) -> Attack:
         """Make an attack by its name, with the current settings."""

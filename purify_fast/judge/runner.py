@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,89 +138,26 @@ def evaluate(
         TypeError: images or labels are neither tensors nor arrays, or another argument has a wrong type.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
-    keywords: dict[str, Any] = {"protocol": protocol, "n_eval": n_eval, "predict": predict, "seed": seed}
-    keywords |= {"batch_size": batch_size, "steps": steps, "eot_iter": eot_iter}
-    keywords |= {"minutes": minutes, "claim": claim, "probes": probes}
-    config = config_of(config, keywords)
+    config = config_of(config, locals())
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
     check_folder("out", out)
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = collect(x, y)
-    config, given = read_attacks(config, attacks, norm, eps, images[0].numel())
+    ball, folder = ThreatModel(norm, float(eps)), None if out is None else Path(out)
+    config, specs = read_attacks(config, attacks, ball, images[0].numel())
     until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    ball = ThreatModel(norm, float(eps))
-    folder = None if out is None else Path(out)
-    asked: dict[str, Any] = {"base": base, "attacks": given, "out": folder, "name": name, "revision": revision}
-    asked |= {"progress": progress, "config": config, "until": until, "notes": notes}
-    call = _Call(model, images, labels, ball, **asked)
+    evaluation = functools.partial(_Evaluation, model, images, labels, ball, base=base, attacks=specs, config=config)
+    evaluation = functools.partial(
+        evaluation, out=folder, name=name, revision=revision, progress=progress, until=until, notes=notes
+    )
     # The second run is outside of the block, so that the first has freed its memory.
     with contextlib.suppress(DrawsUnderAttack):
-        return _answer(call, draws=False)
+        return evaluation(draws=False).run()
     if not config.together or processes()[0] == 0:
         logger.warning("%s: %s. The evaluation begins again", name, VARYING)
-    return _answer(call, draws=True)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The checked arguments of `evaluate`; ``until`` is the value of `time.monotonic` at which the time is over."""
-
-    model: Classifier
-    x: Tensor
-    y: Tensor
-    ball: ThreatModel
-    base: Classifier | None
-    attacks: list[AttackSpec]
-    out: Path | None
-    name: str
-    revision: str | None
-    progress: bool
-    config: EvaluateConfig
-    until: float
-    notes: list[str]
-
-
-def _answer(call: _Call, draws: bool) -> Report:
-    """Evaluate a model. ``draws``: the model is known to be random. Raises DrawsUnderAttack if only now it shows."""
-    config, model, name, ball, device = call.config, call.model, call.name, call.ball, device_of(call.model, call.x)
-    report = Report(about=facts(config, ball, model, device), notes=list(call.notes))
-    with contextlib.ExitStack() as stack:
-        shards = stack.enter_context(Shards(config.together))
-        stack.enter_context(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(raced_convolutions(config.cudnn_benchmark, device))
-        modes = note_of_modes(model, name)
-        stack.enter_context(frozen(model))
-        stack.enter_context(reading(model, call.base, *(spec.through for spec in call.attacks)))
-        judging: dict[str, Any] = {each: getattr(config, each) for each in ("n_eval", "predict", "seed")}
-        subject = Subject(model, call.x, call.y, batch_size=config.images_together, draws=draws, **judging)
-        weights = state_digest(model)
-        report.about |= {"model": weights} if weights else {}
-        warn_of_probabilities(subject, name)
-        known = {"config": config, "name": name, "modes": modes}
-        report.notes += [f"the model: {VARYING}"] * draws
-        report.notes += paragraphs("first_notes.jinja", once_per_call=subject.draws_once_per_call, **known)
-        probes = config.protocol is not None if config.probes is None else config.probes
-        before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
-        context = _context(config, subject, ball)
-        folder = call.out if shards.rank == 0 else None
-        cache = RowCache(folder, kernels_now(device), call.revision)
-        cache.register(name, model, subject.asked_images())
-
-        def plan() -> Sequence[AttackSpec]:
-            asked = call.attacks
-            if config.protocol is not None:
-                asked = protocol_attacks(config.protocol, subject, ball, call.base, config.steps)
-            _admit([call.base, *(spec.through for spec in asked)], subject, cache, stack)
-            return asked
-
-        shown = Progress(name, call.progress and shards.rank == 0, deadline=subject.deadline)
-        measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
-        about = {"random": subject.is_random, "precision": report.about.get("precision"), **judging}
-        suspicion = Suspicion(report, measure, before, config.probes is None)
-        return _Evaluation(report, measure, suspicion, stack=stack, until=call.until).fill(plan, about)
+    return evaluation(draws=True).run()
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> JudgeContext:
@@ -251,38 +189,86 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Jud
     )
 
 
-def _admit(models: Sequence[Classifier | None], subject: Subject, cache: RowCache, stack: contextlib.ExitStack) -> None:
-    """Freeze the other models that attacks use, and register them in the cache."""
-    for model in {id(model): model for model in models if model is not None}.values():
-        stack.enter_context(frozen(model))
-        asked = subject.deadline.watch(model)
-        check_leaves_images(asked, subject.sample_images()[:1])
-        # Without a name for the rows of the judged model itself, there is none for rows of others.
-        if cache.key({}, subject.model) is not None:
-            cache.register(f"attacks through {type(model).__name__}", model, subject.asked_images(), asked)
-
-
 @dataclass
 class _Evaluation:
-    """The run of an evaluation, after its model was frozen and its settings were checked."""
+    """A run of an evaluation, with the checked arguments of `evaluate`."""
 
-    report: Report
-    measure: Measure
-    suspicion: Suspicion
-    stack: contextlib.ExitStack
+    model: Classifier
+    x: Tensor
+    y: Tensor
+    ball: ThreatModel
+    base: Classifier | None
+    attacks: list[AttackSpec]
+    out: Path | None
+    name: str
+    revision: str | None
+    progress: bool
+    config: EvaluateConfig
     #: The value of `time.monotonic` at which the time is over.
     until: float
-    #: The parts that were left out because the time was over.
-    left_out: list[str] = field(default_factory=list)
-    #: By threat model.
-    standings: dict[str | None, Standing] = field(default_factory=dict)
+    notes: list[str]
+    #: Whether the model is known to be random.
+    draws: bool
 
-    def fill(self, plan: Callable[[], Sequence[AttackSpec]], about: dict[str, Any]) -> Report:
-        """Run the evaluation and return the report; all other processes return the report of the first process."""
-        report, measure = self.report, self.measure
-        context, shards, subject = measure.context, measure.shards, measure.subject
-        asked_for = self.in_time("the plan of the attacks", plan)
-        self.choose_attacks(asked_for or [])
+    def run(self) -> Report:
+        """Run the evaluation. Raises DrawsUnderAttack if only now it shows that the model is random."""
+        config, model, name, device = self.config, self.model, self.name, device_of(self.model, self.x)
+        self.report = report = Report(about=facts(config, self.ball, model, device), notes=list(self.notes))
+        #: The parts that were left out because the time was over, and the images' states by threat model.
+        self.left_out, self.standings = list[str](), dict[str | None, Standing]()
+        with contextlib.ExitStack() as self.stack:
+            enter = self.stack.enter_context
+            shards = enter(Shards(config.together))
+            enter(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
+            enter(torch.no_grad())
+            enter(raced_convolutions(config.cudnn_benchmark, device))
+            modes = note_of_modes(model, name)
+            enter(frozen(model))
+            enter(reading(model, self.base, *(spec.through for spec in self.attacks)))
+            judging: dict[str, Any] = {"n_eval": config.n_eval, "predict": config.predict, "seed": config.seed}
+            size = config.images_together
+            self.subject = subject = Subject(model, self.x, self.y, batch_size=size, draws=self.draws, **judging)
+            weights = state_digest(model)
+            report.about |= {"model": weights} if weights else {}
+            warn_of_probabilities(subject, name)
+            report.notes += [f"the model: {VARYING}"] * self.draws
+            once = subject.draws_once_per_call
+            report.notes += paragraphs("first_notes.jinja", once_per_call=once, config=config, name=name, modes=modes)
+            probes = config.protocol is not None if config.probes is None else config.probes
+            before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
+            context = _context(config, subject, self.ball)
+            first = shards.rank == 0
+            cache = RowCache(self.out if first else None, kernels_now(device), self.revision)
+            cache.register(name, model, subject.asked_images())
+            shown = Progress(name, self.progress and first, deadline=subject.deadline)
+            self.measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
+            self.suspicion = Suspicion(report, self.measure, before, config.probes is None)
+            return self.fill({"random": subject.is_random, "precision": report.about.get("precision"), **judging})
+
+    def planned(self) -> Sequence[AttackSpec]:
+        """The attacks of the protocol, or those of the caller, whose models are admitted."""
+        specs = self.attacks
+        if self.config.protocol is not None:
+            specs = protocol_attacks(self.config.protocol, self.subject, self.ball, self.base, self.config.steps)
+        self.admit([self.base, *(spec.through for spec in specs)])
+        return specs
+
+    def admit(self, models: Sequence[Classifier | None]) -> None:
+        """Freeze the other models that attacks use, and register them in the cache."""
+        subject, cache = self.subject, self.measure.cache
+        for model in {id(model): model for model in models if model is not None}.values():
+            self.stack.enter_context(frozen(model))
+            timed_model = subject.deadline.watch(model)
+            check_leaves_images(timed_model, subject.sample_images()[:1])
+            # Without a name for the rows of the judged model itself, there is none for rows of others.
+            if cache.key({}, subject.model) is not None:
+                cache.register(f"attacks through {type(model).__name__}", model, subject.asked_images(), timed_model)
+
+    def fill(self, about: dict[str, Any]) -> Report:
+        """Run the attacks and return the report; all other processes return the report of the first process."""
+        report, measure, subject = self.report, self.measure, self.subject
+        context, shards = measure.context, measure.shards
+        self.choose_attacks(self.in_time("the plan of the attacks", self.planned) or [])
         shards.check_same(
             {
                 "images": subject.data,
@@ -292,18 +278,18 @@ class _Evaluation:
                 "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
             }
         )
-        measure.progress.total = len(self.plan)
-        asked = self.probed()
-        measure.progress.total = measure.progress.rows + len(self.plan)
+        measure.progress.total = len(measure.attacks)
+        first_probes = self.probe()
+        measure.progress.total = measure.progress.rows + len(measure.attacks)
         measure.progress.plan(len(subject.y))
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
-        fallen = [point for standing in self.standings.values() for point in standing.fallen(measure.clean())]
+        fallen = [point for standing in self.standings.values() for point in standing.fallen(measure.clean)]
         report.adversarial = gathered(fallen, subject.x, subject.y, about)
         report.rows += worst_rows(report.rows)
         subject.deadline.begin(self.until)
-        self.suspicion.conclude(asked)
+        self.suspicion.conclude(first_probes)
         if subject.deadline.over:
             self.left_out.append("the questions of the signs after the attacks")
         self.tell_what_was_left_out()
@@ -313,14 +299,13 @@ class _Evaluation:
             report.about["claim_test"] = test.verdict
         if torch.bfloat16 in context.copies.dtypes:
             report.about["gradients"] = "of a frozen copy in bfloat16; the model itself judges"
-        graphs = context.graphs
-        if graphs.may_capture(subject.device):
-            facts = graphs.facts
-            report.about["captured"] = "; ".join([f"{facts['captured']} captured", *facts.get("not_captured", ())])
-        made, n = measure.progress.images + subject.passes, len(subject.y)
+        if context.graphs.may_capture(subject.device):
+            steps = context.graphs.facts
+            report.about["captured"] = "; ".join([f"{steps['captured']} captured", *steps.get("not_captured", ())])
+        passes, n = measure.progress.images + subject.passes, len(subject.y)
         if shards.world == 1 and not measure.cache.used:
             # Otherwise other processes or earlier runs have made a part of the passes.
-            counts = f"{made.forwards / n:,.0f} forward passes and {made.gradients / n:,.0f} gradients per image"
+            counts = f"{passes.forwards / n:,.0f} forward passes and {passes.gradients / n:,.0f} gradients per image"
             report.about["passes"] = counts
         report.about["seconds"] = f"{measure.progress.seconds:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
@@ -329,101 +314,96 @@ class _Evaluation:
 
     def in_time(self, what: str, make: Callable[[], Result]) -> Result | None:
         """Call ``make`` in all processes until the time is over for the first; None, in all of them, if it is over."""
-        deadline, shards, made = self.measure.subject.deadline, self.measure.shards, None
+        deadline, shards, result = self.subject.deadline, self.measure.shards, None
         deadline.begin(self.until if shards.rank == 0 else math.inf)
         with contextlib.suppress(TimeIsOver):
-            made = make()
+            result = make()
         deadline.begin()
-        if shards.from_first(lambda: made is not None):
-            return made
+        if shards.from_first(lambda: result is not None):
+            return result
         self.left_out.append(what)
         return None
 
-    def probed(self) -> Probes | None:
+    def probe(self) -> Probes | None:
         """Run the probes before the attacks, and choose other attacks if they found signs of masked gradients."""
-        subject, before = self.measure.subject, self.suspicion.before
+        deadline, before = self.subject.deadline, self.suspicion.before
         if self.measure.shards.rank == 0:
-            # The time of a judgement is then known.
-            self.measure.clean()
+            # Judge the clean images before the probes, so that the time of a judgement is known.
+            self.measure.judging()
         if before is None:
             return None
         now = time.monotonic()
-        subject.deadline.begin(now + PROBES_SHARE * max(0.0, self.until - now))
-        asked = self.suspicion.measure_before_attacks(before)
-        if subject.deadline.over:
+        deadline.begin(now + PROBES_SHARE * max(0.0, self.until - now))
+        probes = self.suspicion.measure_before_attacks(before)
+        if deadline.over:
             self.left_out.append("probes before the attacks")
-        subject.deadline.begin()
-        if asked is not None:
-            signs = signs_of_masking(asked, subject.is_random)
-            stronger = self.in_time("the attacks for masked gradients", lambda: self.stronger(signs, asked))
+        deadline.begin()
+        if probes is not None:
+            stronger = self.in_time("the attacks for masked gradients", lambda: self.strengthen(probes))
             if stronger:
-                self.report.notes.append(stronger[1])
-                self.choose_attacks(stronger[0])
-        return asked
+                self.choose_attacks(stronger)
+        return probes
 
-    def choose_attacks(self, asked_for: Sequence[AttackSpec]) -> None:
+    def choose_attacks(self, specs: Sequence[AttackSpec]) -> None:
         """Select the attacks that the model allows."""
-        measure, context = self.measure, self.measure.context
-        self.asked_for = asked_for
-        self.plan, notes = feasible(asked_for, measure.subject, context, measure.name)
+        measure, self.specs = self.measure, specs
+        measure.attacks, notes = feasible(specs, self.subject, measure.context, self.name)
         self.report.notes += [note for note in notes if note not in self.report.notes]
-        measure.attacks = self.plan
 
-    def stronger(self, signs: Sequence[str], asked: Probes) -> tuple[list[AttackSpec], str] | tuple[()]:
-        """For signs of masked gradients in a protocol in `SEARCHES`: stronger attacks, and a note; otherwise empty."""
-        if not signs or self.report.about.get("protocol") not in SEARCHES:
-            return ()
-        subject, context = self.measure.subject, self.measure.context
-        ball = ThreatModel(context.norm, float(context.eps))
-        quick = self.report.about.get("protocol") == "fast"
-        own = self.asked_for[:1] if quick and subject.is_random and asked.is_blind else self.asked_for
-        further = without_early_stops(own, subject, ball, asked.order, quick)
-        if further == list(self.asked_for):
-            return ()
-        _admit([spec.through for spec in further], subject, self.measure.cache, self.stack)
+    def strengthen(self, probes: Probes) -> list[AttackSpec]:
+        """Return stronger attacks for signs of masked gradients in a protocol in `SEARCHES`; without signs, none."""
+        signs, protocol = signs_of_masking(probes, self.subject.is_random), self.config.protocol
+        if not signs or protocol not in SEARCHES:
+            return []
+        quick = protocol == "fast"
+        own = self.specs[:1] if quick and self.subject.is_random and probes.is_blind else self.specs
+        further = without_early_stops(own, self.subject, self.ball, probes.order, quick)
+        if further == list(self.specs):
+            return []
+        self.admit([spec.through for spec in further])
         joined = len(further) - len(own)
         added = f"{joined} rows were added" if joined > 1 else "a row was added"
         rows = f", and {added} for attacks along the gradients of other models" if joined else ""
-        note = (
+        self.report.notes.append(
             f"signs of masked gradients were found before the attacks: {'; '.join(signs)}. So every attack "
             f"searched all images that had not fallen, and took all of its steps{rows}"
         )
-        return further, note
+        return further
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
     def standing(self, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
-        left = self.measure.withstood(self.measure.clean())
+        left = self.measure.withstood(self.measure.clean)
         return self.standings.setdefault(threat, Standing(left.copy(), np.full(len(left), np.inf)))
 
     def rows(self) -> list[Row]:
         """Make the row of the clean images, and the rows of the attacks."""
-        measure, subject = self.measure, self.measure.subject
-        all_rows = [measure.clean()]
-        for spec in self.plan:
+        measure, deadline = self.measure, self.subject.deadline
+        rows = [measure.clean]
+        for spec in measure.attacks:
             standing = self.standing(threat_name(spec, measure.context))
             # A search ends early enough for the judgement of its images.
-            subject.deadline.begin(self.until - measure.judging())
+            deadline.begin(self.until - measure.judging())
             try:
                 row = measure.attacked(spec, standing)
             except TimeIsOver:
                 self.left_out.append(row_name(spec, measure.context))
                 continue
             finally:
-                subject.deadline.begin()
-            all_rows.append(row)
+                deadline.begin()
+            rows.append(row)
             standing.add(row, measure.withstood(row))
             share = f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
             measure.progress.finished(share)
-        return all_rows
+        return rows
 
     def tell_what_was_left_out(self) -> None:
         """Add a note on what the limit of time has left out, if it might have changed the headline."""
         cut = [row.attack for row in self.report.rows if CUT in row.warnings]
-        left = int(self.standing(None).left.sum())
+        left, planned = int(self.standing(None).left.sum()), self.measure.attacks
         self.report.notes += paragraphs("time.jinja", left_out=self.left_out, cut=cut, left=left)
-        attacks = {row_name(spec, self.measure.context) for spec in self.plan} & {*self.left_out}
+        attacks = {row_name(spec, self.measure.context) for spec in planned} & {*self.left_out}
         if left and (attacks or cut):
-            ended = f"{len(attacks)} of {len(self.plan)} attacks were left out, and {len(cut)} cut short"
+            ended = f"{len(attacks)} of {len(planned)} attacks were left out, and {len(cut)} cut short"
             self.report.about["ended"] = f"the time was over: {ended}; they might have broken more images"

@@ -110,7 +110,7 @@ class Suspicion:
                 except BaseException:
                     progress.total -= 1
                     raise
-                progress.next_row()
+                progress.rows += 1
                 return made
 
             return measure.cache.values(self.probes_key({"probe": name} | settings), shown)

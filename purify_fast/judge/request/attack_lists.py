@@ -20,7 +20,6 @@ from ..searches.apgd import APGD
 from ..searches.engine.engine_attack import EngineAttack
 from ..searches.fab import FABT
 from ..searches.model_tests import HEADS, AttackersHead
-from ..searches.original_autoattack import OriginalAutoAttack
 from ..searches.square import Square
 from ..surrogates.copies import in_order
 from .config import ProtocolName
@@ -35,8 +34,10 @@ def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None
     """Return the attacks that the protocol "strong" adds for a model; None if the model has none of its own."""
     if not supports(model, OwnAttacks):
         return None
-    given = cast(OwnAttacks, model).strong_attacks(norm, eps)
-    return as_specs([MAKERS[one[0]](**one[1]) if type(one) is tuple and one[0] in MAKERS else one for one in given])
+    attacks = cast(OwnAttacks, model).strong_attacks(norm, eps)
+    return as_specs(
+        [MAKERS[item[0]](**item[1]) if type(item) is tuple and item[0] in MAKERS else item for item in attacks]
+    )
 
 
 # -- attack lists ------------------------------------------------------------------------------------------------------
@@ -180,19 +181,18 @@ def without_early_stops(
     The surrogates come in the ``order`` of their names. On a random model each has a short attack first, so that few
     images are left for the long ones. With ``quick``, only the first of them have a long attack.
     """
-    whole = [_whole(spec) for spec in attacks]
     surrogates = in_order(subject.surrogates(ball)[0], order)
     joined = [_transferred(*pair) for pair in surrogates]
     if subject.is_random:
         long = [_transferred(*pair, FAST_TRANSFER) for pair in surrogates[:QUICK_TRANSFERS]] if quick else joined
         joined = [*(_transferred(*pair, SHORT_TRANSFER) for pair in surrogates), *long]
-    named = {spec.label for spec in joined}
-    whole = [spec for spec in whole if spec.label not in named]
-    at = next((i for i, spec in enumerate(whole) if isinstance(spec.attack, (FABT, Square))), len(whole))
-    return [*whole[:at], *joined, *whole[at:]]
+    labels = {spec.label for spec in joined}
+    own = [_without_early_stop(spec) for spec in attacks if spec.label not in labels]
+    at = next((i for i, spec in enumerate(own) if isinstance(spec.attack, (FABT, Square))), len(own))
+    return [*own[:at], *joined, *own[at:]]
 
 
-def _whole(spec: AttackSpec) -> AttackSpec:
+def _without_early_stop(spec: AttackSpec) -> AttackSpec:
     attack = spec.attack
     if isinstance(attack, EngineAttack):
         attack = replace(attack, give_up=False)
@@ -218,6 +218,8 @@ def _transferred(name: str, surrogate: Classifier, attack: APGD = TRANSFER) -> A
 
 
 def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    from ..searches.original_autoattack import OriginalAutoAttack
+
     model, standard = subject.base_model, OriginalAutoAttack()
     if not subject.is_random:
         return [AttackSpec(standard)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal
 
@@ -94,8 +94,9 @@ class EvaluateConfig:
         return self.batch_size or USUAL_BATCH
 
 
-def config_of(config: EvaluateConfig | None, given: Mapping[str, Any]) -> EvaluateConfig:
-    """Replace fields of a config, or of the defaults, by those values of keywords that are not None."""
+def config_of(config: EvaluateConfig | None, options: Mapping[str, Any]) -> EvaluateConfig:
+    """Replace fields of a config, or of the defaults, by the options of the same names that are not None."""
     if not isinstance(config, (EvaluateConfig, NoneType)):
         raise TypeError(f"config must be an EvaluateConfig, got {config!r}")
-    return replace(config or EvaluateConfig(), **{name: value for name, value in given.items() if value is not None})
+    names = [field.name for field in fields(EvaluateConfig) if options.get(field.name) is not None]
+    return replace(config or EvaluateConfig(), **{name: options[name] for name in names})

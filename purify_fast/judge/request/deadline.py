@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..._hashes import digest
-from ..._memory import ran_out_of_memory
 from ...attacks.arguments import are_one_hot, are_probabilities
 from ...attacks.attacked_model import logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
@@ -188,13 +187,13 @@ class Subject:
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")
         check_leaves_images(base, self.sample_images()[:1])
-        one, other = self.logits(base, self.sample_images()), self.logits(base, self.sample_images())
-        self.is_random = differ(one, other) or self.answers_vary(base, elsewhere=True) or draws
+        first, second = (self.logits(base, self.sample_images()) for _ in range(2))
+        self.is_random = differ(first, second) or self.answers_vary(base, elsewhere=True) or draws
         # A class may promise what a few draws do not show.
         self.is_random |= (base is not model or predict is not None) and draws_for_each_image(base)
         self.draws_once_per_call = self.is_random and drawn_once_per_call(base, self.sample_images(), TRIED_ROWS)
-        self.has_probabilities = are_probabilities(one) and are_probabilities(other)
-        self.has_one_hot = self.has_probabilities and are_one_hot(one) and are_one_hot(other)
+        self.has_probabilities = are_probabilities(first) and are_probabilities(second)
+        self.has_one_hot = self.has_probabilities and are_one_hot(first) and are_one_hot(second)
         #: The predictions that judged images.
         self.passes = Passes()
         self._surrogates: dict[ThreatModel, tuple[Surrogates, dict[str, str]]] = {}
@@ -227,32 +226,23 @@ class Subject:
     def surrogates(self, ball: ThreatModel) -> tuple[Surrogates, dict[str, str]]:
         """Surrogates, which an adaptive attacker would attack, by name; and the reason why others are missing."""
         if ball not in self._surrogates:
-            absent = dict[str, str]()
-            given = self.base_model, self.sample_images(), self.num_classes, ball
-            made = surrogates(*given, absent, self.deadline.ask)
-            self._surrogates[ball] = made, absent
+            subject, absent = (self.base_model, self.sample_images(), self.num_classes, ball), dict[str, str]()
+            self._surrogates[ball] = surrogates(*subject, absent, self.deadline.ask), absent
         return self._surrogates[ball]
 
     def answers_vary(self, model: Classifier, elsewhere: bool) -> bool:
         """Return True if predictions of the same images differ. Two may be equal by chance, so more are made."""
-        one = model(self.sample_images())
-        if differ(one, model(self.sample_images())):
+        first = model(self.sample_images())
+        if differ(first, model(self.sample_images())):
             return True
         # The generators are restored, so that later draws do not depend on the number of trials.
         with self._forked_generators():
-            if any(differ(one, model(self.sample_images())) for _ in range(TRIED_CALLS - 2)):
+            if any(differ(first, model(self.sample_images())) for _ in range(TRIED_CALLS - 2)):
                 return True
-            return elsewhere and self._draws_elsewhere(model)
-
-    def _draws_elsewhere(self, model: Classifier) -> bool:
-        some = self.x[:TRIED].to(self.device)
-        try:
-            return draws_elsewhere(model, some, self.batch_size)
-        except Exception as error:
-            if not ran_out_of_memory(error):
-                raise
-        # So many images fit into memory, because they were just predicted together.
-        return draws_elsewhere(model, some, len(self.sample_images()))
+            if not elsewhere:
+                return False
+            some = self.x[:TRIED].to(self.device)
+            return self.batch_limit.within(lambda: draws_elsewhere(model, some, self.batch_size))
 
     def check_repeats(self, x: Tensor) -> None:
         """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again."""

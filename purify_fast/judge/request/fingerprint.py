@@ -38,20 +38,20 @@ def fingerprint(model: Classifier, x: Tensor, asked: Classifier | None = None) -
     Returns:
         The hash, or None if the same seed gives other answers in a second call.
     """
-    one, other = (_answers(model, model if asked is None else asked, x) for _ in range(2))
+    first, second = (_answers(model, model if asked is None else asked, x) for _ in range(2))
     # The answers may have imported further modules, so the sources come after them.
-    return text_hash(repr([state_digest(model), one, _sources()])).hexdigest() if one == other else None
+    return text_hash(repr([state_digest(model), first, _sources()])).hexdigest() if first == second else None
 
 
 def state_digest(model: Classifier) -> str:
     """Hash the parameters and buffers of a model and of other modules that it uses; "" if there are none."""
-    tensors = [one for whole in _networks(model) for one in (*whole.parameters(), *whole.buffers())]
+    tensors = [tensor for net in _networks(model) for tensor in (*net.parameters(), *net.buffers())]
     return text_hash(" ".join(map(_content, tensors))).hexdigest() if tensors else ""
 
 
 def _networks(model: Classifier) -> list[nn.Module]:
     own = [("", model), *hidden_modules(model)] if isinstance(model, nn.Module) else []
-    return [whole for _, whole in (*own, *used_modules(model))]
+    return [net for _, net in (*own, *used_modules(model))]
 
 
 def _content(tensor: Tensor) -> str:
@@ -66,33 +66,34 @@ def _answers(model: Classifier, asked: Classifier, x: Tensor) -> str:
     """Hash the logits of images, clean and noisy, and the gradients of a combination of the logits, bit by bit."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     noise *= per_image(torch.linspace(NOISE / len(x), NOISE, len(x), device="cpu"), x).to(x)
-    found = list[Tensor]()
+    answers = list[Tensor]()
     own = model if isinstance(model, nn.Module) else None
     with same_draws(own, x.device), _unchanged(model):
         for seeded in (torch.manual_seed, np.random.seed, random.seed):
             seeded(0)
         for part in torch.cat([x, (x + noise).clamp(0, 1)]).split(SAMPLE):
             with torch.no_grad():
-                found.append(logits_of(asked, part.clone()))
+                answers.append(logits_of(asked, part.clone()))
             # A model that fails only while gradients are recorded can be judged.
             with torch.enable_grad(), contextlib.suppress(Exception):
                 leaf = part.clone().requires_grad_()
                 logits = logits_of(asked, leaf)
                 weights = torch.linspace(-1, 1, logits.shape[1], device="cpu").to(logits).expand_as(logits)
-                found.append(logits.detach())
-                found += [one for one in [gradient_to(leaf, logits, weights)] if one is not None]
-    return digest(*found)
+                answers.append(logits.detach())
+                if (gradient := gradient_to(leaf, logits, weights)) is not None:
+                    answers.append(gradient)
+    return digest(*answers)
 
 
 @contextlib.contextmanager
 def _unchanged(model: Classifier) -> Iterator[None]:
     """A block after which counts of images and statistics of BatchNorms are as before. cuDNN is deterministic in it."""
-    parts = [part for whole in _networks(model) for part in whole.modules()]
-    counters = [cast(CountsImages, one) for one in (model, *parts) if supports(one, CountsImages)]
-    counts = [one.counted() for one in counters]
+    parts = [part for net in _networks(model) for part in net.modules()]
+    counters = [cast(CountsImages, part) for part in (model, *parts) if supports(part, CountsImages)]
+    counts = [counter.counted() for counter in counters]
     # Only in training mode does a BatchNorm write.
-    buffers = [one for part in parts if part.training for one in part.buffers(recurse=False)]
-    values = [one.clone() for one in buffers]
+    buffers = [buffer for part in parts if part.training for buffer in part.buffers(recurse=False)]
+    values = [buffer.clone() for buffer in buffers]
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -109,14 +110,14 @@ def _unchanged(model: Classifier) -> Iterator[None]:
 
 def _sources() -> list[str]:
     """Hash the source files of the user's imported modules; a file that is gone counts by the name of its module."""
-    found = set[str]()
+    hashes = set[str]()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         # Modules that a library has made itself, as torch.compile does, may lie outside of its folder.
         if not file or file.endswith(_COMPILED) or not (is_users(name) and is_users(name.partition(".")[0])):
             continue
         try:
-            found.add(text_hash(str(Path(file).read_bytes())).hexdigest())
+            hashes.add(text_hash(str(Path(file).read_bytes())).hexdigest())
         except OSError:
-            found.add(name)
-    return sorted(found)
+            hashes.add(name)
+    return sorted(hashes)

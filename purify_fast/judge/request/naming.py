@@ -21,7 +21,6 @@ from ...attacks.base import InBall, ThreatModel
 from ...attacks.losses import usable_loss
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier
-from ..searches.original_autoattack import OriginalAutoAttack
 from .deadline import Subject
 
 AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
@@ -88,8 +87,7 @@ class FunctionAttack(InBall):
         return 1
 
     def settings(self, context: AttackContext) -> dict[str, Any]:
-        norm, eps = self.threat_model(context)
-        return {"norm": norm, "eps": eps}
+        return self.threat_model(context)._asdict()
 
     def revision(self) -> str | None:
         return self.own_revision
@@ -118,28 +116,24 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
     """Refuse attacked images that are not allowed; x are the clean images in [0, 1]."""
     if not isinstance(images, Tensor) or (images.shape, images.dtype, images.device) != (x.shape, x.dtype, x.device):
         raise ValueError(f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}")
-    images = images.detach()
+    images, order = images.detach(), {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
+    if len(images) == 0:
+        return
     # The condition is negated so that NaN is refused too.
-    if len(images) and not bool(((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).all()):
+    if not bool(((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).all()):
         low, high = float(images.amin()), float(images.amax())
         raise ValueError(f"the attack {name!r} returned values from {low:.6g} to {high:.6g}: all must be in [0, 1]")
-    how_far = moved(images, x, threat)
-    if how_far is not None and len(images) and (length := float(how_far[0].amax())) > how_far[1]:
+    if order is None:
+        return
+    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
+    # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
+    allowed = threat.eps * (1 + 1e-5) + BALL_SLACK * x.shape[1:].numel() ** (1 / order)
+    if (length := float(lengths.amax())) > allowed:
         raise ValueError(
-            f"the attack {name!r} left the ball: it changed image {int(how_far[0].argmax())} of the batch by "
+            f"the attack {name!r} left the ball: it changed image {int(lengths.argmax())} of the batch by "
             f"{length:.6g} in the norm {threat.norm}, which is {length - threat.eps:.3g} more than the allowed eps = "
             f"{threat.eps:.6g}"
         )
-
-
-def moved(images: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, float] | None:
-    """The distance between each attacked image and its clean image, and the allowed distance."""
-    order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
-    if order is None:
-        return None
-    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
-    # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
-    return lengths, threat.eps * (1 + 1e-5) + BALL_SLACK * x.shape[1:].numel() ** (1 / order)
 
 
 # -- an attack of an evaluation ---------------------------------------------------------------------------------------
@@ -236,7 +230,7 @@ def feasible(
         if spec.max_images is not None and spec.max_images >= len(subject.y):
             # The limit excludes no image, so it is removed. The name of the row then does not mention it.
             spec = dataclasses.replace(spec, max_images=None)
-        rand = isinstance(spec.attack, OriginalAutoAttack) and spec.attack.version == "rand"
+        rand = spec.attack.kind == "autoattack" and getattr(spec.attack, "version", "") == "rand"
         if rand and not subject.is_random:
             notes.append(f"{name}: {row_name(spec, context)} was left out: the model is deterministic")
             continue
@@ -255,19 +249,19 @@ def feasible(
 
 def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> bool:
     """Return True if an attack repeats an earlier attack on the same or more images, after "margin" replaced losses."""
-    losses: list[Any] = [getattr(each.attack, "loss", "margin") for each in (spec, earlier)]
+    losses: list[Any] = [getattr(attack, "loss", "margin") for attack in (spec.attack, earlier.attack)]
     if all(usable_loss(loss, context.num_classes) == loss for loss in losses):
         return False
     if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
         return False
-    whole: dict[str, Any] = {"until": None, "nearest": None, "survivors_only": earlier.survivors_only}
-    one, other = (dataclasses.replace(each, attack=_as_it_runs(each.attack, context)) for each in (spec, earlier))
-    return dataclasses.replace(one, **whole) == other
+    attacks = [_as_it_runs(attack, context) for attack in (spec.attack, earlier.attack)]
+    spec = dataclasses.replace(spec, until=None, nearest=None, survivors_only=earlier.survivors_only, attack=attacks[0])
+    return spec == dataclasses.replace(earlier, attack=attacks[1])
 
 
 def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
     """The attack with the options with which it runs on this model."""
-    own = {each.name for each in dataclasses.fields(attack)}
+    own = {field.name for field in dataclasses.fields(attack)}
     options = {option: value for option, value in attack.resolved_for(context)._asdict().items() if option in own}
     if "give_up" in own:
         options["give_up"] = attack.may_end_early(context)

@@ -7,13 +7,13 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..._validation import Norm
+from ..._validation import read_norm
 from ..._version import __version__
 from ...attacks import Attack
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
@@ -22,7 +22,6 @@ from ...model_state import used_modules
 from ...ops.dispatch.records import processor
 from ...protocols import Classifier
 from ...training.batches import as_tensor, check_channels, check_range
-from ..searches.original_autoattack import OriginalAutoAttack, implementation
 from .config import EvaluateConfig
 from .deadline import Subject, precision_name
 from .naming import AttackFunction, AttackSpec, as_specs, ball_name
@@ -69,8 +68,7 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
 def read_attacks(
     config: EvaluateConfig,
     attacks: Sequence[Attack | AttackSpec | AttackFunction] | None,
-    norm: Norm,
-    eps: float,
+    ball: ThreatModel,
     pixels: int,
 ) -> tuple[EvaluateConfig, list[AttackSpec]]:
     """Return the config with the protocol that runs (None if attacks are given), and the attacks' specifications."""
@@ -78,19 +76,24 @@ def read_attacks(
         raise ValueError(f"protocol and attacks exclude each other, got protocol={config.protocol!r} and attacks")
     if config.protocol is None and attacks is None:
         config = replace(config, protocol="standard")
-    given = [] if attacks is None else as_specs(attacks)
-    if config.protocol == "official" or any(isinstance(spec.attack, OriginalAutoAttack) for spec in given):
-        # If the package is missing, its error is raised here, before any work.
+    specs = [] if attacks is None else as_specs(attacks)
+    # If the package of an attack is missing, its error is raised here, before any work.
+    for spec in specs:
+        spec.attack.revision()
+    if config.protocol == "official":
+        # The other protocols need none of what calls the original AutoAttack.
+        from ..searches.original_autoattack import implementation
+
         implementation()
-    if eps == 0 and (given or config.protocol or config.probes):
+    if ball.eps == 0 and (specs or config.protocol or config.probes):
         raise ValueError("eps must be above 0, got 0; for the accuracy on clean images only, give attacks=[]")
     # A ball that contains every image is refused, also for an attack with a radius of its own.
-    check_eps(eps, norm, pixels=pixels)
-    for attack in (spec.attack for spec in given):
+    check_eps(ball.eps, read_norm(ball.norm), pixels=pixels)
+    for attack in (spec.attack for spec in specs):
         own: Any = attack
         if attack.norms and own.eps is not None:
-            check_eps(own.eps, own.norm or norm, pixels=pixels)
-    return config, given
+            check_eps(own.eps, own.norm or ball.norm, pixels=pixels)
+    return config, specs
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -99,8 +102,8 @@ def read_attacks(
 def changes(config: EvaluateConfig) -> str:
     """The settings that change the attacks or the probes of a protocol, such as "steps 5"; may be empty."""
     # Every protocol has probes by default.
-    usual, given = EvaluateConfig(), replace(config, probes=None) if config.probes else config
-    values = {each.name: getattr(given, each.name) for each in fields(given) if each.name not in APART}
+    usual, config = EvaluateConfig(), replace(config, probes=None) if config.probes else config
+    values = {name: value for name, value in vars(config).items() if name not in APART}
     changed = {name: value for name, value in values.items() if value != getattr(usual, name)}
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in changed.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -108,7 +111,7 @@ def changes(config: EvaluateConfig) -> str:
 
 def facts(config: EvaluateConfig, ball: ThreatModel, model: Classifier, device: torch.device) -> dict[str, str]:
     """The facts about all rows, for `Report.about`."""
-    known = {
+    values = {
         "threat": ball_name(*ball),
         "version": f"purify_fast {__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
         "seed": str(config.seed),
@@ -122,7 +125,7 @@ def facts(config: EvaluateConfig, ball: ThreatModel, model: Classifier, device: 
         "changed": (config.protocol and changes(config)) or None,
         "predict": config.predict and f"the worst of {config.n_eval} draws",
     }
-    return {what: value for what, value in known.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def warn_of_probabilities(subject: Subject, name: str) -> None:
@@ -136,7 +139,7 @@ def note_of_modes(model: Classifier, name: str) -> list[str]:
     """Notes and warnings on modules in training mode inside a model in evaluation mode, or read by a function."""
     own = [*model.named_modules()] if isinstance(model, nn.Module) and not model.training else []
     # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
-    read = [(at, part) for at, one in used_modules(model) if "eval" not in vars(one) for part in one.modules()]
+    read = [(at, part) for at, net in used_modules(model) if "eval" not in vars(net) for part in net.modules()]
     notes = list[str]()
     for parts, what in (
         (own, "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"),

@@ -23,7 +23,6 @@ from ...attacks import AttackResult, GradientHealth
 from ...attacks.context import TimeIsOver
 from ...ops import attack_loss
 from ...protocols import Classifier
-from ...speed.memory import same_draws_again
 from ..request.config import USUAL_BATCH
 from ..request.deadline import Subject
 from ..request.naming import AttackSpec, check_adversarial
@@ -126,16 +125,16 @@ class Shards:
         return message[0]
 
     def _shared(self, numbers: Sequence[int], make: Callable[[int], Any]) -> list[Any]:
-        error, mine = self._failed, list[Any]()
+        error, results = self._failed, list[Any]()
         try:
-            mine = [] if error else [make(number) for number in numbers[self.rank :: self.world]]
+            results = [] if error else [make(number) for number in numbers[self.rank :: self.world]]
         except Exception as own:
             error = own
         every: list[Any] = [None] * self.world
-        message = (mine, None if error is None else sendable(error))
+        message = (results, None if error is None else sendable(error))
         with self._exchange():
             dist.all_gather_object(every, message, group=self._group)
-        if failed := [found for _, found in every if found is not None]:
+        if failed := [reason for _, reason in every if reason is not None]:
             self._over = True
             raise error or failed[0]
         return [every[place % self.world][0][place // self.world] for place in range(len(numbers))]
@@ -156,11 +155,6 @@ class Shards:
 
 #: The names of the counts that `GradientHealth` keeps.
 COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
-
-
-def counts_of(health: GradientHealth) -> dict[str, int] | None:
-    """The counts by name; None if no gradient was counted."""
-    return {name: health.count(name) for name in COUNTS} if health.count("gradients") else None
 
 
 @dataclass
@@ -205,16 +199,13 @@ class AttackRun:
         #: The number of images whose batches were attacked.
         self.reached = 0
         self._made = dict[int, AttackedBatch]()
-        self._as_now = same_draws_again(self.subject.device)
 
     def make(self, number: int) -> AttackedBatch:
         """Attack the images of a batch."""
         part = self.parts[number]
-        # With a seed for each batch, any process would make the same batch at any time.
-        if number == 0:
-            # The first batch needs no new seed, because the generators were seeded for the attack.
-            self._as_now()
-        else:
+        # With a seed for each batch, any process would make the same batch at any time. The first batch needs no new
+        # seed, because the generators were seeded for the attack.
+        if number > 0:
             torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
         batch = self._attacked(part)
         if self.rule is not None and CUT not in batch.warnings:
@@ -223,13 +214,6 @@ class AttackRun:
             except TimeIsOver:
                 batch.warnings.append(CUT)
         return batch
-
-    def obtain(self, number: int, shards: Shards) -> AttackedBatch:
-        """Return a batch. If it is not made yet, each further process makes one of the following batches."""
-        if number not in self._made:
-            numbers = range(number, len(self.parts))[: shards.world]
-            self._made |= zip(numbers, shards.share(numbers, self.make), strict=True)
-        return self._made.pop(number)
 
     def _attacked(self, part: Tensor) -> AttackedBatch:
         """Attack some images, with fewer images per pass if memory runs out."""
@@ -266,12 +250,16 @@ class AttackRun:
     def sums(self, shards: Shards, reach: Callable[[int], None]) -> AttackedBatch:
         """Obtain all batches from the processes, and sum up their results; ``reach`` gets the images of each batch."""
         sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
-        for numbers in self.rounds:
+        for numbers_of_round in self.rounds:
             leads, no_evidence = list[float](), 0
-            for number in numbers:
+            for number in numbers_of_round:
                 if CUT in sums.warnings and number not in self._made:
                     break
-                batch = self.obtain(number, shards)
+                if number not in self._made:
+                    # Each further process makes one of the following batches.
+                    numbers = range(number, len(self.parts))[: shards.world]
+                    self._made |= zip(numbers, shards.share(numbers, self.make), strict=True)
+                batch = self._made.pop(number)
                 reach(len(self.parts[number]))
                 self.reached += 0 if CUT in batch.warnings else len(self.parts[number])
                 sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)

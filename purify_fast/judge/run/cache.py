@@ -33,16 +33,6 @@ logger = logging.getLogger("purify_fast")
 RESULTS_VERSION = 7
 
 
-def read_file(path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Read the values and tensors of a file in the cache; None if the file is absent or damaged."""
-    if path is not None and path.exists():
-        try:
-            return read_sealed(path)
-        except (OSError, ValueError) as error:
-            logger.warning("%s is damaged: %s. Its content is computed again", path, error)
-    return None
-
-
 class RowCache:
     """The cache of finished rows, and of results of the probes, in ``folder/rows``.
 
@@ -73,8 +63,8 @@ class RowCache:
         # "auto" chooses the precision of gradients by the answer of `fast_bfloat16`.
         chosen = [float32_settings(), fast_bfloat16(torch.device("cpu")), *autocasts]
         machine = [__version__, str(torch.__version__), _library.loaded(), *backends, *chosen]
-        whole = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
-        return text_hash(json.dumps(whole, sort_keys=True)).hexdigest()
+        content = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
+        return text_hash(json.dumps(content, sort_keys=True)).hexdigest()
 
     def register(self, name: str, model: Classifier, x: Tensor, asked: Classifier | None = None) -> None:
         """Let the rows of a frozen model be cached, named by its `fingerprint`; a warning says if they cannot be."""
@@ -88,10 +78,9 @@ class RowCache:
     def row(self, key: str | None, make: Callable[[], Row]) -> Row:
         """Read a row from the cache, or make the row and cache it."""
         path = self._path(key)
-        content = self._read(path)
-        self.source = "" if content is None else ", from the cache"
-        if content is not None:
-            values, tensors = content
+        self.source = ""
+        if (content := self._read(path)) is not None:
+            self.source, (values, tensors) = ", from the cache", content
             return Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
         row = make()
         # A row that was cut short is made again, perhaps with more time.
@@ -101,15 +90,19 @@ class RowCache:
         return row
 
     def _read(self, path: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        content = read_file(path)
+        """Read the values and tensors of a file; None if the file is absent or damaged."""
+        try:
+            content = read_sealed(path) if path is not None and path.exists() else None
+        except (OSError, ValueError) as error:
+            logger.warning("%s is damaged: %s. Its content is computed again", path, error)
+            return None
         self.used |= content is not None
         return content
 
     def values(self, key: str | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read plain values and tensors from the cache, or make the values and cache them."""
         path = self._path(key, ".values.safetensors")
-        content = self._read(path)
-        if content is not None:
+        if (content := self._read(path)) is not None:
             return content[0] | content[1]
         values = make()
         if path is not None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,23 +22,14 @@ from ..request.naming import AttackSpec, row_name, threat_name
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.judge import has_fallen
 from ..searches.judge_context import JudgeContext
-from .attack_run import AttackedBatch, AttackRun, Shards, counts_of
+from .attack_run import AttackedBatch, AttackRun, Shards
 from .cache import RowCache
 from .progress import CountedModel, Progress, counted_model
 from .stopping import GROUP, REVISION as STOPPING, NearestRule, StoppingRule, by_margin, nearest_first
 
 #: The number of attacked images that each row stores for the pictures.
 EXAMPLES = 8
-
-
-class AttackJob(NamedTuple):
-    """An attack that all processes share; ``images`` are in the order of the attack. ``left``: the seconds left."""
-
-    attack: int
-    images: Tensor
-    rule: StoppingRule | NearestRule | None
-    draws_differ: bool | None = None
-    left: float = math.inf
+Rule = StoppingRule | NearestRule
 
 
 @dataclass
@@ -63,8 +53,8 @@ class Standing:
         if self.first is None:
             return 0.0
         margins = self.margins[: len(self.first)]
-        known = self.left[: len(self.first)] & np.isfinite(self.first) & np.isfinite(margins)
-        return float((self.first - margins)[known].max(initial=0.0))
+        comparable = self.left[: len(self.first)] & np.isfinite(self.first) & np.isfinite(margins)
+        return float((self.first - margins)[comparable].max(initial=0.0))
 
     def add(self, row: Row, withstood: np.ndarray) -> None:
         """Add the row of another attack."""
@@ -103,9 +93,9 @@ class Measure:
     progress: Progress
     shards: Shards
     attacks: list[AttackSpec] = field(default_factory=list, init=False)
-    _clean: Row | None = field(default=None, init=False)
     _targets: dict[int, CountedModel] = field(default_factory=dict, init=False)
 
+    @functools.cached_property
     def clean(self) -> Row:
         """The row of the clean images."""
 
@@ -120,48 +110,46 @@ class Measure:
             row.seconds = time.monotonic() - begin
             return row
 
-        if self._clean is None:
-            self._clean = self.load_or_make({"clean": True, "n_eval": self.subject.judges}, None, make)
-        return self._clean
+        return self.load_or_make({"clean": True, "n_eval": self.subject.judges}, None, make)
 
     def judging(self) -> float:
         """The seconds that a judgement of attacked images takes at most: clean images were judged in the same way."""
         # A deterministic model also predicts attacked images twice, to see whether it draws random numbers for them.
-        return self.clean().seconds * (1 if self.subject.is_random else 3)
+        return self.clean.seconds * (1 if self.subject.is_random else 3)
 
     def attacked(self, spec: AttackSpec, standing: Standing) -> Row:
         """The row of an attack."""
-        alive = (standing.left if spec.survivors_only else self.withstood(self.clean()))[: spec.max_images]
-        index = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing.margins)
+        alive = (standing.left if spec.survivors_only else self.withstood(self.clean))[: spec.max_images]
+        index, rule = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing)
         images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        near = None
-        if spec.nearest is not None:
-            near = NearestRule(standing.margins[index.numpy()].tolist(), standing.gain)
-            images["near"] = near.margins, near.gain
+        if isinstance(rule, NearestRule):
+            images["near"] = rule.margins, rule.gain
         earlier = [row for row in standing.rows if row.n >= len(alive)] if self.subject.is_random else []
         if earlier and spec.survivors_only:
-            known = by_worst_points(earlier, min(row.n for row in earlier))
-            images["known"] = digest(*map(torch.from_numpy, known))
-        make = functools.partial(self.judged, spec, index, near, alive=alive, points=[self.clean(), *earlier])
+            worst = by_worst_points(earlier, min(row.n for row in earlier))
+            images["known"] = digest(*map(torch.from_numpy, worst))
+        make = functools.partial(self.judged, spec, index, rule, alive=alive, points=[self.clean, *earlier])
         row = self.load_or_make(settings_of(spec, self.subject, self.context) | images, spec, make)
         # The key of a cached row does not contain the row's name, so it may have been made under another name.
         row.attack = row_name(spec, self.context)
-        self.progress.next_row()
+        self.progress.rows += 1
         return row
 
-    def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> Tensor:
-        """Return the indices of the images that an attack gets, int64, in the order in which they are attacked."""
+    def in_order(self, spec: AttackSpec, index: Tensor, standing: Standing) -> tuple[Tensor, Rule | None]:
+        """Return the indices of the images that an attack gets, int64, in their order, and when the attack stops."""
         if spec.nearest is not None:
-            return by_margin(index, margins)[: spec.nearest]
+            index = by_margin(index, standing.margins)[: spec.nearest]
+            return index, NearestRule(standing.margins[index.numpy()].tolist(), standing.gain)
         if spec.until is not None:
-            return nearest_first(index, margins, self.subject.seed + spec.seed)
-        return index
+            index = nearest_first(index, standing.margins, self.subject.seed + spec.seed)
+            return index, StoppingRule(spec.until, len(index), len(self.subject.y))
+        return index, None
 
     def load_or_make(self, settings: dict[str, Any], spec: AttackSpec | None, make: Callable[[], Row]) -> Row:
         """Read the row with these settings from the cache, or make the row and cache it. The clean row has no spec."""
         subject, context, attack = self.subject, self.context, None if spec is None else spec.attack
         revision = "" if attack is None else attack.revision()
-        whole = {
+        content = {
             "data": subject.data,
             "seed": subject.seed,
             "classes": subject.num_classes,
@@ -173,7 +161,7 @@ class Measure:
         }
         # The row of an attack without a revision is not cached, because nothing would show a change of the attack.
         models = [subject.model] if spec is None else [subject.model, spec.through]
-        row = self.cache.row(None if revision is None else self.cache.key(whole, *models), make)
+        row = self.cache.row(None if revision is None else self.cache.key(content, *models), make)
         # The following fields are not a part of the key, so they are also set for a cached row.
         row.model = self.name
         row.threat = None if spec is None else threat_name(spec, context)
@@ -182,15 +170,12 @@ class Measure:
         row.reliable = row.reliable or bool((row.share_wrong == 1).all())
         return row
 
-    def attack(self, spec: AttackSpec, index: Tensor, nearest: NearestRule | None) -> tuple[AttackRun, AttackedBatch]:
+    def attack(self, spec: AttackSpec, index: Tensor, rule: Rule | None) -> tuple[AttackRun, AttackedBatch]:
         """Run an attack on some of the images."""
-        rule: StoppingRule | NearestRule | None = nearest
-        if nearest is None and spec.until is not None:
-            rule = StoppingRule(spec.until, len(index), len(self.subject.y))
-        job = AttackJob(self.attacks.index(spec), index, rule)
-        with self._run(job) as run:
+        number = self.attacks.index(spec)
+        with self._run(number, index, rule) as run:
             left = self.subject.deadline.until - time.monotonic()
-            self.shards.from_first(lambda: job._replace(draws_differ=run.context.draws_differ, left=left))
+            self.shards.from_first(lambda: (left, number, index, rule, run.context.draws_differ))
             with self.progress.row(row_name(spec, self.context), len(index)):
                 sums = run.sums(self.shards, self.progress.reach)
         sums.images = sums.images[: spec.max_images]
@@ -199,39 +184,39 @@ class Measure:
     def follow(self) -> str:
         """In another process than the first: make a part of all batches; return the report of the first process."""
         job = self.shards.follow()
-        while isinstance(job, AttackJob):
-            with self._run(job) as run:
-                self.subject.deadline.begin(time.monotonic() + job.left)
+        while isinstance(job, tuple):
+            left, *job = job
+            with self._run(*job) as run:
+                self.subject.deadline.begin(time.monotonic() + left)
                 job = self.shards.follow(run.make)
                 self.subject.deadline.begin()
         return str(job)
 
     @contextlib.contextmanager
-    def _run(self, job: AttackJob) -> Iterator[AttackRun]:
-        """A context with the run of an attack."""
-        spec, subject = self.attacks[job.attack], self.subject
+    def _run(
+        self, number: int, index: Tensor, rule: Rule | None, draws_differ: bool | None = None
+    ) -> Iterator[AttackRun]:
+        """A context with the run of an attack on images in their order. The first process tells if draws differ."""
+        spec, subject = self.attacks[number], self.subject
         subject.reseed("attack")
         # An attack that follows the gradients of another model attacks the model itself.
         followed = spec.through if spec.attack.follows_gradients else None
-        target = (
-            spec.attack.target(subject.model) if spec.through is None or spec.attack.follows_gradients else spec.through
-        )
+        target = spec.attack.target(subject.model) if spec.through is followed else cast(Classifier, spec.through)
         with frozen(target):
             # Some aggregations give infinite logits, which hide differences, and some models draw only for attacked
             # images: the draws are then taken as different.
-            asked = subject.deadline.watch(target)
-            hidden = subject.is_random and (subject.draws or not asked(subject.sample_images()).isfinite().all())
+            timed = subject.deadline.watch(target)
+            hidden = subject.is_random and (subject.draws or not timed(subject.sample_images()).isfinite().all())
             # Every process makes this test, whose draws must leave all random generators in the same state.
-            varies = hidden or subject.answers_vary(asked, elsewhere=subject.is_random)
+            varies = hidden or subject.answers_vary(timed, elsewhere=subject.is_random)
             context = replace(
                 self.context,
-                draws_differ=varies if job.draws_differ is None else job.draws_differ,
+                draws_differ=varies if draws_differ is None else draws_differ,
                 gradients_from=None if followed is None else self._counted(followed),
                 seed=subject.seed + spec.seed,
             )
-            counted = self._counted(target)
-            rule = None if context.draws_differ else job.rule
-            yield AttackRun(spec, counted, job.images, subject, context, rule=rule)
+            rule = None if context.draws_differ else rule
+            yield AttackRun(spec, self._counted(target), index, subject, context, rule=rule)
 
     def _counted(self, model: Classifier) -> CountedModel:
         """The counter around a model: a single one for each model, because a captured step belongs to it."""
@@ -260,11 +245,13 @@ class Measure:
         )
 
     def judged(
-        self, spec: AttackSpec, index: Tensor, near: NearestRule | None, alive: np.ndarray, points: Sequence[Row]
+        self, spec: AttackSpec, index: Tensor, rule: Rule | None, alive: np.ndarray, points: Sequence[Row]
     ) -> Row:
         """Run an attack, judge its images, and make the row. ``points`` are rows with the worst points before."""
-        run, sums = self.attack(spec, index, near)
+        run, sums = self.attack(spec, index, rule)
         begin, subject, other = time.perf_counter(), self.subject, spec.through
+        # A model that differs only in the aggregation of its samples is not taken as another model.
+        same = isinstance(other, WithAggregation) and other.defence is subject.base_model and not other.without_noise
         subject.check_repeats(sums.images[index])
         judged = subject.judge(sums.images, "judge")
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
@@ -280,7 +267,8 @@ class Measure:
             judged.right & alive,
             attack="",
             kind=spec.attack.kind,
-            health=counts_of(sums.health),
+            # None if no gradient was counted.
+            health=sums.health.counts if sums.health.count("gradients") else None,
             reliable=sums.health.reliable,
             settings=settings_of(spec, subject, self.context) | draws,
             attacked=len(index),
@@ -288,8 +276,7 @@ class Measure:
             may_end_early=spec.attack.may_end_early(run.context),
             uses_gradients=spec.attack.uses_gradients,
             **stopped,
-            # A model that differs only in the aggregation of its samples is not taken as another model.
-            transferred=other is not None and not aggregates_only(other, subject.base_model),
+            transferred=other is not None and not same,
             nonfinite_predictions=judged.nonfinite,
             margins=judged.margins,
         )
@@ -310,9 +297,8 @@ class Measure:
         if len(index):
             chosen = self.subject.judge(images[index], "choose", index)
             own.wrong[index.numpy()], own.margins[index.numpy()] = chosen.wrong, chosen.margins
-        known = by_worst_points(points, n)
         row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
-        row.count(known.or_worse(own) if run.spec.survivors_only else own)
+        row.count(by_worst_points(points, n).or_worse(own) if run.spec.survivors_only else own)
         return index[torch.from_numpy(own.wrong > 0.5)[index]]
 
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
@@ -327,11 +313,6 @@ class Measure:
             fell=np.full(len(shown), len(fallen) > 0),
             predicted=judged.classes[shown.numpy()],
         )
-
-
-def aggregates_only(other: Classifier, model: Classifier) -> bool:
-    """Return True if another model differs from the judged model only in the aggregation of its samples."""
-    return isinstance(other, WithAggregation) and other.defence is model and not other.without_noise
 
 
 def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> dict[str, Any]:

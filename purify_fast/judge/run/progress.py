@@ -62,10 +62,6 @@ class Progress:
         assert self.bar is not None
         self.bar.update(images)
 
-    def next_row(self) -> None:
-        """Begin with the next row, because the last row is finished or was read from the cache."""
-        self.rows += 1
-
     def count(self, images: Passes) -> None:
         """Ask for the time, count images of passes, and write a line to the log if the last line is old."""
         if images.forwards >= 0:

@@ -113,9 +113,9 @@ class NearestRule:
 
     def __init__(self, margins: Sequence[float], gain: float = 0.0):
         # An image that no attack has reached comes last, and its distance is unknown.
-        self.margins = [math.inf if math.isnan(each) else each for each in margins]
+        self.margins = [math.inf if math.isnan(margin) else margin for margin in margins]
         self.searched, self.gain = 0, gain
-        first = min(len(margins), max(GROUP, sum(each <= gain for each in self.margins)))
+        first = min(len(margins), max(GROUP, sum(margin <= gain for margin in self.margins)))
         self.rounds = [first, *rounds_of(len(margins) - first, GROUP)]
 
     @property
