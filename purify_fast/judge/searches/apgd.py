@@ -18,11 +18,10 @@ from ..._tensors import per_image
 from ..._validation import Count, Share
 from ...attacks.base import Resolved, times
 from ...attacks.context import AttackContext, Ball, keeping, projected
-from ...attacks.health import FAULTS
 from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
 from ...attacks.objective import Objective, ObjectiveStep, Search, better_of, count_faults, keep_better
 from ...ops.apgd_step import apgd_step
-from ...speed.graphs.step_loop import State, Steps, begin_steps
+from ...speed.graphs.step_loop import State
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
 from .judge_context import JudgeContext
@@ -181,17 +180,18 @@ class AutoPgd(RowSearch):
     """
 
     kind: ClassVar[type[AutoPgdStep]] = AutoPgdStep
+    marks_of = staticmethod(checkpoints)
 
-    def __init__(self, *given: Any, rho: float = 0.0, claims: bool = True, **options: Any):
-        super().__init__(*given, **options)
+    def __init__(self, *arguments: Any, rho: float = 0.0, claims: bool = True, **options: Any):
+        super().__init__(*arguments, **options)
         self.rho, self.claims = rho, claims
-        self.marks = checkpoints(self.steps)
-        self.sighted, self.blind_steps, self.gradients = False, 0, 0
+        self.marks = self.marks_of(self.steps)
+        self.sighted, self.blind_steps = False, 0
         self.ascent = self.kind(self.objective, self.rows.ball, counts=self.health is not None)
         state = self.begin_state()
         self.checked_loss = state["top_loss"]
         self.halved = torch.ones_like(self.checked_loss, dtype=torch.bool)
-        self.loop = begin_steps(self.objective.graphs, self.ascent, state)
+        self.begin(self.ascent, state)
 
     def begin_state(self) -> State:
         """The state before the first step."""
@@ -208,9 +208,7 @@ class AutoPgd(RowSearch):
         try:
             self._climb()
         finally:
-            if self.health is not None:
-                nonfinite, zero, exempt = (self.loop.state[name] for name in FAULTS)
-                self.health.add(gradients=self.gradients - exempt, nonfinite=nonfinite, zero=zero)
+            self.count_gradients()
         if len(self.rows.owner) == 0:
             return
         self._see_move(slice(None))
@@ -220,8 +218,7 @@ class AutoPgd(RowSearch):
 
     def _climb(self) -> None:
         for i in range(self.steps):
-            self.loop.advance()
-            self.gradients += len(self.rows.owner)
+            self.advance()
             if self.claims and self.active.leave and self.shrinks_after(i + 1):
                 if not self.sighted and self._is_blind():
                     return
@@ -251,17 +248,6 @@ class AutoPgd(RowSearch):
             return False
         self.active.ended_blind = True
         return True
-
-    def take(self, index: Tensor) -> None:
-        super().take(index)
-        state = self.loop.values()
-        # Otherwise the new loop would first copy the old loop's state out of the buffers of their CUDA graph.
-        self.loop = Steps(self.ascent, state)
-        score = state["best_score"][:, index]
-        # A gradient may have another layout than the points. Graphs are found by the layouts.
-        others = ((name, value) for name, value in state.items() if name != "best_score")
-        taken = {name: value[index].contiguous() if value.dim() else value for name, value in others}
-        self.loop = begin_steps(self.objective.graphs, self.ascent, {**taken, "best_score": score})
 
     def _turn(self, i: int) -> None:
         """Compute the next points again where step ``i`` moves without momentum, or is a checkpoint."""
@@ -330,10 +316,9 @@ class AutoPgd(RowSearch):
             # If the search used a copy, every point is judged, because the model may misclassify a point that the copy
             # classifies correctly.
             by_copy = self.objective.model is not self.active.judge.model
-            claimed = torch.ones_like(score[0]) if by_copy else score[0]
-            share, _ = self.active.confirm_successes(owner, best, claimed)
-            score = torch.stack([share, score[1]])
-        self.active.keep_best(owner, best, score)
+            self.active.judge_points(owner, best, score[1], None if by_copy else score[0])
+        else:
+            self.active.keep_best(owner, best, score)
 
 
 class AutoPgdL1Step(AutoPgdStep):
@@ -371,10 +356,7 @@ class AutoPgdL1(AutoPgd):
     """One run of Auto-PGD in the l1 ball."""
 
     kind = AutoPgdL1Step
-
-    def __init__(self, *given: Any, **options: Any):
-        super().__init__(*given, **options)
-        self.marks = checkpoints_l1(self.steps)
+    marks_of = staticmethod(checkpoints_l1)
 
     def begin_state(self) -> State:
         state = super().begin_state()

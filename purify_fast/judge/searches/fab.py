@@ -15,10 +15,10 @@ from torch import Tensor
 from ..._tensors import per_image
 from ..._validation import Count
 from ...attacks.context import AttackContext, Ball, keeping, projected
-from ...attacks.health import faults
+from ...attacks.health import FAULTS, faults
 from ...attacks.objective import Gradient, Objective, ObjectiveStep
 from ...ops.hyperplane_projection import hyperplane_projection
-from ...speed.graphs.step_loop import State, Steps, begin_steps
+from ...speed.graphs.step_loop import State, Steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
 from .engine.judge import has_fallen
 from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
@@ -72,11 +72,12 @@ class FabStep(ObjectiveStep):
     counts: bool
 
     def __call__(self, state: State) -> State:
-        """Move every point. With `counts`, count the faulty gradients of each row."""
+        """Move every point. With `counts`, count the faulty gradients."""
         point, x, draws, counts = state["point"], state["x"], self.objective.eot_iter, State()
         gradient = self.objective.gradient(point, state["y"])
         if self.counts:
-            counts["faulty"] = state["faulty"] + faults(gradient.image)[:2]
+            faulty = faults(gradient.image)[:2].sum(1)
+            counts = {name: state[name] + count for name, count in zip(FAULTS[:2], faulty, strict=True)}
         if draws > 1:
             gradient = gradient._replace(image=gradient.image / draws)
         across, moved = has_fallen(gradient.wrong), point - x
@@ -99,75 +100,52 @@ def nearer(ball: Ball, state: State, across: Tensor) -> State:
 class _FabSearch(RowSearch):
     """The search of FAB from one start. ``nearest`` is the nearest point across the border, or the first point."""
 
-    def __init__(self, *given: Any, **options: Any):
-        super().__init__(*given, **options)
-        self.point = self.nearest = self.rows.begin
-        self.distance = torch.full_like(self.rows.ball.eps, torch.inf)
-        #: Each row's non-finite and zero gradients, ``[2, R]``.
-        self.faulty = torch.zeros((2, len(self.point)), device=self.point.device)
-        self.loop: Steps | None = None
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        begin, eps = self.rows.begin, self.rows.ball.eps
+        state = {"x": self.rows.x, "y": self.rows.labels, "point": begin, "nearest": begin}
+        state["distance"] = torch.full_like(eps, torch.inf)
+        if self.health is not None:
+            state |= {name: eps.new_zeros((), dtype=torch.int64) for name in FAULTS}
+        self.begin(FabStep(self.objective, self.rows.ball, self.health is not None), state)
 
     def run(self) -> None:
         """Take all steps, or stop when no row is left."""
-        for i in range(self.steps):
-            if self.loop is None:
-                step = FabStep(self.objective, self.rows.ball, self.health is not None)
-                self.loop = begin_steps(self.objective.graphs, step, self._state())
-            self.loop.advance()
-            if self.health is not None:
-                self.health.add(gradients=len(self.point))
-            if self.shrinks_after(i + 1):
-                self._read()
-                self._shrink(i + 1)
-            if len(self.point) == 0:
-                return
-        self._read()
-        self.loop = None
-        across = has_fallen(self.objective.score(self.point, self.rows.labels)[0])
-        vars(self).update(nearer(self.rows.ball, self._state(), across))
+        try:
+            for i in range(self.steps):
+                self.advance()
+                if self.shrinks_after(i + 1):
+                    self._shrink(i + 1)
+                if len(self.rows.owner) == 0:
+                    return
+        finally:
+            self.count_gradients()
+        # Only a copy of the state remains, because the steps have ended.
+        self.loop = Steps(self.step, self.loop.values())
+        across = has_fallen(self.objective.score(self.loop.state["point"], self.rows.labels)[0])
+        self.loop.put(**nearer(self.rows.ball, self.loop.state, across))
         self.active.tried.index_fill_(0, self.rows.owner, True)
-        self._try(self.rows, self.nearest)
+        self._try(self.rows, self.loop.state["nearest"])
 
     def keep(self) -> Tensor:
         """Remember the best points so far without a judgement, and return the best point of each image."""
-        self._read()
-        points = projected(self.rows.x, self.nearest, self.rows.ball)
-        score = torch.stack([(self.distance <= self.rows.ball.eps).float(), -self.distance])
+        distance, ball = self.loop.state["distance"], self.rows.ball
+        points = projected(self.rows.x, self.loop.state["nearest"], ball)
+        score = torch.stack([(distance <= ball.eps).float(), -distance])
         return self.active.keep_best(self.rows.owner, points, score)
-
-    def _state(self) -> State:
-        return {"x": self.rows.x, "y": self.rows.labels} | {name: getattr(self, name) for name in self._names()}
-
-    def _names(self) -> list[str]:
-        """The attributes that a step changes."""
-        return ["point", "nearest", "distance"] + (["faulty"] if self.health is not None else [])
-
-    def _read(self) -> None:
-        """Take the results of the steps since the last call, and count their faulty gradients."""
-        new = {} if self.loop is None else self.loop.values(*self._names())
-        if self.health is not None and new:
-            nonfinite, zero = (new["faulty"] - self.faulty).sum(1).long()
-            self.health.add(nonfinite=nonfinite, zero=zero)
-        vars(self).update(new)
-
-    def take(self, index: Tensor) -> None:
-        """Continue with some of the rows, selected by an int64 index. The next step begins another loop."""
-        self.loop = None
-        super().take(index)
 
     def _shrink(self, step: int) -> None:
         """Remove the rows of fallen images, and the rows that are given up; ``step`` is the number of steps so far."""
-        rows = self.rows
-        inside = (self.distance <= rows.ball.eps).float()
-        judged, fell = self.active.confirm_successes(rows.owner, self.nearest, inside)
+        rows, state = self.rows, self.loop.state
+        inside = (state["distance"] <= rows.ball.eps).float()
+        judged, fell = self.active.confirm_successes(rows.owner, state["nearest"], inside)
         # A point that the model itself does not confirm is forgotten, and the search continues.
-        self.distance = torch.where((inside > 0) & (judged < inside), torch.inf, self.distance)
-        if self.loop is not None:
-            self.loop.put(distance=self.distance)
-        lost = self.out_of_reach(step, self.distance - rows.ball.eps)
+        distance = torch.where((inside > 0) & (judged < inside), torch.inf, state["distance"])
+        self.loop.put(distance=distance)
+        lost = self.out_of_reach(step, distance - rows.ball.eps)
         if lost is not None:
             index = lost.nonzero()[:, 0]
-            self._try(rows.take(index), self.nearest[index])
+            self._try(rows.take(index), state["nearest"][index])
         kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
         if kept is not None:
             self.take(kept)
@@ -175,9 +153,7 @@ class _FabSearch(RowSearch):
     def _try(self, rows: Rows, nearest: Tensor) -> None:
         """Project the nearest points onto the ball, let the model judge them, and keep the best points."""
         cut = projected(rows.x, nearest, rows.ball)
-        score = self.objective.score(cut, rows.labels)
-        share, _ = self.active.confirm_successes(rows.owner, cut, torch.ones_like(score[0]))
-        self.active.keep_best(rows.owner, cut, torch.stack([share, score[1]]))
+        self.active.judge_points(rows.owner, cut, self.objective.score(cut, rows.labels)[1])
 
 
 def _length(ball: Ball, moved: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class JudgeContext(AttackContext):
         """Return the context itself, or a judge's context with the same settings."""
         if isinstance(context, cls):
             return context
-        return cls(**{each.name: getattr(context, each.name) for each in fields(context)})
+        return cls(**{field.name: getattr(context, field.name) for field in fields(context)})
 
     def judges(self, draws: int) -> int:
         """Return how many fresh predictions judge an image, for an attack whose steps average ``draws`` draws."""

@@ -106,12 +106,11 @@ class OriginalAutoAttack(InBall):
         """
         if len(x) == 0:
             return AttackResult(x.clone())
-        context, warnings = JudgeContext.of(context), list[str]()
+        (norm, eps), warnings = self.threat_model(context), list[str]()
+        size = JudgeContext.of(context).batch_size
         with frozen(target):
             classes = context.num_classes or check_model(target, x[:SAMPLE])
-            context = replace(context, num_classes=classes)
-            norm, eps = self.threat_model(context)
-            steps, draws, *_ = self.resolved_for(context)
+            steps, draws, *_ = self.resolved_for(replace(context, num_classes=classes))
             with _listening(warnings):
                 adversary = implementation()(
                     target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
@@ -127,16 +126,16 @@ class OriginalAutoAttack(InBall):
                 # The package autoattack prints, names the batch size `bs`, and returns only the images. pyautoattack
                 # does not print, names the batch size `batch_size`, and returns a tuple.
                 adversary.verbose = False
-                size = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
-                result = adversary.run_standard_evaluation(x, y, **{size: context.batch_size or len(x)})
+                word = "batch_size" if type(adversary).__module__.startswith("pyautoattack") else "bs"
+                result = adversary.run_standard_evaluation(x, y, **{word: size or len(x)})
+            images = result[0] if isinstance(result, tuple) else result
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
-            found = result[0] if isinstance(result, tuple) else result
-            points = projected(x, found.detach(), ball_around(x, eps, norm))
+            points = projected(x, images.detach(), ball_around(x, eps, norm))
             health = GradientHealth() if context.counts_health else None
             if health is not None:
                 # This is the cross-entropy as the package computes it.
                 loss = partial(F.cross_entropy, reduction="none")
-                objective = Objective(target, loss, max_forward_batch=context.batch_size)
+                objective = Objective(target, loss, max_forward_batch=size)
                 for images in (x, points):
                     health.see_gradient(objective.gradient(images, y).image)
         return AttackResult(points, health, warnings)
@@ -149,8 +148,7 @@ def _listening(warnings: list[str]) -> Iterator[None]:
     def collect(record: logging.LogRecord) -> bool:
         text = record.getMessage().split(" See flags_doc")[0]
         # AutoAttack warns of a dynamic defence at a compiled model's first call, which does not apply.
-        known = "dynamic defense" in text
-        if record.levelno >= logging.WARNING and not known and text not in warnings:
+        if record.levelno >= logging.WARNING and "dynamic defense" not in text and text not in warnings:
             warnings.append(text)
         return False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -48,24 +50,10 @@ def apgd(
         dtype are those of x.
     """
     y, function = goal(x, y, loss, targeted)
-    attack = APGD(
-        loss="ce" if callable(loss) else loss,
-        steps=steps,
-        n_target_classes=n_target_classes,
-        restarts=restarts,
-        rho=rho,
-        eot_iter=eot_iter,
-        leave_when_fallen=leave_when_fallen,
-    )
-    context = AttackContext(
-        eps=eps,
-        norm=norm,
-        clip_min=clip_min,
-        clip_max=clip_max,
-        seed=chosen_seed(seed),
-        loss_function=function,
-        toward=targeted is not None,
-    )
+    attack = APGD(steps=steps, n_target_classes=n_target_classes, restarts=restarts, rho=rho, eot_iter=eot_iter)
+    attack = replace(attack, loss="ce" if callable(loss) else loss, leave_when_fallen=leave_when_fallen)
+    context = AttackContext(eps=eps, norm=norm, clip_min=clip_min, clip_max=clip_max, seed=chosen_seed(seed))
+    context = replace(context, loss_function=function, toward=targeted is not None)
     return attack.run(model, x, y, context).images
 
 
@@ -153,15 +141,6 @@ def stadv(
         Per image the last point, or the best point with ``keep_best=True``. Shape and dtype are those of x.
     """
     y, _ = goal(x, y, loss, targeted)
-    attack = StAdv(
-        eps=eps,
-        steps=steps,
-        loss=loss,
-        random_start=random_start,
-        keep_best=keep_best,
-        restarts=restarts,
-        rate=rate,
-        smoothness=smoothness,
-        eot_iter=eot_iter,
-    )
+    attack = StAdv(eps=eps, steps=steps, loss=loss, rate=rate, smoothness=smoothness, eot_iter=eot_iter)
+    attack = replace(attack, random_start=random_start, keep_best=keep_best, restarts=restarts)
     return attack.run(model, x, y, AttackContext(seed=chosen_seed(seed), toward=targeted is not None)).images

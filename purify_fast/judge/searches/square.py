@@ -123,15 +123,8 @@ class SquareRound(ObjectiveStep):
     def __call__(self, state: State) -> State:
         """Try some proposals for each image, and accept the best if its margin is higher than the present margin."""
         # The first proposals of all rows come first, then the second proposals of all rows, and so on.
-        points = square_proposal(
-            state["point"],
-            state["x"],
-            state["eps"],
-            state["numbers"],
-            state["edge"],
-            **self.ball.bounds,
-            pattern=state.get("pattern"),
-        )
+        inputs = state["point"], state["x"], state["eps"], state["numbers"], state["edge"]
+        points = square_proposal(*inputs, **self.ball.bounds, pattern=state.get("pattern"))
         share, margin = scored(self.objective, points, state["y"])
         if self.together > 1:
             margin, best = margin.view(self.together, -1).max(0)
@@ -246,9 +239,7 @@ class _SquareSearch:
 
     def _judge(self, rows: slice | Tensor) -> None:
         """Let the model itself judge the points of some rows, and remember the best."""
-        owner, points, margin = self.owner[rows], self.point[rows], self.margin[rows]
-        share, _ = self.active.confirm_successes(owner, points, torch.ones_like(margin))
-        self.active.keep_best(owner, points, torch.stack([share, margin]))
+        self.active.judge_points(self.owner[rows], self.point[rows], self.margin[rows])
 
     def _round(self, query: int, together: int) -> None:
         """Do the round that begins with a query, and makes ``together`` queries for each image."""
@@ -297,7 +288,8 @@ class _SquareSearch:
             self.judged = torch.maximum(self.margin, self.judged)
         share, fell = self.active.confirm_successes(self.owner, self.point, share)
         self.share = None if self.share is None else share
-        self._keep(self.active.rows_to_keep(self.owner) if fell else None)
+        if fell:
+            self._keep(self.active.rows_to_keep(self.owner))
         if self.objective.eot_iter > 1 and len(self.owner):
             # The highest of many noisy margins is partly luck, so the margin of the present point is drawn again.
             self.share, self.margin = scored(self.objective, self.point, self.y)

@@ -78,39 +78,6 @@ class GradientStep(ObjectiveStep):
         return self.objective.gradient(state["point"], state["y"])._asdict()
 
 
-class Gradients:
-    """Computes the gradients of one batch at successive points, with a CUDA graph if the objective has graphs."""
-
-    def __init__(self, objective: Objective, like: Tensor, y: Tensor):
-        wide = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros(len(like), device=like.device)
-        state = {"point": like, "y": y, "image": torch.zeros_like(like), "loss": zeros.to(wide), "wrong": zeros}
-        self._loop = begin_steps(objective.graphs, GradientStep(objective), state)
-
-    def at(self, point: Tensor) -> Gradient:
-        """`Objective.gradient` at a point, images ``[B, ...]``."""
-        self._loop.put(point=point)
-        self._loop.advance()
-        return Gradient(**self._loop.values("image", "loss", "wrong"))
-
-
-class _Adam:
-    """The optimizer Adam for one flow field: its running means, and its steps."""
-
-    def __init__(self, like: Tensor, rate: float):
-        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
-        self.rate, self.steps = rate, 0
-
-    def step(self, gradient: Tensor) -> Tensor:
-        """The step for a gradient; the caller adds it to the flow."""
-        self.steps += 1
-        first, second = BETAS
-        self.mean = first * self.mean + (1 - first) * gradient
-        self.square = second * self.square + (1 - second) * gradient.square()
-        mean, square = self.mean / (1 - first**self.steps), self.square / (1 - second**self.steps)
-        return self.rate * (mean / (square.sqrt() + TINY))
-
-
 @dataclass(frozen=True, kw_only=True)
 class StAdv(Attack):
     """StAdv: Adam on a flow field, which is clamped to ``eps`` after every step.
@@ -159,27 +126,35 @@ class StAdv(Attack):
             return AttackResult(x.clone())
         x, steps = x.detach().clone(), self.resolved_for(context).steps
         ball = Ball(per_sample("eps", self.eps, x), "linf", -torch.inf, torch.inf)
-        bound = per_image(ball.eps, x)
+        bound, zeros = per_image(ball.eps, x), torch.zeros(len(x), device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
 
         def attack(objective: Objective, run: int, health: GradientHealth | None) -> Tensor:
             flow = bound.new_zeros((len(x), 2, *x.shape[2:]))
             if self.random_start or run > 0:
                 flow = sample_in_ball(flow, ball, seed=context.seed + run, sample_ids=context.sample_ids)
-            adam, point = _Adam(flow, self.rate), warp(x, flow)
+            mean = square = torch.zeros_like(flow)
+            point, (first, second) = warp(x, flow), BETAS
             search = Search(objective, point, y, keep_best=self.keep_best, health=health)
-            gradients = Gradients(objective, point, y)
+            state = {"point": point, "y": y, "image": torch.zeros_like(point), "loss": zeros.to(wide), "wrong": zeros}
+            loop = begin_steps(objective.graphs, GradientStep(objective), state)
             with keeping(lambda: search.memory.get("best", point)):
-                for _ in range(steps):
+                for number in range(1, steps + 1):
                     with torch.enable_grad():
                         leaf = flow.detach().requires_grad_()
                         moved, roughness = warp(x, leaf), flow_loss(leaf).sum()
-                    at_point = gradients.at(point)
+                    loop.put(point=point)
+                    loop.advance()
+                    at_point = Gradient(**loop.values("image", "loss", "wrong"))
                     outer = (at_point.image / objective.eot_iter).to(moved.dtype)
                     (gradient,) = torch.autograd.grad(moved, leaf, outer)
                     search.see(point, at_point._replace(image=gradient))
                     (apart,) = torch.autograd.grad(roughness, leaf)
                     gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) - self.smoothness * apart
-                    flow = (flow + adam.step(gradient)).clamp(-bound, bound)
+                    mean = first * mean + (1 - first) * gradient
+                    square = second * square + (1 - second) * gradient.square()
+                    length = (square / (1 - second**number)).sqrt() + TINY
+                    flow = (flow + self.rate * (mean / (1 - first**number) / length)).clamp(-bound, bound)
                     point = warp(x, flow)
             return search.result(x, point)
 

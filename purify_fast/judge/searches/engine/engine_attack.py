@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +75,8 @@ class EngineAttack(InBall):
             with frozen(source):
                 if source is context.gradients_from:
                     apart = drawn_once_per_call(source, x, draws, most)
-                how: dict[str, Any] = {"graphs": context.graphs, "apart": apart, "toward": context.toward}
-                objective = Objective(source, context.loss_function or loss, draws, most, **how)
+                loss, graphs, toward = context.loss_function or loss, context.graphs, context.toward
+                objective = Objective(source, loss, draws, most, graphs=graphs, apart=apart, toward=toward)
                 with keeping(lambda: active.best):
                     active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
                     self.explore(active, objective, context)

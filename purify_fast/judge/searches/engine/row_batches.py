@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ....attacks.context import Ball, sample_in_ball
-from ....attacks.health import GradientHealth
+from ....attacks.health import FAULTS, GradientHealth
 from ....attacks.objective import Objective, better_of
+from ....speed.graphs.step_loop import State, StepFunction, Steps, begin_steps
 from ..judge_context import JudgeContext
 from .judge import Judge, bucket, has_fallen, repeated_to, takes_every_size
 from .pace import FEWEST_STEPS, SHARES, TIMES, Gains, PaceMonitor, some_of
@@ -47,13 +48,11 @@ class Rows(NamedTuple):
         return Rows(*taken)
 
 
-def take_rows(state: object, index: Tensor, by_column: Sequence[str] = ()) -> None:
+def take_rows(search: object, index: Tensor) -> None:
     """Continue a search with some of its rows."""
-    for name, value in vars(state).items():
-        if isinstance(value, Tensor):
-            setattr(state, name, value[:, index] if name in by_column else value[index])
-        elif isinstance(value, (Ball, Rows, PaceMonitor)):
-            setattr(state, name, value.take(index))
+    for name, value in vars(search).items():
+        if isinstance(value, (Tensor, Ball, Rows, PaceMonitor)):
+            setattr(search, name, value[index] if isinstance(value, Tensor) else value.take(index))
 
 
 class ActiveSet:
@@ -144,6 +143,11 @@ class ActiveSet:
         )
         return self.best
 
+    def judge_points(self, owner: Tensor, points: Tensor, loss: Tensor, claimed: Tensor | None = None) -> None:
+        """Let the judge check the points that may be successes, by default all of them, and keep the best points."""
+        share, _ = self.confirm_successes(owner, points, torch.ones_like(loss) if claimed is None else claimed)
+        self.keep_best(owner, points, torch.stack([share, loss]))
+
 
 Goals = Sequence[Tensor | None]
 
@@ -190,14 +194,32 @@ def waves(
 
 
 class RowSearch:
-    """A search that moves a batch of rows along gradients, from one start."""
+    """A search that moves a batch of rows along gradients, from one start. Its tensors are the state of ``loop``."""
+
+    step: StepFunction
+    loop: Steps
 
     def __init__(self, objective: Objective, active: ActiveSet, rows: Rows, steps: int, *, give_up: bool = False):
         self.objective, self.active, self.rows, self.steps = objective, active, rows, steps
         judged = give_up and steps >= FEWEST_STEPS
         checks = [round(share * steps) for share in SHARES]
         self.monitor = PaceMonitor(checks, steps, TIMES, active.gains) if judged else None
-        self.health = active.health
+        self.health, self.gradients = active.health, 0
+
+    def begin(self, step: StepFunction, state: State) -> None:
+        """Begin the loop of a step."""
+        self.step, self.loop = step, begin_steps(self.objective.graphs, step, state)
+
+    def advance(self) -> None:
+        """Do a step, in which the objective takes a gradient of each row."""
+        self.loop.advance()
+        self.gradients += len(self.rows.owner)
+
+    def count_gradients(self) -> None:
+        """Add the counts of gradients in the state to the counts of the attack, at the end of the search."""
+        if self.health is not None:
+            nonfinite, zero, exempt = (self.loop.state[name] for name in FAULTS)
+            self.health.add(gradients=self.gradients - exempt, nonfinite=nonfinite, zero=zero)
 
     @staticmethod
     def shrinks_after(step: int) -> bool:
@@ -206,7 +228,17 @@ class RowSearch:
 
     def take(self, index: Tensor) -> None:
         """Continue with some of the rows, selected by an int64 index."""
-        take_rows(self, index, by_column=("faulty",))
+        take_rows(self, index)
+        state = self.loop.values()
+        # Otherwise the new loop would first copy the old loop's state out of the buffers of their CUDA graph.
+        self.loop = Steps(self.step, state)
+        for name, value in state.items():
+            if name == "best_score":
+                state[name] = value[:, index]
+            elif value.dim():
+                # A gradient may have another layout than the points. Graphs are found by the layouts.
+                state[name] = value[index].contiguous()
+        self.begin(self.step, state)
 
     def out_of_reach(self, step: int, missing: Tensor) -> Tensor | None:
         """Tell which rows are given up."""
