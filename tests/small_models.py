@@ -26,8 +26,7 @@ SMALL = {
 
 def smaller(recipe, values=SMALL):
     """A recipe with other values, such as those of a small network."""
-    changed = {key: replace(recipe.facts[key], value=value) for key, value in values.items()}
-    return replace(recipe, facts={**recipe.facts, **changed})
+    return replace(recipe, values={**recipe.values, **values})
 
 
 def configured(kind, **options):

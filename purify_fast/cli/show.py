@@ -15,7 +15,7 @@ from .command import Command
 class ShowRecipe(Command):
     """List the recipes, which are the settings of published trainings and purifiers, or print a recipe.
 
-    A printed recipe has the source of each number, and a grade that says how certain the number is.
+    A printed recipe has all values, and the differences between this package and the publication.
 
     Args:
         name: Name of the recipe to print, such as atop/cifar_rt2. Default: the names of all recipes are listed.

@@ -1,11 +1,15 @@
 """Recipes: their numbers over the whole schedule, two steps of each, and that every term of the loss acts."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_models import SMALL, smaller
 
+from purify_fast import methods
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.defence import _block
@@ -21,6 +25,7 @@ from purify_fast.training.optimizers import set_learning_rate
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
 
+METHODS_FOLDER = Path(methods.__file__).parent
 #: Those that have a training.
 TRAINED = [name for name in RECIPES if not name.startswith("diffusion/")]
 #: Images of the training sets.
@@ -179,12 +184,23 @@ def test_two_steps_at_the_recipes_size(name, official_code):
     assert set(terms) <= seen
 
 
-def test_a_card_has_every_fact_and_what_is_not_reproduced():
+def test_a_printed_recipe_has_every_value_and_every_value_has_a_grade_and_a_source():
     for name, made in RECIPES.items():
-        card = str(made)
-        assert all(key in card and fact.source in card and fact.grade in card for key, fact in made.facts.items()), name
-        assert all(sentence in card for sentence in made.not_reproduced)
-        assert all(fact.source for fact in made.facts.values())
+        (printed,) = yaml.safe_load(str(made)).values()
+        as_printed = {key: list(value) if isinstance(value, tuple) else value for key, value in made.values.items()}
+        assert printed == {"title": made.title, **as_printed, "official_code": made.official}, name
+        assert made.official.keys() <= made.values.keys() and made["not_reproduced"]
+    grade = re.compile(r"# (code|paper|second-hand|inferred): \S")
+    for path in METHODS_FOLDER.glob("*/recipes.yaml"):
+        lines, noted = path.read_text(encoding="utf-8").splitlines(), False
+        for line in lines:
+            if line.startswith("  # "):
+                # The comment of the next value may have several lines.
+                noted = noted or bool(grade.search(line))
+            elif re.match(r"  [\w.]+:", line):
+                free = line.split(":")[0].strip() in ("title", "official_code", "not_reproduced")
+                assert free or noted or grade.search(line), f"{path}: {line}"
+                noted = False
 
 
 def test_official_code_reproduces_the_quirks():

@@ -1,4 +1,4 @@
-"""The published trainings of ARREST. ``recipes.json`` has every number and its source.
+"""The published trainings of ARREST. ``recipes.yaml`` has every value and its source.
 
 "FAT" is a re-implementation by readers of the paper (sgmath12/FAT). Its statements about the paper are second-hand.
 """

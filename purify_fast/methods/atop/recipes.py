@@ -1,4 +1,4 @@
-"""The published trainings of AToP. ``recipes.json`` has every number and its source.
+"""The published trainings of AToP. ``recipes.yaml`` has every value and its source.
 
 Nearly all facts are from the released notebooks (glin2022/atop, commit 9fa1e91), not from the paper. A line number
 counts the lines of all code cells. The repository has no license, so none of its code is copied here.

@@ -1,4 +1,4 @@
-"""The published systems of CARSO. ``recipes.json`` has every number and its source.
+"""The published systems of CARSO. ``recipes.yaml`` has every value and its source.
 
 A source that is only a file and a line is in emaballarin/CARSO, commit 307b873 (mnist_v1: 8dadfc8, 5f65f97). "ebtorch"
 is its library emaballarin/ebtorch, commit e9f8d99.
@@ -57,8 +57,8 @@ class CarsoRecipe(Recipe):
     def for_batch(self, batch_size: int) -> CarsoRecipe:
         # The authors' code computes the rate from the batch.
         rate = self["method.learning_rate"] * batch_size / self["loop.batch_size"]
-        recipe = super().for_batch(batch_size)
-        return replace(recipe, own={**recipe.own, "method.learning_rate": rate})
+        values = {**self.values, "loop.batch_size": batch_size, "method.learning_rate": rate}
+        return replace(self, values=values)
 
     def load(self, directory: str | Path, classifier_weights: str | Path) -> Carso:
         """Load the system with its authors' weights, in evaluation mode.

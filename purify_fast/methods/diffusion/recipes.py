@@ -1,4 +1,4 @@
-"""The published purifications by diffusion. ``recipes.json`` has every number and its source.
+"""The published purifications by diffusion. ``recipes.yaml`` has every value and its source.
 
 A source is a file and its lines in NVlabs/DiffPure at commit 985703f, JinyiW/GuidedDiffusionPur at 6ee8b1a,
 ml-postech/robust-evaluation-of-diffusion-based-purification at 3b98b01 or ethz-spylab/diffusion_denoised_smoothing at
@@ -19,12 +19,12 @@ from .process import Process, Schedule
 
 @dataclass(frozen=True)
 class DiffusionRecipe(Recipe):
-    """A published purification. Facts with ``schedule.`` and ``process.`` are fields of `Schedule` and `Process`."""
+    """A published purification. Values with ``schedule.`` and ``process.`` are fields of `Schedule` and `Process`."""
 
     def process(self) -> Process:
         """Return the recipe's process. If the recipe states the noise as sigma, t* is the time with this noise."""
         schedule, fields = Schedule(**self.part("schedule")), self.part("process")
-        if "noise.sigma" in self.facts:
+        if "noise.sigma" in self.values:
             fields["t_star"] = schedule.time_of(self["noise.sigma"])
         return Process(schedule=schedule, **fields)
 
