@@ -253,11 +253,6 @@ class Task:
         return {"loss": loss.detach(), **metrics}
 
 
-def as_written(function: F) -> F:
-    """Return a function itself, where a training may pass `Task.compiled`."""
-    return function
-
-
 def frozen_parts(model: nn.Module) -> list[nn.Module]:
     """Return the modules in evaluation mode that belong to a part without a weight to train.
 

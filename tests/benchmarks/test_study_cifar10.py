@@ -15,9 +15,10 @@ from benchmarks.robustness.studies.cifar10 import models, study as names
 from purify_fast.defences.stochastic import with_samples
 from purify_fast.evaluation import Report
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import as_trained
+from purify_fast.methods.purifier_task import noise_of
 from purify_fast.models import build_classifier
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.models.representation import evaluation_mode
 from purify_fast.training import Batch
 
 BUDGET = replace(names.budget_of("quick"), judging=names.Judging(clean=20, fast=4, strong=3), seeds=2)
@@ -87,7 +88,7 @@ def test_a_distilled_purifier_learns_the_probabilities_of_the_base():
     minimized, metrics = CarsoTask(defence, config).training_step(batch)
     torch.manual_seed(1)
     defence = with_samples(defence, config.train_samples)
-    with as_trained(defence, batch):
+    with evaluation_mode(defence), noise_of(defence, batch):
         moved = defence.sample_logits(attack.run(defence, batch))[:, 0].log_softmax(1)
         divergence = divergence_of(base(batch.x).log_softmax(1), moved)
     assert divergence > 1e-6 and minimized.item() == pytest.approx(divergence.item(), rel=5e-3)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerator, PatchDiscriminator
 from purify_fast.methods.atop.deepfill_training import patch_depth
 from purify_fast.methods.atop.generators import GatedConv
-from purify_fast.methods.atop.task import hinge, passes
+from purify_fast.methods.atop.task import hinge
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch
@@ -276,7 +276,7 @@ def _ours(device: torch.device, quick: bool, compiled: bool = False, captured: b
     task.train()
 
     def result() -> Tensor:
-        done = passes(task.trained, batch, task.config)
+        done = task.passes(batch)
         return compared(done.metrics["reconstruction"], done.metrics["cross_entropy"], done.refined)
 
     return Job(run, result)

@@ -14,9 +14,8 @@ authors' logged run, s is the clean x, and the L1 terms are from a separate pass
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,34 +26,11 @@ from ...ops.philox import philox_key
 from ...speed.graphs.step_loop import eager_steps
 from ...training.method_task import cross_entropy_of
 from ...training.schedules import RunLength
-from ...training.task import Batch, FrozenAttacks, Metrics, Update, as_written
+from ...training.task import Batch, FrozenAttacks, Metrics, Update
 from ..purifier_task import PurifierTask, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, patch_depth
 from .defence import Atop
-
-if TYPE_CHECKING:
-    from ...speed.graphs.step_graphs import StepGraphs
-
-
-def attacked(defence: Atop, batch: Batch, config: AtopConfig, graphs: StepGraphs | None = None) -> Tensor:
-    """Return the adversarial images x' of a batch; without an attack, the images themselves."""
-    if config.attack_method == "none":
-        return batch.x
-    pipeline = config.attack_target == "pipeline"
-    model = defence if pipeline else defence.frozen_classifier
-
-    def make(rows: Tensor | None) -> Tensor:
-        if config.attack_method == "pgd":
-            return config.attack.run(model, batch, graphs=graphs, rows=rows)
-        x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
-        attack = config.attack.at_epoch(batch.epoch, batch.epochs)
-        context = AttackContext(eps=attack.eps, norm=attack.norm, graphs=graphs)
-        with eager_steps(rows is not None):
-            return FGSM(precision="float32").run(model, x, y, context).images
-
-    with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
-        return batch.attacked(slice(None), make)
 
 
 @dataclass(frozen=True)
@@ -88,40 +64,6 @@ def losses(
     purified = 2 * purified - 1 if doubled else purified
     classified = cross_entropy_of(defence.classify(purified).flatten(0, 1), labels.repeat(samples))
     return reconstruction, images[-1][:count], classified
-
-
-def passes(
-    defence: Atop,
-    batch: Batch,
-    config: AtopConfig,
-    graphs: StepGraphs | None = None,
-    compiled: Callable[[Any], Any] = as_written,
-) -> Passes:
-    """Attack, transform and purify a batch, and compute the losses. While lambda is 0, no cross-entropy is computed."""
-    cls_weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
-    rebuilds_clean = config.reconstruction_target == "clean"
-    classifies_others = cls_weight > 0 and config.attack_method != "none" and rebuilds_clean
-    adversarial = attacked(defence, batch, config, graphs) if classifies_others or not rebuilds_clean else batch.x
-    rebuild = batch.x if rebuilds_clean else adversarial
-    noise = philox_key(batch.seed, batch.x.device), batch.sample_ids
-    packed, owners = defence.draw(rebuild, noise=noise)
-    count, samples = len(packed), len(owners)
-    if classifies_others:
-        # These inputs are for the cross-entropy, and have the noise and the mask of the inputs above.
-        packed = torch.cat([packed, defence.draw(adversarial, noise=noise)[0]])
-    target = (2 * rebuild - 1).to(defence.purifier_dtype)
-    # The inputs are ordered by sample, then by image, then by pass.
-    target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
-    labels = batch.y if cls_weight > 0 else None
-    given = defence, packed, target, owners, labels, config.classifier_range == "doubled"
-    reconstruction, refined, classified = compiled(losses)(*given)
-    loss = config.reconstruction_weight * reconstruction
-    metrics = {"reconstruction": reconstruction.detach()}
-    if classified is not None:
-        cross_entropy, accuracy = classified
-        loss = loss + cls_weight * cross_entropy
-        metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
-    return Passes(loss, metrics, target, refined=refined, packed=packed[:count])
 
 
 def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
@@ -182,8 +124,56 @@ class AtopTask(PurifierTask[Atop]):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self._optimizers
 
+    def attack(self, batch: Batch) -> Tensor:
+        """Return the adversarial images x' of a batch; without an attack, the images themselves."""
+        defence, config = self.trained, self.config
+        if config.attack_method == "none":
+            return batch.x
+        pipeline = config.attack_target == "pipeline"
+        model = defence if pipeline else defence.frozen_classifier
+
+        def make(rows: Tensor | None) -> Tensor:
+            if config.attack_method == "pgd":
+                return config.attack.run(model, batch, graphs=self.graphs, rows=rows)
+            x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
+            attack = config.attack.at_epoch(batch.epoch, batch.epochs)
+            context = AttackContext(eps=attack.eps, norm=attack.norm, graphs=self.graphs)
+            with eager_steps(rows is not None):
+                return FGSM(precision="float32").run(model, x, y, context).images
+
+        with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
+            return batch.attacked(slice(None), make)
+
+    def passes(self, batch: Batch) -> Passes:
+        """Attack, transform and purify a batch, and compute the losses; no cross-entropy while lambda is 0."""
+        defence, config = self.trained, self.config
+        cls_weight = config.cls_weight if batch.progress_in(config.cls_delay_unit) >= config.cls_delay else 0.0
+        rebuilds_clean = config.reconstruction_target == "clean"
+        classifies_others = cls_weight > 0 and config.attack_method != "none" and rebuilds_clean
+        adversarial = self.attack(batch) if classifies_others or not rebuilds_clean else batch.x
+        rebuild = batch.x if rebuilds_clean else adversarial
+        noise = philox_key(batch.seed, batch.x.device), batch.sample_ids
+        packed, owners = defence.draw(rebuild, noise=noise)
+        count, samples = len(packed), len(owners)
+        if classifies_others:
+            # These inputs are for the cross-entropy, and have the noise and the mask of the inputs above.
+            packed = torch.cat([packed, defence.draw(adversarial, noise=noise)[0]])
+        target = (2 * rebuild - 1).to(defence.purifier_dtype)
+        # The inputs are ordered by sample, then by image, then by pass.
+        target = target.repeat_interleave(count // (samples * len(target)), 0).repeat(samples, 1, 1, 1)
+        labels = batch.y if cls_weight > 0 else None
+        inputs = defence, packed, target, owners, labels, config.classifier_range == "doubled"
+        reconstruction, refined, classified = self.compiled(losses)(*inputs)
+        loss = config.reconstruction_weight * reconstruction
+        metrics = {"reconstruction": reconstruction.detach()}
+        if classified is not None:
+            cross_entropy, accuracy = classified
+            loss = loss + cls_weight * cross_entropy
+            metrics |= {"cross_entropy": cross_entropy.detach(), "accuracy": accuracy}
+        return Passes(loss, metrics, target, refined=refined, packed=packed[:count])
+
     def updates(self, batch: Batch) -> Iterator[Update]:
-        one_pass, judged = passes(self.trained, batch, self.config, self.graphs, self.compiled), {}
+        one_pass, judged = self.passes(batch), {}
         if self.discriminator is not None:
             loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
             yield Update("discriminator", loss, {})
@@ -194,7 +184,7 @@ class AtopTask(PurifierTask[Atop]):
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the purifier's loss and metrics, without a step of the discriminator."""
-        return self._with_discriminator(passes(self.trained, batch, self.config, self.graphs, self.compiled))
+        return self._with_discriminator(self.passes(batch))
 
     def _with_discriminator(self, one_pass: Passes) -> tuple[Tensor, Metrics]:
         if self.discriminator is None:

@@ -16,11 +16,10 @@ w is the setting reconstruction_weight. The classifier is frozen.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from ...ops.sample_latent import sample_latent
 from ...speed.graphs.step_loop import eager_steps
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
-from ...training.task import Batch, FrozenAttacks, Metrics, as_written
+from ...training.task import Batch, FrozenAttacks, Metrics
 from ..purifier_task import PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
@@ -95,76 +94,25 @@ def published_losses(
     return reconstruction, kl.mean()
 
 
-def published_step(
-    defence: Carso,
-    batch: Batch,
-    config: CarsoConfig,
-    graphs: StepGraphs | None = None,
-    compiled: Callable[[Any], Any] = as_written,
-) -> tuple[Tensor, Metrics]:
-    """Return the loss of a batch with the paper's objective, and the means of its two terms."""
-    config = config_in_epoch(config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs)
-    perturbed = balanced_batch(defence.frozen_classifier, batch, config, graphs)
-    named = batch.x, philox_key(batch.seed, batch.x.device), batch.sample_ids
-    reconstruction, kl = compiled(published_losses)(defence, defence.read(perturbed), perturbed, named)
-    beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
-    # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
-    images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
-    loss = (reconstruction + beta * kl) * images
-    return loss, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
-
-
-@contextlib.contextmanager
-def as_trained(defence: Carso, batch: Batch) -> Iterator[None]:
-    """Within the block, the defence has the noise of `noise_of` and is in evaluation mode, also under attack."""
-    with evaluation_mode(defence), noise_of(defence, batch):
-        yield
-
-
 def pipeline_losses(
-    defence: Carso, representation: list[Tensor], latents: Tensor, batch: tuple[Tensor, Tensor], wanted: Tensor | None
+    defence: Carso, representation: list[Tensor], latents: Tensor, batch: tuple[Tensor, Tensor], target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return both terms of the loss through the pipeline, and the accuracy, for ``batch``: clean images and labels.
 
-    The first term is the cross-entropy, or the divergence from the log-probabilities ``wanted [B, classes]``.
+    The first term is the cross-entropy, or the divergence from the log-probabilities ``target [B, classes]``.
     """
     k = defence.samples
     logits = defence.decode(latents, defence.encode(representation))
     predictions = defence.classify(torch.sigmoid(logits)).flatten(0, 1)
     targets, labels = (part.repeat_interleave(k, 0) for part in batch)
-    if wanted is None:
+    if target is None:
         distance = F.cross_entropy(predictions, labels)
     else:
-        found = predictions.float().log_softmax(1)
-        distance = F.kl_div(found, wanted.repeat_interleave(k, 0), reduction="batchmean", log_target=True)
+        predicted = predictions.float().log_softmax(1)
+        distance = F.kl_div(predicted, target.repeat_interleave(k, 0), reduction="batchmean", log_target=True)
     reconstruction = reconstruction_loss(logits.flatten(0, 1), targets).mean()
     accuracy = (predictions.detach().argmax(1) == labels).float().mean()
     return distance, reconstruction, accuracy
-
-
-def pipeline_step(
-    defence: Carso,
-    batch: Batch,
-    config: CarsoConfig,
-    graphs: StepGraphs | None = None,
-    compiled: Callable[[Any], Any] = as_written,
-) -> tuple[Tensor, Metrics]:
-    """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
-    name, wanted = "cross_entropy", None
-    if config.targets != "labels":
-        with torch.no_grad():
-            name, wanted = "divergence", defence.frozen_classifier(batch.x).float().log_softmax(1)
-    with as_trained(defence, batch):
-        adversarial = config.attack.run(defence, batch, graphs=graphs)
-        latents = defence.prior_latents(len(adversarial), defence.samples, adversarial.device)
-        named = defence, defence.read(adversarial), latents, (batch.x, batch.y), wanted
-        distance, reconstruction, accuracy = compiled(pipeline_losses)(*named)
-    metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
-    return distance + config.reconstruction_weight * reconstruction, metrics
-
-
-#: The loss function of a batch for each attack_target.
-STEPS = {"classifier": published_step, "pipeline": pipeline_step}
 
 
 class CarsoTask(PurifierTask[Carso]):
@@ -196,7 +144,39 @@ class CarsoTask(PurifierTask[Carso]):
         return with_samples(made, self.config.train_samples) if piped else made
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        return STEPS[self.config.attack_target](self.trained, batch, self.config, self.graphs, self.compiled)
+        """Return the loss of a batch, and its metrics. A validation returns the loss per image."""
+        return self._published(batch) if self.config.attack_target == "classifier" else self._pipeline(batch)
+
+    def _published(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Return the loss of a batch with the paper's objective, and the means of its two terms."""
+        defence = self.trained
+        config = config_in_epoch(self.config, tuple(defence.arguments["std"]), batch.epoch, batch.epochs)
+        if batch.whole:
+            # The last batch of a validation may be too small for the attacks. The mean over the batches weights each
+            # batch by its number of images, so the loss of a batch must be a mean too.
+            config = replace(config, allow_no_adversarial=True, reduction="mean")
+        perturbed = balanced_batch(defence.frozen_classifier, batch, config, self.graphs)
+        named = batch.x, philox_key(batch.seed, batch.x.device), batch.sample_ids
+        reconstruction, kl = self.compiled(published_losses)(defence, defence.read(perturbed), perturbed, named)
+        beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
+        # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
+        images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
+        return (reconstruction + beta * kl) * images, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+    def _pipeline(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Attack a batch by PGD through the whole defence, and return this package's own loss of it, and metrics."""
+        defence, config, name, target = self.trained, self.config, "cross_entropy", None
+        if config.targets != "labels":
+            with torch.no_grad():
+                name, target = "divergence", defence.frozen_classifier(batch.x).float().log_softmax(1)
+        # Attacks, too, see the defence as it predicts.
+        with evaluation_mode(defence), noise_of(defence, batch):
+            adversarial = config.attack.run(defence, batch, graphs=self.graphs)
+            latents = defence.prior_latents(len(adversarial), defence.samples, adversarial.device)
+            inputs = defence, defence.read(adversarial), latents, (batch.x, batch.y), target
+            distance, reconstruction, accuracy = self.compiled(pipeline_losses)(*inputs)
+        metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
+        return distance + config.reconstruction_weight * reconstruction, metrics
 
     def frozen_attacks(self) -> FrozenAttacks | None:
         config = self.config
@@ -222,12 +202,3 @@ class CarsoTask(PurifierTask[Carso]):
         delay = config.kl_delay * length.epochs
         first = length.first_step(ceil(delay) + 1 if delay > 0 else 0, "epochs")
         return {"kl": length.check_acts(first, argument="kl_delay")}
-
-    def validate(self, batch: Batch) -> Metrics:
-        """Return the training's loss per held-out image, and its metrics."""
-        # The last batch may be too small for the attacks. The mean over the batches weights each batch by its number of
-        # images, so the loss of a batch must be a mean too.
-        config = replace(self.config, allow_no_adversarial=True, reduction="mean")
-        with torch.no_grad():
-            loss, metrics = STEPS[config.attack_target](self.trained, batch, config, self.graphs)
-        return {"loss": loss.detach(), **metrics}

@@ -11,7 +11,7 @@ from torch import nn
 from purify_fast import data
 from purify_fast.attacks import FGSM, fgsm
 from purify_fast.methods.atop import AtopConfig, AtopTask
-from purify_fast.methods.atop.task import hinge, passes
+from purify_fast.methods.atop.task import hinge
 from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.config import TrainingAttack
 
@@ -41,7 +41,7 @@ def test_fact_10_cross_entropy_as_it_enters_the_loss():
     made = defence(classifier=Made(lambda self, x: 0 * x.flatten(1)[:, :10]))
     for weight, share in ((0.05, 0.1151293), (0.1, 0.2302585)):
         config = AtopConfig(attack_method="none", cls_weight=weight, reconstruction_weight=0.0)
-        assert passes(made, batch(), config).loss.item() == pytest.approx(share, abs=1e-6)
+        assert AtopTask(made, config).passes(batch()).loss.item() == pytest.approx(share, abs=1e-6)
 
 
 def judge(opinions):
@@ -77,10 +77,10 @@ def test_the_passes_share_noise_and_mask_and_are_as_many_as_needed(monkeypatch):
     monkeypatch.setattr(FGSM, "run", lambda *a: attacks.append(rows) or attack(*a))
     monkeypatch.setattr(made, "stages", lambda packed: rows.append(packed) or run(packed))
     config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), reconstruction_target="clean")
-    passes(made, batch(), config)
-    passes(made, batch(), dataclasses.replace(config, reconstruction_target="adversarial"))
+    AtopTask(made, config).passes(batch())
+    AtopTask(made, dataclasses.replace(config, reconstruction_target="adversarial")).passes(batch())
     assert len(attacks) == 2
-    passes(made, batch(epoch=1), config)  # warm-up: lambda is 0, and no one looks at adversarial images
+    AtopTask(made, config).passes(batch(epoch=1))  # warm-up: lambda is 0, and no one looks at adversarial images
     assert len(attacks) == 2 and [len(packed) for packed in rows] == [16, 8, 8]
     clean, adversarial = rows[0].chunk(2)
     assert torch.equal(clean[:, 1:], adversarial[:, 1:]) and not torch.equal(clean, adversarial)
@@ -147,7 +147,7 @@ def test_every_pass_has_the_target_and_the_label_of_its_own_image(transform, tar
     y, eps = torch.tensor([2, 0, 3]), 0.1
     step = Batch(x, y, torch.arange(3), 7, 5, 10, 3125, 25000)
     config = AtopConfig(attack=TrainingAttack(eps=eps, steps=10), reconstruction_target=target)
-    metrics = passes(made, step, config).metrics
+    metrics = AtopTask(made, config).passes(step).metrics
     adversarial = fgsm(rows, x, y, eps=eps)
     rebuilt = 2 * (x if target == "clean" else adversarial) - 1
     owners = made.draw(x, noise=(torch.tensor([7]), torch.arange(3)))[1]  # [S, B, 4, 4]
@@ -171,5 +171,5 @@ def test_the_pipeline_is_what_is_attacked():
     losses = {}
     for target in ("classifier", "pipeline"):
         config = configured(AtopConfig, attack_method="pgd", attack_target=target, eps=0.2, cls_delay=0)
-        losses[target] = float(passes(made, step, config).metrics["cross_entropy"])
+        losses[target] = float(AtopTask(made, config).passes(step).metrics["cross_entropy"])
     assert losses["pipeline"] > losses["classifier"]

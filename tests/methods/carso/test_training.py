@@ -10,7 +10,7 @@ from small_models import carso, first_digits
 from purify_fast import data
 from purify_fast.attacks import FGSM, PGD, AttackResult
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import balanced_batch, published_step
+from purify_fast.methods.carso.task import balanced_batch
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
@@ -47,11 +47,11 @@ def test_without_adversarial_examples_only_if_asked():
     made, b = carso(), batch(16)
     config = CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1), adversarial_fraction=0.01)
     with pytest.raises(ValueError, match=r"0\.01 of 16 images is too few for 4 attacks"):
-        published_step(made, b, config)
+        CarsoTask(made, config).training_step(b)
     config = dataclasses.replace(config, allow_no_adversarial=True)
     x = balanced_batch(made.classifier, b, config)
     assert torch.equal(x, b.x)
-    assert published_step(made, b, config)[0].isfinite()
+    assert CarsoTask(made, config).training_step(b)[0].isfinite()
 
 
 def test_a_bank_that_asks_for_every_row_gets_the_balanced_batch():
@@ -63,9 +63,11 @@ def test_a_bank_that_asks_for_every_row_gets_the_balanced_batch():
 
 def test_published_loss_is_reconstruction_plus_weighted_kl():
     made, b = carso(), batch(epoch=0)
-    loss, terms = published_step(made, b, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2)))
+    loss, terms = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))).training_step(b)
     torch.testing.assert_close(loss.detach(), terms["reconstruction"])  # epoch 0: no KL yet
-    loss, terms = published_step(made, batch(epoch=9), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.5))
+    loss, terms = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.5)).training_step(
+        batch(epoch=9)
+    )
     torch.testing.assert_close(loss.detach(), terms["reconstruction"] + 0.5 * terms["kl"])
     assert terms["kl"] > 0
 
@@ -81,8 +83,8 @@ def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
     b = batch()
     colour = dataclasses.replace(b, x=b.x.expand(-1, 3, -1, -1))
     config = CarsoConfig(attack=TrainingAttack(eps=0.1, steps=2, alpha=0.2), eps_mode="official_code")
-    published_step(made, colour, config)
-    published_step(made, colour, dataclasses.replace(config, eps_mode="paper"))
+    CarsoTask(made, config).training_step(colour)
+    CarsoTask(made, dataclasses.replace(config, eps_mode="paper")).training_step(colour)
     assert [c.attack.eps for c in seen] == pytest.approx([0.1 * 3 / 0.75, 0.1])
     assert all(c.attack.step_size(c.attack.eps) == 0.2 for c in seen)
 
@@ -105,5 +107,5 @@ def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
     made = carso()
     config = CarsoConfig(attack_target="pipeline", attack=TrainingAttack(eps=0.2, steps=1))
     CarsoTask(made, config).training_step(batch())
-    published_step(made, batch(), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1)))
+    CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=1))).training_step(batch())
     assert seen[0].decoder is made.decoder and seen[0].samples == 1 and seen[1] is made.classifier
