@@ -22,6 +22,7 @@ class SharesDraws(Protocol):
         """The logits of ``draws`` independent calls, ``[draws, B, classes]``."""
 
 
-def supports(model: object, protocol: type) -> bool:
-    """Return True if the type of ``model`` has the methods of ``protocol``, a protocol of this module."""
-    return issubclass(type(model), protocol)
+def supports(model: object, methods: type | str) -> bool:
+    """Return True if the type of ``model`` has the method of this name, or the methods of a protocol."""
+    own = type(model)
+    return callable(getattr(own, methods, None)) if isinstance(methods, str) else issubclass(own, methods)

@@ -2,16 +2,26 @@
 
 A classifier is any callable from images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. `supports` looks at an
 object's type. So methods of a model inside a wrapper, such as a compiled module, do not count as the wrapper's.
+
+A method that models of this package have has no protocol, and `supports` looks for its name:
+
+    frozen_classifier       the frozen copy of a defence's classifier, which attacks on the classifier alone use
+    draw_sample_logits      the results of several independent calls of ``sample_logits``, ``[draws, B, K, classes]``
+    one_shot                the deterministic model that denoises and classifies images with noise of a given sigma
+    make_frozen_copy        the model's own copy, for `purify_fast.frozen_copy`
+    around                  the same wrapper around another model, in which an attack may replace the model inside
+    compiled_steps          the `CompiledSteps` of a copy on which whole steps of attacks may be compiled
+    with_drawn_seed         a block in which a call takes a seed that was drawn before, outside of a compiled step
+    prepare_replay          renews values that were computed from the weights, and which replays read from memory
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from ._classifier import Classifier as Classifier, SharesDraws as SharesDraws, supports as supports
@@ -36,15 +46,6 @@ class Purifier(Purifies, HasClassifier, Protocol):
 
 
 @runtime_checkable
-class FrozenClassifier(Protocol):
-    """A defence that keeps a frozen copy of its classifier. Attacks on the classifier alone use this copy."""
-
-    @property
-    def frozen_classifier(self) -> nn.Module:
-        """The frozen copy, or the classifier itself if there is no copy."""
-
-
-@runtime_checkable
 class Aggregates(Protocol):
     """Combines several predictions of an image into a single prediction."""
 
@@ -58,14 +59,6 @@ class SampleLogits(Protocol):
 
     def sample_logits(self, x: Tensor) -> Tensor:
         """The logits of the K predictions, ``[B, K, classes]``."""
-
-
-@runtime_checkable
-class DrawsSampleLogits(Protocol):
-    """Computes the sample logits of several independent calls together."""
-
-    def draw_sample_logits(self, x: Tensor, draws: int) -> Tensor:
-        """The results of ``draws`` independent calls of `SampleLogits.sample_logits`, ``[draws, B, K, classes]``."""
 
 
 @runtime_checkable
@@ -98,54 +91,6 @@ class OwnAttacks(Protocol):
 
     def strong_attacks(self, norm: str, eps: float) -> Sequence[Any]:
         """The attacks that the protocol "strong" adds in the given ball, as `evaluate` takes them."""
-
-
-@runtime_checkable
-class DenoisesOnce(Protocol):
-    """Can remove the Gaussian noise of an image in a single step, such as a purifier by diffusion."""
-
-    def one_shot(self, sigma: float) -> Classifier:
-        """The deterministic model that denoises and classifies images with noise of the standard deviation sigma."""
-
-
-@runtime_checkable
-class CopiesItself(Protocol):
-    """Makes its own frozen copy, for `purify_fast.frozen_copy`."""
-
-    def make_frozen_copy(self, dtype: torch.dtype, *, compile: bool, plain: bool) -> nn.Module:
-        """Make the copy, whose products are in ``dtype``; ``plain``: no folded BatchNorm, and no other layout."""
-
-
-@runtime_checkable
-class PassesOn(Protocol):
-    """A wrapper around a model, such as a counter of images. An attack may replace the model inside."""
-
-    def around(self, replace: Callable[[Classifier], Classifier]) -> Classifier:
-        """Make the same wrapper around ``replace(model)``, where ``model`` is the model inside."""
-
-
-@runtime_checkable
-class CompilesSteps(Protocol):
-    """A frozen copy on which whole steps of attacks may be compiled."""
-
-    def compiled_steps(self) -> Any:
-        """The `CompiledSteps` of the copy; None if no step is compiled."""
-
-
-@runtime_checkable
-class DrawsSeeds(Protocol):
-    """Draws the seed of its noise outside of the compiled step of an attack, whose graph has the seed as an input."""
-
-    def with_drawn_seed(self) -> contextlib.AbstractContextManager[Any]:
-        """Within the block, a call takes a seed that was drawn when the block began."""
-
-
-@runtime_checkable
-class PreparesReplay(Protocol):
-    """Stores values that were computed from the weights. Replays of a captured step read these values from memory."""
-
-    def prepare_replay(self) -> None:
-        """Update the stored values in place."""
 
 
 @dataclass(frozen=True)

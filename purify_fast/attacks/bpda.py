@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._validation import check_literal
 from ..ops.aggregate import aggregate
-from ..protocols import Aggregates, FrozenClassifier, HasClassifier, Purifier, is_purifier, supports
+from ..protocols import Aggregates, HasClassifier, Purifier, is_purifier, supports
 
 #: The methods of `purify_fast.ops.aggregate`.
 Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_reference"]
@@ -18,7 +18,7 @@ Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_refer
 
 def classifier_of(defence: HasClassifier) -> nn.Module:
     """The classifier of a defence: its ``frozen_classifier``, which may be a copy, or ``classifier``."""
-    return defence.frozen_classifier if isinstance(defence, FrozenClassifier) else defence.classifier
+    return getattr(defence, "frozen_classifier", defence.classifier)
 
 
 class BpdaModel(nn.Module):

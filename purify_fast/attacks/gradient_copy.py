@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._validation import GradientPrecision
-from ..protocols import Classifier, CopiesItself, CountsImages, PassesOn, SampleLogits, is_purifier, supports
+from ..protocols import Classifier, CountsImages, SampleLogits, is_purifier, supports
 from ..speed.followed import is_frozen_copy
 from ..speed.frozen_copy import COMPARED, auto_dtype, copy_or_model, same_answers
 from ..speed.graphs.step_graphs import remember
@@ -25,7 +25,7 @@ def gradient_dtype(model: Classifier, x: Tensor, precision: GradientPrecision) -
     With "auto" these are a model with few weights, and a defence where bfloat16 is not faster. With any precision they
     are frozen copies, functions, modules without weights, and purifiers and random defences of the user's own.
     """
-    own = supports(model, CopiesItself)
+    own = supports(model, "make_frozen_copy")
     alone = is_frozen_copy(model) or (not own and (supports(model, SampleLogits) or is_purifier(model)))
     if precision == "float32" or alone or not isinstance(model, nn.Module) or not (weights := matrix_weights(model)):
         return None
@@ -50,7 +50,7 @@ class Copies:
 
     def copy_for(self, model: Classifier, precision: GradientPrecision) -> Classifier:
         """The model from which an attack takes its gradients: the copy of a model, or this model itself."""
-        if isinstance(model, PassesOn) and supports(model, PassesOn):
+        if supports(model, "around"):
             return self._copy_inside(model, precision)
         made: Any
         _, made = self._kept.get((id(model), precision), (None, None))

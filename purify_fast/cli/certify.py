@@ -101,15 +101,15 @@ class Certify(ModelCommand):
 
         from .._process import processes
         from ..evaluation import EvaluateConfig, certify, refute
-        from ..protocols import DenoisesOnce, supports
+        from ..protocols import supports
 
         (sigma, source), first = self.noise(), processes()[0] == 0
         data = self.load_data(train=False)
         model, _ = self.loaded(data)
         if self.one_shot:
-            if not supports(model, DenoisesOnce):
+            if not supports(model, "one_shot"):
                 raise ValueError(f"--one-shot needs a model with a method one_shot(sigma), got {self.folder}")
-            model = cast(DenoisesOnce, model).one_shot(sigma)
+            model = cast(Any, model).one_shot(sigma)
         attacked = sorted({radius for radius in self.radius if radius > 0 and self.attack is not None})
         if self.attack is not None and not attacked:
             raise ValueError(f"--attack needs a --radius above 0, got {self.radius or 'none'}")

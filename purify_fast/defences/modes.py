@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
 from ..ops.philox import Stream, philox
-from ..protocols import Classifier, DeterministicMode, DrawsSampleLogits, FixedNoise, SharesDraws, supports
+from ..protocols import Classifier, DeterministicMode, FixedNoise, SharesDraws, supports
 from .stochastic import StochasticDefence, majority
 
 
@@ -110,6 +110,8 @@ class WithAggregation(nn.Module):
         deterministic: whether to run the defence without noise.
     """
 
+    defence: Any
+
     def __init__(self, defence: nn.Module, aggregation: str = "lse", deterministic: bool = False):
         super().__init__()
         self.defence, self.aggregation, self.without_noise = defence, aggregation, deterministic
@@ -117,7 +119,7 @@ class WithAggregation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         with self._mode():
-            return self.aggregate(self.defence.sample_logits(x))  # type: ignore[operator]
+            return self.aggregate(self.defence.sample_logits(x))
 
     def aggregate(self, logits: Tensor) -> Tensor:
         """Aggregate logits ``[B, K, classes]``: ``[B, classes]``."""
@@ -125,7 +127,7 @@ class WithAggregation(nn.Module):
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
         """Compute the logits of ``draws`` independent calls together, ``[draws, B, classes]``, for attacks with EOT."""
-        if not isinstance(self.defence, DrawsSampleLogits):
+        if not supports(self.defence, "draw_sample_logits"):
             return self(repeat_batch(x, draws)).unflatten(0, (draws, -1))
         with self._mode():
             logits = self.defence.draw_sample_logits(x, draws)
@@ -136,7 +138,7 @@ class WithAggregation(nn.Module):
         return _with_part(self, "defence", replace(self.defence))
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
-        return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()  # type: ignore[operator]
+        return self.defence.deterministic() if self.without_noise else contextlib.nullcontext()
 
 
 class MajorityVote(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_state import hidden_modules
-from ..protocols import CopiesItself, supports
+from ..protocols import supports
 from .copying import computes_in_modes
 from .reading import NUMBERS, block
 from .snapshot import Snapshot
@@ -127,7 +127,7 @@ def check_parts(model: nn.Module) -> None:
             given = f"model.{at}".rstrip(".")
             text = f"give {given}.module, and run one process per GPU"
             raise TypeError(f"model must not be or contain an nn.{type(part).__name__}: {text}")
-        if part is not model and supports(part, CopiesItself):
+        if part is not model and supports(part, "make_frozen_copy"):
             raise TypeError(f"model must not contain a defence, got {where}: copy the defence itself")
         if is_frozen_copy(part):
             raise TypeError(f"model must not contain a frozen copy, got {where}: keep the copy outside of the model")

@@ -16,7 +16,7 @@ from .._compiler import ends_graphs, is_compiled, outside_graphs
 from .._modules import hold, release
 from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
-from ..protocols import CopiesItself, Purifies, supports
+from ..protocols import Purifies, supports
 from .agreement import BFLOAT16, FLOAT32, same_direction
 from .copying import deep_copy, freeze
 from .draws import same_draws
@@ -163,7 +163,7 @@ def made_in(form: Form, model: Any, x: Tensor, compile: bool = False) -> Any:
     """Make a copy of a model in a form, without a comparison."""
     # A model may draw random numbers while it is copied.
     with torch.inference_mode(False), same_draws(model):
-        if supports(model, CopiesItself):
+        if supports(model, "make_frozen_copy"):
             return model.make_frozen_copy(form.dtype, compile=compile, plain=form.plain)
         return FrozenCopy(model, tuple(x.shape[1:]), form, compile)
 
@@ -238,7 +238,7 @@ def auto_dtype(model: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype of products that "auto" means for a model, on batches of images like ``x``."""
     # A defence makes many samples of an image, so bfloat16 is faster even with few weights.
     dense = fast_bfloat16(x.device) and (
-        supports(model, CopiesItself)
+        supports(model, "make_frozen_copy")
         or (is_dense(model, x) if x.device.type == "cpu" else matrix_weights(model) >= FEWEST_WEIGHTS)
     )
     return torch.bfloat16 if dense else torch.float32

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import purify_fast
 from purify_fast.attacks import pgd
 from purify_fast.models import SmallCNN
-from purify_fast.protocols import PreparesReplay
 from purify_fast.speed.frozen_copy import FrozenCopy
 from purify_fast.speed.graphs.graphed_loop import parts_of
 
@@ -269,7 +268,7 @@ def test_compiled_and_captured_steps_read_the_present_weights(x, monkeypatch):
     with torch.no_grad():
         model[5].weight.neg_()
     assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
-    assert parts_of(fast, PreparesReplay) == [fast]
+    assert parts_of(fast, "prepare_replay") == [fast]
 
 
 def test_weights_of_the_model_keep_their_gradients_and_hooks(x):

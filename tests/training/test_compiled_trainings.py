@@ -11,7 +11,6 @@ from small_runs import arrest_task, atop_task, attack, batch, carso_task, classi
 from torch import nn
 
 from purify_fast.models import SmallCNN
-from purify_fast.protocols import CompilesSteps
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs import compiled_step
 from purify_fast.speed.graphs.graphed_loop import parts_of
@@ -68,7 +67,7 @@ def checked_steps(task) -> int:
     """The number of copies in a task whose compiled steps were compared with the steps as written."""
     models = [value for value in vars(task).values() if isinstance(value, nn.Module)]
     models += [] if task.attacked is None or task.attacked._made is None else [task.attacked._made]
-    found = {id(steps): steps for one in models for part in parts_of(one, CompilesSteps) if (steps := part.steps)}
+    found = {id(steps): steps for one in models for part in parts_of(one, "compiled_steps") if (steps := part.steps)}
     return sum(steps.checked for steps in found.values())
 
 

@@ -34,7 +34,7 @@ from purify_fast.attacks import PGD, AttackContext, LeavingPGD, OriginalAutoAtta
 from purify_fast.data import balanced_subset, to_float
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.judge.show.text import markdown_table
-from purify_fast.protocols import CopiesItself, FixedNoise, supports
+from purify_fast.protocols import FixedNoise, supports
 from purify_fast.training import load_classifier
 
 from ... import kept
@@ -80,7 +80,7 @@ def found_by_pgd(model: nn.Module, x: Tensor, y: Tensor, s: dict[str, Any], fixe
     """
     budget, published = s["budget"], cast(PGD, lee_kim_2023(s["eps"]).attack)
     draws = budget.eot if supports(model, FixedNoise) and not fixed else 1
-    seen = frozen_copy(model, x, dtype=torch.bfloat16) if supports(model, CopiesItself) else model
+    seen = frozen_copy(model, x, dtype=torch.bfloat16) if supports(model, "make_frozen_copy") else model
     torch.manual_seed(0)
     with quiet(seen, fixed):
         attack = LeavingPGD(steps=budget.steps, alpha=published.alpha, random_start=False, eot_iter=draws)

@@ -19,7 +19,6 @@ from torch.nn.modules import module as modules
 
 from ..._compiler import in_one_graph
 from ..._validation import in_one_line
-from ...protocols import DrawsSeeds
 from ..agreement import nearly_as_exact
 from ..draws import host_generators, same_draws
 from ..eager_mode import eager
@@ -124,7 +123,7 @@ class CompiledSteps:
         torch.compiler.cudagraph_mark_step_begin()
         with contextlib.ExitStack() as stack:
             # The seeds of a random defence are inputs of the graph.
-            for part in parts_of(function.model, DrawsSeeds):
+            for part in parts_of(function.model, "with_drawn_seed"):
                 stack.enter_context(part.with_drawn_seed())
             # The step is compiled as a whole, without the compiled calls of its parts.
             stack.enter_context(eager(function.model))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..._compiler import section
 from ...ops.dispatch.registry import forced_backends
-from ...protocols import CountsImages, Passes
+from ...protocols import CountsImages, Passes, supports
 from ..precision import float32_settings
 from .step_loop import State, StepFunction, Steps
 
@@ -111,9 +111,9 @@ class Captured:
     loop: weakref.ref[GraphedSteps] | None = None
 
 
-def parts_of(model: nn.Module, protocol: Any) -> list[Any]:
-    """The submodules of a model that have the methods of a protocol of `purify_fast.protocols`."""
-    return [part for part in model.modules() if issubclass(type(part), protocol)]
+def parts_of(model: nn.Module, methods: type | str) -> list[Any]:
+    """The submodules of a model that have a method, or the methods of a protocol (`purify_fast.protocols.supports`)."""
+    return [part for part in model.modules() if supports(part, methods)]
 
 
 def weak_key(value: Any) -> Hashable:

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..._compiler import section
 from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
 from ...model_state import identity_key
-from ...protocols import CountsImages, PreparesReplay
+from ...protocols import CountsImages
 from ..agreement import nearly_as_exact
 from ..draws import host_generators, same_draws
 from ..eager_mode import EagerDispatchMode
@@ -253,7 +253,7 @@ class StepGraphs:
         self.refusal = self._refused.get(base)
         if self.refusal is not None:
             return None
-        for part in parts_of(model, PreparesReplay):
+        for part in parts_of(model, "prepare_replay"):
             part.prepare_replay()
         try:
             values, objects, _ = identity_key(model)

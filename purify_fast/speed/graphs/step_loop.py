@@ -88,7 +88,7 @@ def compiler_of(function: StepFunction, state: State) -> Any:
 
     A step whose number of images changes is not compiled as a whole, and neither is a step that counts images.
     """
-    from ...protocols import CompilesSteps, CountsImages, supports
+    from ...protocols import CountsImages, supports
 
     model = function.model
     # Inside a larger graph of torch.compile, there is nothing to compile here.
@@ -98,7 +98,7 @@ def compiler_of(function: StepFunction, state: State) -> Any:
     for part in model.modules():
         if supports(part, CountsImages):
             return None
-        if found is None and supports(part, CompilesSteps):
+        if found is None and supports(part, "compiled_steps"):
             found = cast(Any, part).compiled_steps()
     return found if found is not None and function.may_be_compiled(state) else None
 
