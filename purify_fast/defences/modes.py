@@ -13,31 +13,27 @@ from torch import Tensor, nn
 from .._tensors import repeat_batch
 from ..ops.aggregate import aggregate
 from ..ops.philox import Stream, philox
-from ..protocols import Classifier, DeterministicMode, FixedNoise, SharesDraws, supports
+from ..protocols import Classifier, SharesDraws, supports
 from .stochastic import StochasticDefence, majority
 
 
 class _WithSameAnswer(nn.Module):
     """The base of models that always predict the same, although the model inside is random."""
 
-    needs: type
-    method: str
+    #: The name of a method of the model inside, which makes the context of a call.
+    mode: str
 
-    def __init__(self, model: Classifier):
+    def __init__(self, model: Classifier, *arguments: int):
         super().__init__()
-        if not supports(model, self.needs):
-            raise TypeError(f"model must have a method {self.method}, got {type(model).__name__}")
-        self.model = model
+        if not supports(model, self.mode):
+            raise TypeError(f"model must have a method {self.mode}(), got {type(model).__name__}")
+        self.model, self.arguments = model, arguments
         # The mode of a module inside is not changed.
         self.training = isinstance(model, nn.Module) and model.training
 
-    def block(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the context in which the model inside is called."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits ``[B, classes]`` of images ``[B, C, H, W]`` in [0, 1]."""
-        with self.block():
+        with getattr(self.model, self.mode)(*self.arguments):
             return self.model(x)
 
     def draw_logits(self, x: Tensor, draws: int) -> Tensor:
@@ -57,10 +53,10 @@ class WithoutNoise(_WithSameAnswer):
         TypeError: a model without this method.
     """
 
-    needs, method = DeterministicMode, "deterministic()"
+    mode = "deterministic"
 
-    def block(self) -> contextlib.AbstractContextManager[Any]:
-        return self.model.deterministic()  # type: ignore[attr-defined]
+    def __init__(self, model: Classifier):
+        super().__init__(model)
 
 
 class WithFixedNoise(_WithSameAnswer):
@@ -76,14 +72,10 @@ class WithFixedNoise(_WithSameAnswer):
         TypeError: a model without this method.
     """
 
-    needs, method = FixedNoise, "fixed_noise(seed)"
+    mode = "fixed_noise"
 
     def __init__(self, model: Classifier, seed: int = 0):
-        super().__init__(model)
-        self.seed = seed
-
-    def block(self) -> contextlib.AbstractContextManager[Any]:
-        return self.model.fixed_noise(self.seed)  # type: ignore[attr-defined]
+        super().__init__(model, seed)
 
 
 # -- modules around a random model: with another aggregation, and with a majority vote ---------------------------------

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .._hashes import weights_fingerprint
 from ..defences.base import Defence
-from ..training.checkpoint import save_model
 
 
 def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict[str, Any]:
@@ -37,6 +36,9 @@ def rebuilt(
 
 def save_defence(defence: Defence, folder: str | Path) -> None:
     """Write a defence to ``model.safetensors``: the trained weights, and the classifier's fingerprint."""
+    # A defence that is only called needs nothing of files.
+    from ..training.checkpoint import save_model
+
     if defence.compute_dtype is not None:
         raise ValueError(f"a copy of a {type(defence).__name__} cannot be saved: save the defence itself")
     facts = {"classifier": weights_fingerprint(defence.classifier), **({"bank": defence.bank} if defence.bank else {})}

@@ -91,17 +91,21 @@ class TrainingAttack:
         batch: Batch,
         *,
         graphs: StepGraphs | None = None,
-        rows: Tensor | None = None,
+        rows: Tensor | slice | None = None,
+        eps: Tensor | None = None,
+        one_step: bool = False,
         loss: LossFunction | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
-        """Attack a batch by PGD with the settings of the batch's epoch.
+        """Attack a batch by PGD, or by FGSM if ``one_step``, with the settings of the batch's epoch.
 
         Args:
             model: the attacked model, images to logits.
             batch: the images, and the seed and sample ids of their random starts.
             graphs: captures the attack's step in a CUDA graph; None captures nothing.
-            rows: indices of the images to attack, int64 ``[A]``; None for all.
+            rows: indices of the images to attack, int64 ``[A]``, or a slice; None for all.
+            eps: a radius for each image of the batch, ``[B]``; None for that of the epoch.
+            one_step: whether to attack by FGSM, which takes a single step of length eps and has no random start.
             loss: the loss that is maximized, a function ``(logits, target) -> [A]``; None for the cross-entropy.
             target: the second argument of this function; None for the labels.
 
@@ -109,24 +113,21 @@ class TrainingAttack:
             The adversarial images ``[A, C, H, W]``.
         """
         # Importing PyTorch takes 1.8 seconds, and the command line's --help must read this class without that wait.
-        from ..attacks import PGD, AttackContext
+        from ..attacks import FGSM, PGD, AttackContext
         from ..speed.graphs.step_loop import eager_steps
 
         y = batch.y if target is None else target
         x, y, ids = (part if rows is None else part[rows] for part in (batch.x, y, batch.sample_ids))
         now = self.at_epoch(batch.epoch, batch.epochs)
-        attack = PGD(
-            steps=self.steps,
-            alpha=now.step_size(now.eps),
-            random_start=self.random_start,
-            start_std=self.start_std,
-            keep_best=False,
-        )
+        radius: Any = now.eps if eps is None else eps if rows is None else eps[rows]
+        alpha, random = now.step_size(radius), self.random_start
+        pgd = PGD(steps=self.steps, alpha=alpha, random_start=random, start_std=self.start_std, keep_best=False)
+        attack = FGSM() if one_step else pgd
         # Without copies, the attack takes its gradients from the model in the precision that the training has chosen.
         context = AttackContext(
-            eps=now.eps, norm=self.norm, seed=batch.seed, sample_ids=ids, loss_function=loss, graphs=graphs
+            eps=radius, norm=self.norm, seed=batch.seed, sample_ids=ids, loss_function=loss, graphs=graphs
         )
-        with eager_steps(rows is not None):
+        with eager_steps(rows is not None and not isinstance(rows, slice)):
             return attack.run(model, x, y, context).images
 
     def of_validations(self) -> TrainingAttack:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from .._settings import first_tensor
 from ..models.layers import AveragedModel
-from ..speed.precision import with_known_precision
 from .config import settings
 from .schedules import one_cycle
 from .task import Task
@@ -30,6 +29,9 @@ class MethodTask(Task):
     averaged: nn.Module
 
     def __init__(self, config: Any, model: nn.Module):
+        # Only a new task asks which precision a device has, and so needs what this module imports.
+        from ..speed.precision import with_known_precision
+
         self.model = model
         self.config = with_known_precision(config, first_tensor(model).device)
         self.tf32 = config.precision == "tf32"

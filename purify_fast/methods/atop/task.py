@@ -21,9 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...attacks import FGSM, AttackContext
 from ...ops.philox import philox_key
-from ...speed.graphs.step_loop import eager_steps
 from ...training.method_task import cross_entropy_of
 from ...training.schedules import RunLength
 from ...training.task import Batch, FrozenAttacks, Metrics, Update
@@ -133,13 +131,8 @@ class AtopTask(PurifierTask[Atop]):
         model = defence if pipeline else defence.frozen_classifier
 
         def make(rows: Tensor | None) -> Tensor:
-            if config.attack_method == "pgd":
-                return config.attack.run(model, batch, graphs=self.graphs, rows=rows)
-            x, y = (batch.x, batch.y) if rows is None else (batch.x[rows], batch.y[rows])
-            attack = config.attack.at_epoch(batch.epoch, batch.epochs)
-            context = AttackContext(eps=attack.eps, norm=attack.norm, graphs=self.graphs)
-            with eager_steps(rows is not None):
-                return FGSM(precision="float32").run(model, x, y, context).images
+            one_step = config.attack_method == "fgsm"
+            return config.attack.run(model, batch, graphs=self.graphs, rows=rows, one_step=one_step)
 
         with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
             return batch.attacked(slice(None), make)

@@ -26,13 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._process import processes
-from ...attacks import FGSM, PGD, AttackContext
 from ...defences.stochastic import with_samples
 from ...models.representation import evaluation_mode
 from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
-from ...speed.graphs.step_loop import eager_steps
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
 from ...training.task import Batch, FrozenAttacks, Metrics
@@ -63,21 +61,16 @@ def balanced_batch(
     atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
     if atom == 0:
         return x
-    attacked = slice(len(x) - 4 * atom, None)
-    clean, y, ids = x[attacked], batch.y[attacked], batch.sample_ids[attacked]
-    eps = torch.full((2 * atom,), float(attack.eps), device=x.device)
+    half, attacked = 2 * atom, slice(len(x) - 4 * atom, None)
+    clean = replace(batch, x=x[attacked], y=batch.y[attacked], sample_ids=batch.sample_ids[attacked])
+    eps = torch.full((half,), float(attack.eps), device=x.device)
     eps[:atom] /= 2
     eps = eps.repeat(2)
 
     def make(rows: Tensor | None) -> Tensor:
-        half = 2 * atom
         slow, fast = (slice(half), slice(half, None)) if rows is None else (rows[rows < half], rows[rows >= half])
-        pgd = PGD(steps=attack.steps, alpha=attack.step_size(eps[slow]), keep_best=False, precision="float32")
-        context = AttackContext(norm=attack.norm, seed=batch.seed, graphs=graphs)
-        with eager_steps(rows is not None):
-            by_pgd = pgd.run(classifier, clean[slow], y[slow], replace(context, eps=eps[slow], sample_ids=ids[slow]))
-            by_fgsm = FGSM(precision="float32").run(classifier, clean[fast], y[fast], replace(context, eps=eps[fast]))
-        return torch.cat([by_pgd.images, by_fgsm.images])
+        by_pgd = attack.run(classifier, clean, graphs=graphs, rows=slow, eps=eps)
+        return torch.cat([by_pgd, attack.run(classifier, clean, graphs=graphs, rows=fast, eps=eps, one_step=True)])
 
     return torch.cat([x[: attacked.start], batch.attacked(attacked, make)])
 
