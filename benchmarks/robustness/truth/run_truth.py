@@ -1,7 +1,7 @@
 """Run ``python -m benchmarks truth``: count the adversarial examples that AutoAttack and the protocols miss.
 
-A subject is a network or a group of networks, and a contestant is AutoAttack, a protocol or a complete search. The
-results file has two kinds of rows. The row of a subject's truth says for each image whether its ball contains an
+A subject is a network or a group of networks, and a contestant is AutoAttack or a protocol. The results file has two
+kinds of rows. The row of a subject's truth says for each image whether its ball contains an
 adversarial example. The truth is computed once, because it does not depend on attacks. The row of a contestant on a
 subject says which images the contestant did not break. This row is computed again if the networks or the attacks have
 changed.
@@ -30,16 +30,13 @@ from ...speed import timing
 from ...speed.running import Budget
 from .. import revisions
 from ..counted_model import CountedModel
-from . import branch_and_bound, exact
+from . import exact
 from .relu_layers import affine_layers
 from .subjects import CONSTRUCTED, EACH, HIDDEN, NETWORKS, SUBJECTS, Part, Setting, hidden, identity, parts_of
 
 FILE = "truth.json"
 #: The protocol of each contestant, and the number of seeds with which it attacks the exactly decided networks.
-PROTOCOLS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
-#: The contestant without a protocol, which reads only small ReLU networks.
-COMPLETE = "branch and bound"
-CONTESTANTS = PROTOCOLS | {COMPLETE: ("", 1)}
+CONTESTANTS = {"AutoAttack": ("official", 1), "fast": ("fast", 3), "standard": ("standard", 3), "strong": ("strong", 1)}
 #: The letters for the truth about an image. An image falls if its ball contains an adversarial example. A score
 #: includes only robust images and images that fall. The other images are those that fall only in float64, undecided
 #: images, misclassified images, and images with a planted corner for which PGD finds an adversarial example.
@@ -65,9 +62,7 @@ def key(row: Row) -> tuple[int, int, int]:
 
 def attacks_of(who: str) -> list[str]:
     """Return the descriptions of a contestant's attacks."""
-    if who == COMPLETE:
-        return [f"{COMPLETE} {branch_and_bound.REVISION}"]
-    return revisions.of_protocol(PROTOCOLS[who][0], random=False)
+    return revisions.of_protocol(CONTESTANTS[who][0], random=False)
 
 
 def outdated(results: Path) -> list[str]:
@@ -188,8 +183,8 @@ def front(results: Path) -> list[str]:
     exact, hidden = (scores(found, names) for names in (NETWORKS, HIDDEN))
     if not all([*exact.values(), *hidden.values()]):
         raise FileNotFoundError(f"{results / 'cpu' / FILE} is incomplete: run python -m benchmarks truth")
-    worst = {who: max(one.missed for one in exact[who]) for who in PROTOCOLS}
-    recall = {who: 100 - 100 * hidden[who][0].missed / hidden[who][0].falls for who in PROTOCOLS}
+    worst = {who: max(one.missed for one in exact[who]) for who in CONTESTANTS}
+    recall = {who: 100 - 100 * hidden[who][0].missed / hidden[who][0].falls for who in CONTESTANTS}
     decided = sum(int(count.replace(",", "")) for count in _counts(found["truth"], "how", "bpm"))
     missed = ", ".join(f"{who} {count}" for who, count in worst.items())
     shares = ", ".join(f"{who} {share:.0f} %" for who, share in recall.items())
@@ -257,11 +252,7 @@ def attack(setting: Setting, name: str, who: str, seed: int) -> None:
     settings: dict[str, Any] = {"protocol": CONTESTANTS[who][0], "seed": seed, "batch_size": BATCH, "progress": False}
     for part in parts[len(row["left"]) :]:
         door = CountedModel(part.model)
-        if who == COMPLETE:
-            points, _ = branch_and_bound.branch_and_bound(door, part.x, part.y, part.eps)
-            robust = part.model(points).argmax(1) == part.y
-        else:
-            robust = evaluate(door, part.x, part.y, eps=part.eps, **settings).headline.robust
+        robust = evaluate(door, part.x, part.y, eps=part.eps, **settings).headline.robust
         row["left"].append(kept.bits(robust))
         row["forwards"] += door.counts.forwards
         row["gradients"] += door.counts.gradients
@@ -271,8 +262,7 @@ def attack(setting: Setting, name: str, who: str, seed: int) -> None:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks truth``."""
     options.add_names(parser, SUBJECTS, what="attacked networks")
-    attacks = "attacks that are tested; without a name only the truth is computed"
-    options.add_names(parser, CONTESTANTS, "--contestants", attacks)
+    options.add_names(parser, CONTESTANTS, "--contestants", "attacks that are tested")
     parser.add_argument("--data", type=Path, help="folder with mnist.npz, or with the official files")
     options.add_out(parser, "/cpu")
 
