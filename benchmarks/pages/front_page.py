@@ -15,11 +15,11 @@ from ..kept import rows_of
 from ..robustness import answer, contests
 from ..robustness.broken import run_broken
 from ..robustness.merged import FILE, read_rows
-from ..robustness.studies import diffusion
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.sheets import PIPELINES, ROWS, fastest, read_csv
 from . import gpu_tables
+from .methods_table import diffusion_draws
 
 #: The colors of README's picture. Green is this package, gray is everything else, and red is an alarm.
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
@@ -186,18 +186,18 @@ def diffusion_sentence(results: Path) -> list[str]:
         results: folder of the committed results.
     """
     name, rows = "digits-diffpure", rows_of(results / "studies" / "diffusion.json")
-    found = diffusion.Found([row for row in rows if (row["model"], row["process"]) == (name, None)])
-    draws, strict, theirs = found.rule("mean"), found.rule("all"), found.authors()
-    if draws is None or strict is None or not theirs:
+    attacks = [row["rows"] for row in rows if (row["model"], row["group"]) == (name, "authors")]
+    draws = diffusion_draws(results, name)
+    if draws is None or not attacks:
         return []
-    most = max(theirs.values(), key=lambda left: left.mean())
+    most = max(([int(bit) for bit in attack["robust"]] for attack in attacks[0]), key=statistics.fmean)
     # AutoAttack was too slow for more than the first images.
-    draws, strict = draws[: len(most)], strict[: len(most)]
+    count, draws = len(most), draws[:, : len(most)]
     return [
         f"| `{name}`, a [purifier by diffusion](diffusion.md) with random predictions | AutoAttack, run as "
-        f"by the method's authors, leaves {100 * most.mean():.0f} % of {len(most)} images correct in one prediction "
+        f"by the method's authors, leaves {100 * sum(most) / count:.0f} % of {count} images correct in one prediction "
         f"each. On the same images, PGD with exact gradients leaves {100 * draws.mean():.1f} % of predictions "
-        f"correct, and {100 * strict.mean():.0f} % of images correct in all ten predictions. |"
+        f"correct, and {100 * draws.all(0).mean():.0f} % of images correct in all ten predictions. |"
     ]
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from purify_fast.judge.show.text import markdown_table
 
 from ..kept import rows_of
 from ..robustness.merged import FILE, read_rows
-from ..robustness.studies import diffusion
 
 NOT_MEASURED = "not measured"
 ALONE = "adversarial training alone"
@@ -42,11 +43,23 @@ def _of_cifar10(results: Path, model: str) -> Accuracy | None:
     return Accuracy(rows[0]["clean"], rows[0]["fast"]) if rows else None
 
 
+def diffusion_draws(results: Path, model: str, when: str = "attacked") -> np.ndarray | None:
+    """Return which predictions of a model are right in the study of diffusion purifiers, ``[draws, images]``.
+
+    Args:
+        results: folder of the committed results.
+        model: name of the model.
+        when: "clean" for the images, and "attacked" for their forms after PGD with exact gradients.
+    """
+    for row in rows_of(results / "studies" / "diffusion.json"):
+        if (row["model"], row["process"], row["group"]) == (model, None, "exact"):
+            return np.array([[bit == "1" for bit in draw] for draw in row[when]["draws"]])
+    return None
+
+
 def _of_diffusion(results: Path, model: str) -> Accuracy | None:
     """Return the accuracies of a single prediction in the study of diffusion purifiers."""
-    rows = rows_of(results / "studies" / "diffusion.json")
-    found = diffusion.Found([row for row in rows if (row["model"], row["process"]) == (model, None)])
-    clean, attacked = found.rule("mean", "clean"), found.rule("mean")
+    clean, attacked = (diffusion_draws(results, model, when) for when in ("clean", "attacked"))
     return None if clean is None or attacked is None else Accuracy(float(clean.mean()), float(attacked.mean()))
 
 

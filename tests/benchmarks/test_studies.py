@@ -1,6 +1,5 @@
 """The studies' runner resumes, refuses what it cannot run before any work, and the tables say what the results say."""
 
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -59,19 +58,6 @@ def mnist(tmp_path):
     wide = {name: F.pad(a, (6, 6, 6, 6)) if a.dim() == 4 else a for name, a in arrays.items()}
     np.savez(tmp_path / "mnist.npz", **{name: a.numpy() for name, a in wide.items()})
     return tmp_path
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("forking", "short_signs")
-def test_only_the_training_with_a_bank_attacks_fewer_images(mnist, tmp_path, capsys):
-    program.main(["study", "carso_bank", "--quick", "--data", str(mnist), "--out", str(tmp_path / "runs")])
-    rows = lines_of(capsys.readouterr().out)
-    rows.pop("training")
-    attacked = {name: cells[2].split(" of ") for name, cells in rows.items()}
-    assert attacked["without a bank"] == ["512", "512"]
-    made, of = attacked["with a bank"]
-    assert of == "512" and 0 < int(made) < 512
-    assert all(re.fullmatch(r"[0-8] of 8 \(.* %\)", cell) for cells in rows.values() for cell in cells[:2])
 
 
 @pytest.mark.slow

@@ -51,8 +51,6 @@ class Job:
         work: function ``work(job, folder, root)`` that returns numbers for the table.
         needs: names of the rows with the same seed whose jobs must be finished before this job.
         settings: settings of ``work``.
-        threads: number of threads. The default is 1, because small models are not faster with more threads. With 0,
-            the job has as many threads as PyTorch would use.
     """
 
     name: str
@@ -60,7 +58,6 @@ class Job:
     work: Work
     needs: tuple[str, ...] = ()
     settings: dict = field(default_factory=dict)
-    threads: int = 1
 
     def folder(self, root: Path, name: str | None = None) -> Path:
         """Return the folder of this job, or that of another row with the same seed."""
@@ -116,7 +113,9 @@ def run(jobs: Sequence[Job], root: Path) -> list[dict]:
     """Run the unfinished jobs one after the other, and return all results in the order of ``jobs``."""
     _check(jobs, root)
     retain_freed_memory()
-    began, all_threads = time.monotonic(), torch.get_num_threads()
+    # Small models are not faster with more threads.
+    torch.set_num_threads(1)
+    began = time.monotonic()
     waiting = [job for job in jobs if not job.done(root)]
     total = len(waiting)
     while waiting:
@@ -124,7 +123,6 @@ def run(jobs: Sequence[Job], root: Path) -> list[dict]:
         waiting.remove(job)
         minutes = (time.monotonic() - began) / 60
         print(f"[{minutes:5.1f} min] {total - len(waiting)}/{total} {job.name}, seed {job.seed}", file=sys.stderr)
-        torch.set_num_threads(job.threads or all_threads)
         _run(job, root)
     return [job.result(root) for job in jobs]
 
@@ -135,15 +133,14 @@ def settings_of(study: str) -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())[study]
 
 
-def write_page(folder: Path, name: str, functions: Sequence[Callable] = (), **values: Any) -> Path:
+def write_page(folder: Path, name: str, **values: Any) -> Path:
     """Fill the template of a page, write the page, and return its path.
 
     Args:
         folder: folder of the page.
         name: name of the page and of its template.
-        functions: functions that the template calls by their names.
         values: variables of the template.
     """
-    text = rendered(Path(__file__).with_name("pages") / f"{name}.md.jinja", functions, **values)
+    text = rendered(Path(__file__).with_name("pages") / f"{name}.md.jinja", **values)
     write_text(folder / f"{name}.md", text)
     return folder / f"{name}.md"

@@ -19,7 +19,7 @@ from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate
 from purify_fast.judge.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import BankConfig, FitConfig, TrainingAttack, fit
+from purify_fast.training import FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 
 from ..merged import FILE, merge
@@ -69,11 +69,10 @@ def train_purifier(job: Job, folder: Path, root: Path) -> dict:
     options = dict(budget.objective if start else budget.pipeline)
     fitting = FitConfig(options.pop("epochs"), options.pop("batch_size"), job.seed)
     attack = TrainingAttack(eps=EPS, steps=options.pop("steps"))
-    bank = BankConfig(folder=folder) if options.pop("bank", False) else None
     task = CarsoTask(
         defence, CarsoConfig(attack=attack, **options), "scratch" if start else weights_fingerprint(defence)
     )
-    last = fit(task, images.x_train, images.y_train, fitting, folder, bank=bank)
+    last = fit(task, images.x_train, images.y_train, fitting, folder)
     defence.save(folder)
     return last
 

@@ -9,9 +9,9 @@ from purify_fast._files import folder_lock
 from purify_fast.judge.searches.original_autoattack import implementation
 
 from ... import RESULTS as ALL
-from . import carso_bank, carso_mnist, cifar10, diffusion, run, settings_of
+from . import carso_mnist, run, settings_of
 
-STUDIES = {"carso_mnist": carso_mnist, "carso_bank": carso_bank, "cifar10": cifar10, "diffusion": diffusion}
+STUDIES = {"carso_mnist": carso_mnist}
 RESULTS = ALL / "studies"
 #: The budgets other than the default, of which a study has those that settings.yaml gives it.
 AMOUNTS = {
@@ -41,9 +41,8 @@ def main(chosen: argparse.Namespace) -> str:
     """
     study = STUDIES[chosen.name]
     root, results = places(chosen)
-    if study in (carso_mnist, diffusion):
-        # Without AutoAttack, nothing is trained.
-        implementation()
+    # Without AutoAttack, nothing is trained.
+    implementation()
     with folder_lock(root):
         run(study.jobs_of(chosen), root)
         return study.write_results(root, results, chosen).read_text()
