@@ -9,7 +9,7 @@ from study_work import work
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
-from benchmarks.robustness.merged import FILE, Merged, read_rows
+from benchmarks.robustness.merged import FILE, read_rows
 from benchmarks.robustness.studies import RESULT, Job, run, run_study
 from purify_fast import data
 
@@ -73,21 +73,22 @@ def test_carso_on_mnist_end_to_end(mnist, tmp_path, capsys, monkeypatch, forking
     program.main(words)
     assert {path: path.stat().st_mtime_ns for path in runs.glob(f"*/{RESULT}")} == first
     assert lines_of(capsys.readouterr().out) == rows and not (tmp_path / "results").exists()
-    report = Merged(read_rows(runs / "carso_mnist" / FILE))
+    found_rows = {(row.attack, row.model): row for row in read_rows(runs / "carso_mnist" / FILE)}
+    models = {model for _, model in found_rows}
     attacks = [job for job in run_study.STUDIES["carso_mnist"].jobs_of(chosen(*words[1:])) if "group" in job.settings]
     # The table has what the jobs found.
     for job in attacks:
         zero = job.settings["group"] == "APGD" and job.settings["model"] != "classifier"
         model = job.settings["model"] + ", z = 0" * zero
-        made = [row.attack for row in report.rows if row.model == model and row.is_attack]
+        made = [row.attack for row in found_rows.values() if row.model == model and row.is_attack]
         found = {label: accuracy for label, accuracy in job.result(runs).items() if label in made}
-        assert found and found == {label: report.row(label, model).accuracy for label in found}
+        assert found and found == {label: found_rows[label, model].accuracy for label in found}
     labels = ("PGD-2 ce + dlr, EOT 2", "APGD ce + APGD-T, z = 0", "AutoAttack rand (classifier: standard), first 4")
-    assert all(len(rows[label]) == 7 for label in labels) and len(report.models) == 7
+    assert all(len(rows[label]) == 7 for label in labels) and len(models) == 7
     # Groups that were attacked apart have one worst.
-    withstood = report.row(labels[0], "classifier").robust & report.row(labels[1], "classifier").robust
-    assert report.row("worst", "classifier").robust.tolist() == withstood.tolist()
-    for name in (name for name in report.models if name.endswith(", z = 0")):
-        assert report.row("worst", name).robust.tolist() == report.row(labels[1], name).robust.tolist()
+    withstood = found_rows[labels[0], "classifier"].robust & found_rows[labels[1], "classifier"].robust
+    assert found_rows["worst", "classifier"].robust.tolist() == withstood.tolist()
+    for name in (name for name in models if name.endswith(", z = 0")):
+        assert found_rows["worst", name].robust.tolist() == found_rows[labels[1], name].robust.tolist()
     with pytest.raises(ValueError, match=r"'classifier' with other settings"):
         program.main([word for word in words if word != "--quick"])

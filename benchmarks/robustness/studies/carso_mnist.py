@@ -15,14 +15,14 @@ from purify_fast import data, load_defence
 from purify_fast._hashes import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, OriginalAutoAttack
 from purify_fast.defences import WithAggregation, WithoutNoise
-from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, evaluate
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, Row, evaluate
 from purify_fast.judge.results.rows import worst_rows
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierConfig, ClassifierTask, load_classifier, save_classifier
 
-from ..merged import FILE, merge
+from ..merged import FILE, comparison, save_rows
 from . import Job, folder_of, settings_of, write_page
 
 EPS = 0.3
@@ -146,30 +146,30 @@ def jobs_of(chosen: argparse.Namespace) -> list[Job]:
     ]
 
 
-def merged_groups(root: Path, name: str, budget: SimpleNamespace) -> list[Report]:
-    """Return the reports of a model, and of the same model at z = 0, with the rows of all groups and their worst case.
+def merged_groups(reports: list[Report]) -> list[Row]:
+    """Return the rows of a model, and of the same model at z = 0: the rows of all groups, and their worst case.
 
     The groups ran separately, so that all models face the same attacks. In a single list of attacks, APGD on a
     classifier would skip the images that PGD has broken. APGD on a defence would not skip such images, because it
     attacks the defence without its randomness, which is another model.
     """
-    folders = [folder_of(root, f"{name} {group}", 0) for group in attacks_of(name, budget)]
-    parts = [Report.from_json((folder / "report.json").read_text()) for folder in folders]
-    notes = dict.fromkeys(note for part in parts for note in part.notes)
-    # The parts have the same settings, so most facts about the first part are facts about all of them.
-    about = {key: value for key, value in parts[0].about.items() if key not in ("command", "date")}
-    merged = []
-    for model in dict.fromkeys(part.model for part in parts):
+    rows = []
+    for model in dict.fromkeys(report.model for report in reports):
         # Every group has the row of the clean accuracy. The dictionary contains this row only once.
-        own = [row for part in parts if part.model == model for row in part.rows if row.kind != "worst"]
-        rows = list({row.attack: row for row in own}.values())
-        merged.append(Report([*rows, *worst_rows(rows)], list(notes), about))
-    return merged
+        own = [row for report in reports if report.model == model for row in report.rows if row.kind != "worst"]
+        attacked = list({row.attack: row for row in own}.values())
+        rows += [*attacked, *worst_rows(attacked)]
+    return rows
 
 
 def write_results(root: Path, folder: Path, chosen: argparse.Namespace) -> Path:
     """Write the page and the rows of all models."""
     budget = SimpleNamespace(**settings_of("carso_mnist")[chosen.amount])
-    whole = merge(report for name in MODELS for report in merged_groups(root, name, budget))
-    whole.save(folder / "carso_mnist" / FILE)
-    return write_page(folder, "carso_mnist", whole=whole, b=budget)
+    rows, notes = list[Row](), dict[str, None]()
+    for name in MODELS:
+        folders = (folder_of(root, f"{name} {group}", 0) for group in attacks_of(name, budget))
+        reports = [Report.from_json((place / "report.json").read_text()) for place in folders]
+        rows += merged_groups(reports)
+        notes |= dict.fromkeys(note for report in reports for note in report.notes)
+    save_rows(folder / "carso_mnist" / FILE, rows, [*notes])
+    return write_page(folder, "carso_mnist", table=comparison(rows), notes=notes, b=budget)
