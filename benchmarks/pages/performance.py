@@ -12,7 +12,9 @@ from ..speed import kernel_times, limits, sheets
 from ..speed.sheets import table
 from . import gpu_tables
 
-#: The notes of a device, written by hand. They stand at the end of a CPU's chapter, and at the beginning of a GPU's.
+#: The folder of the CPUs. It has no chapter, because other pages have its tables.
+CPU = "cpu"
+#: The notes of a GPU, written by hand. They stand at the beginning of its chapter.
 NOTES = "notes.md"
 
 
@@ -137,24 +139,14 @@ def chapter(folder: Path) -> list[str]:
     timed = sheets.rows_of(folder / kernel_times.ROWS)
     if not (rows or races or timed):
         return []
-    lines, notes = sheets.verdicts(rows), folder / NOTES
-    called = {f"{line['op']} {line['direction']}": line for line in lines}
-    behind = {name: line["behind_graph"] for name, line in called.items() if not line["behind_graph"].startswith("0/")}
-    compared = [line for line in lines if line["worst_ratio"]]
-    lost = [line for line in lines if not line["behind_eager"].startswith("0/")]
+    notes = folder / NOTES
     text = rendered(
         Path(__file__).with_name("chapter.md.jinja"),
         (gpu_tables.summary,),
         device=(timed or rows or races)[0]["device"],
         name=folder.name,
-        gpu=folder.name != "cpu",
         tables=gpu_tables.tables(folder),
         pipelines=pipelines(folder / sheets.PIPELINES) if races else [],
-        verdicts=lines,
-        lost=lost,
-        least=min(compared, key=lambda line: float(line["worst_ratio"]), default={}),
-        in_graphs=[name for name, line in called.items() if line["in_graphs"] != "reference"],
-        behind_in_graphs=[" ".join(pair) for pair in behind.items()],
         by_expert=any(row["contestant"].startswith(sheets.EXPERT) for row in races),
         timed=timed,
         kernels=times_of_kernels(timed),
@@ -186,5 +178,5 @@ def devices(results: Path) -> list[str]:
 
 
 def chapters(results: Path) -> list[str]:
-    """Return the lines of the chapters of all devices."""
-    return "\n\n".join("\n".join(chapter(folder)) for folder in folders(results)).splitlines()
+    """Return the lines of the chapters of all GPUs."""
+    return "\n\n".join("\n".join(chapter(folder)) for folder in folders(results) if folder.name != CPU).splitlines()
