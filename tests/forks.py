@@ -116,6 +116,19 @@ def results_of(folder: Path, world: int, work: Callable[[], Any]) -> list[Any]:
     return done.results
 
 
+def kill_at_call(place: Any, name: str, number: int) -> None:
+    """This process is killed at its first, second, ... call of a function."""
+    original, calls = getattr(place, name), []
+
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+
+    setattr(place, name, call)
+
+
 def _live(folder: Path, rank: int, world: int, work: Callable[[], Any], store: Store) -> None:
     """A fork's whole life."""
     code = 1

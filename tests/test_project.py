@@ -3,40 +3,7 @@
 import re
 from pathlib import Path
 
-import pytest
-from loading import module_at
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def quick():
-    return module_at(ROOT / ".ci" / "quick.py")
-
-
-@pytest.mark.parametrize(
-    ("file", "tests"),
-    [
-        ("purify_fast/attacks/pgd.py", "tests/attacks"),
-        ("purify_fast/methods/carso/task.py", "tests/methods/carso"),
-        ("purify_fast/methods/loading.py", "tests/methods"),
-        # no folder of tests is as deep
-        ("purify_fast/judge/run/cache.py", "tests/judge"),
-        ("purify_fast/nn.py", "tests/test_nn.py"),
-        ("purify_fast/_memory.py", "tests/test_memory.py"),
-        ("kernels/pgd_step.py", "tests/interpreter tests/aot"),
-        ("csrc/cpu/stitch.cpp", "tests/cpp tests/ops"),
-        ("tests/speed/test_copies.py", "tests/speed"),
-        ("tests/test_core.py", "tests/test_core.py"),
-        ("benchmarks/pages/fill.py", "tests/benchmarks"),
-        ("docs/faq.md", "tests/docs"),
-        ("tests/small_models.py", ""),
-        ("purify_fast/protocols.py", ""),
-        ("LICENSE", ""),
-    ],
-)
-def test_the_tests_of_a_file(quick, file, tests):
-    assert " ".join(quick.tests_of(file)) == tests
 
 
 def test_the_linters_of_a_commit_and_the_list_of_requirements_are_those_of_the_project():

@@ -36,17 +36,6 @@ def test_tiled_samples_have_tiled_results(op):
         torch.testing.assert_close(out, example_tensors.tile(wanted, 2))
 
 
-@pytest.mark.parametrize("op", ["decode_samples", "decode_samples_backward"])
-def test_weights_are_not_tiled(op):
-    for example in REGISTRY[op].examples:
-        given = example.make(torch.float32, 0)
-        weights, tiled = (
-            [leaf.shape for leaf in leaves(arguments) if isinstance(leaf, torch.nn.Parameter)]
-            for arguments in (given, example_tensors.tile(given, 3))
-        )
-        assert len(weights) == 2 and weights == tiled
-
-
 def test_every_op_runs_once(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["every_op"])
     every_op.main()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import __main__ as program
 from benchmarks.speed import pipelines, race, sheets, timing
 from benchmarks.speed.flops import flop_of
-from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune, carso_inference, expert
+from benchmarks.speed.pipelines import Case, Contestant, Job, atop_finetune
 from purify_fast.speed.precision import float32_settings
 
 CPU = torch.device("cpu")
@@ -59,22 +59,6 @@ def test_the_expert_is_in_every_pipeline_and_has_pytorch_alone(pipeline, case):
         job.run()
     assert not ops.seen
     assert chosen["expert"].raised and chosen["expert"].raced
-
-
-def test_a_frozen_copy_folds_every_batchnorm_and_follows_the_training():
-    network = carso_inference.classifier()
-    copy = expert.FrozenCopy(network)
-    norms = (torch.nn.BatchNorm2d, torch.nn.BatchNorm1d)
-    assert len(copy.pairs) == 20 and not any(isinstance(part, norms) for part in copy.model.modules())
-    x = torch.rand(2, 3, 32, 32)
-    for _ in range(2):
-        with torch.no_grad():
-            right, found = network(x), copy.model(expert.entering(x)).float()
-            assert (found - right).norm() < 0.02 * right.norm()
-            for weight in network.parameters():
-                weight.mul_(1.2)
-        assert (copy.model(expert.entering(x)).float() - network(x)).norm() > 0.1 * right.norm()
-        copy.refresh()
 
 
 @pytest.mark.parametrize("raced", [False, True])

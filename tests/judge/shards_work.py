@@ -1,8 +1,6 @@
 """Evaluations that several processes share."""
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -113,16 +111,3 @@ def report(kind, out=None):
 
 def reports(out=None):
     return {kind: report(kind, out if out is None else f"{out}/{kind}") for kind in KINDS}
-
-
-def kill_at_call(place, name, number):
-    """This process is killed at its first, second, ... call of a function."""
-    original, calls = getattr(place, name), []
-
-    def call(*args, **options):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **options)
-
-    setattr(place, name, call)

@@ -90,12 +90,17 @@ def test_arrays_and_other_dtypes_are_converted(trio):
         ({"eps": 0}, "eps must be above 0, got 0"),
         ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
         ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
+        ({"y": torch.tensor([0, 4] * 5)}, r"y\[1\] is 4, but the model has 4 classes"),
+        ({"norm": "l3"}, "norm must be"),
+        ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
+        ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
+        ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
     ],
     ids=str,
 )
-def test_a_radius_that_cannot_be_meant_is_refused(trio, options, message):
+def test_options_that_cannot_be_meant_are_refused(trio, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        evaluate(*trio, **QUIET | options)
+        evaluate(**dict(zip(("model", "x", "y"), trio, strict=True)) | QUIET | options)
 
 
 def test_clean_images_need_no_radius(trio):

@@ -165,20 +165,6 @@ def test_a_claim_is_a_percentage(claim):
         evaluate(None, None, None, eps=0.1, claim=claim)
 
 
-def test_a_claim_is_not_tested_by_predictions_without_a_class():
-    """The model returns NaN on attacked images only."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    x = torch.rand(8, 1, 4, 4) / 2 + 0.25
-    x[:, 0, 0, 0] = 0.5
-
-    def broken(images):
-        return model(images) + torch.where((images[:, 0, 0, 0] - 0.5).abs() < 1e-6, 0.0, torch.nan)[:, None]
-
-    report = evaluate(broken, x, model(x).argmax(1), eps=0.1, attacks=[PGD(steps=1)], claim=95)
-    assert report.row("clean").accuracy == 1 and report.headline.accuracy == 0
-    assert report.about["claim_test"] == "not tested" and report.headline.nonfinite_predictions == 8
-
-
 def test_a_claim_is_tested_only_by_images_with_classes_that_were_attacked():
     """A few predictions without a class do not save a claim that the others refute."""
     attacked, clean, nothing = (

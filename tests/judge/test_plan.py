@@ -12,13 +12,11 @@ from small_models import Made
 from purify_fast.attacks import APGD, FABT, PGD, AttackContext, JudgeContext, LeavingPGD, Square, StAdv
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.context import TimeIsOver
-from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import as_attack
 from purify_fast.judge.request.deadline import Deadline, Subject
 from purify_fast.judge.results.rows import CUT
 from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import BLIND
-from purify_fast.judge.surrogates import copies
 from purify_fast.protocols import Passes
 from purify_fast.speed.graphs.graphed_loop import GraphedSteps
 
@@ -141,23 +139,6 @@ def test_fast_ends_an_image_by_the_rule_of_the_report():
         shares[protocol, claim] = {round(share, 2) for share in seen}
     # A claim is about one draw, so the search goes on.
     assert shares == {("fast", None): {0.6}, ("rand", None): {1.0}, ("fast", 50): {1.0}}
-
-
-def test_several_draws_of_a_judgement_are_one_call_only_if_the_class_promises_it():
-    x, y = held_out(8)
-    calls = []
-
-    class Promised(NoisyEnsemble):
-        draws_for_each_image = True
-
-    for kind, expected in ((NoisyEnsemble, [8] * 5), (Promised, [40])):
-        model = kind(standard(), 0.1, samples=1).eval()
-        subject = Subject(model, x, y, batch_size=64, n_eval=5, seed=0)
-        hook = model.classifier.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-        calls.clear()
-        right = subject.judge(x, "judge").right
-        hook.remove()
-        assert right.shape == (5, 8) and (calls == expected or kind is NoisyEnsemble)
 
 
 # -- the plan and the limit of time ------------------------------------------------------------------------------------
@@ -312,34 +293,3 @@ def test_a_pass_that_would_end_late_is_not_begun(clock):
 
 def test_counts_of_passes_are_added():
     assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0)
-
-
-def test_the_time_may_end_in_the_trials_of_the_surrogates(clock):
-    """The protocol "strong" makes surrogates before its first attack."""
-    slow, made = Timed(shaken(), clock), []
-    original = copies._gradient
-    with mock.patch.object(copies, "_gradient", lambda *args: made.append(clock.now) or original(*args)):
-        limit = clock.now + 15
-        report = judged(slow, protocol="strong", n=8, minutes=0.25)
-    assert made and max(made) <= limit and "the plan of the attacks" in of_time(report)[0]
-
-
-def test_probes_that_were_finished_before_a_kill_are_used_again(tmp_path, monkeypatch):
-    model = NoisyEnsemble(standard(), 0.1, samples=1)
-    options = {"protocol": None, "attacks": [PGD(steps=2)], "probes": True, "n": 8}
-    judged(model, **options, out=tmp_path / "whole")
-    made, original = [], APGD.run
-
-    def killed(attack, *args):
-        made.append(attack.steps)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return original(attack, *args)
-
-    monkeypatch.setattr(APGD, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        judged(model, **options, out=tmp_path / "again")
-    again, before = judged(model, **options, out=tmp_path / "again"), judged(model, **options, out=tmp_path / "whole")
-    assert again.findings == before.findings and again.curves == before.curves
-    # The two finished searches were not made again: the third is the first that is made.
-    assert made[3] == made[2] and made[:2] != made[3:5]

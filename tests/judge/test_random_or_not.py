@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, pgd, square, stadv
 from purify_fast.attacks.shared_draws import differ, drawn_once_per_call
-from purify_fast.autoattack import AutoAttack
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.carso import Carso
@@ -93,14 +92,6 @@ def test_a_model_that_draws_for_some_images_only_is_random(name, order, caplog):
     assert found.rows[1].settings["eot_iter"] == 3
     again = "two predictions of the same attacked images differ"
     assert (again in caplog.text) == (again in " ".join(found.notes)) == (name == "attacked")
-
-
-def test_the_class_autoattack_averages_draws_of_such_a_model(capsys):
-    x, y = surest_first(24)
-    adversary = AutoAttack(sometimes(off_the_grid), norm="Linf", eps=0.1, attacks_to_run=["apgd-ce"], version="custom")
-    adversary.apgd.n_iter = 2
-    adversary.run_standard_evaluation(x, y)
-    assert "the model is random, but each step uses a single draw" in capsys.readouterr().out
 
 
 def test_what_is_not_finite_is_compared_too():

@@ -151,20 +151,6 @@ def test_worst_is_per_image(full):
     assert full.headline.accuracy == min(r.accuracy for r in full.rows if r.kind != "clean")
 
 
-def test_transfer_attacks_the_base_and_judges_the_defence(toy):
-    """A base whose gradient points elsewhere: its images must not hurt, and its health is what is counted."""
-    model, x, y = toy
-    base = Made(lambda self, z: z.flatten(1)[:, :10] * 0 + z.flatten(1)[:, 767:])
-    attacks = [AttackSpec(PGD(), through=base, label="transfer")]
-    report = evaluate(model, x, y, steps=3, n_eval=1, attacks=attacks, **QUIET)
-    row = report.row("transfer")
-    # all its logits are equal: no gradient at all
-    assert row.accuracy > 0.7 and not row.reliable and row.settings["through"] == "Made"
-    # what was carried over is a success where it succeeds, and says nothing about the model's own gradients
-    worst = report.row("worst")
-    assert abs(worst.accuracy - row.accuracy) < 0.1 and (worst.wrong >= row.wrong).all() and not worst.reliable
-
-
 def test_what_a_model_lacks_is_said(toy, caplog):
     """A deterministic model gets one draw and one prediction, and no note on what would be the same."""
     model, x, y = toy
@@ -285,22 +271,6 @@ def test_the_other_package(without_autoattack, monkeypatch, toy):
     assert asked == {"bs": 33, "attacks": ["apgd-ce", "apgd-t", "fab-t", "square"], "targets": 9, "steps": 100}
     moved = row.examples.adversarial - row.examples.clean
     assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"y": torch.tensor([0, 10, 1, 1])}, r"y\[1\] is 10, but the model has 10 classes"),
-        ({"norm": "l3"}, "norm must be"),
-        ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
-        ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
-        ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
-    ],
-)
-def test_errors(change, message):
-    arguments = {"x": torch.rand(4, 3, 16, 16), "y": torch.zeros(4, dtype=torch.int64), "attacks": [PGD()]}
-    with pytest.raises(ValueError, match=message):
-        evaluate(Linear(), **arguments | QUIET | change)
 
 
 def test_a_saturated_head_still_gets_its_draws():

@@ -7,26 +7,22 @@ import logging
 import os
 import re
 import signal
-import sys
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 from evaluating import evaluate
-from forks import results_of, together
-from shards_work import KINDS, kill_at_call, made, plain, report, reports
+from forks import kill_at_call, results_of, together
+from shards_work import KINDS, made, plain, report, reports
 from small_models import labelled
 
 from purify_fast import cli
-from purify_fast.attacks import APGD, PGD
-from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import AttackSpec
+from purify_fast.attacks import PGD
 from purify_fast.judge import runner
 from purify_fast.judge.alarms import probes
 from purify_fast.judge.run import cache
 from purify_fast.judge.run.attack_run import AttackRun
 from purify_fast.judge.run.measure import Measure
-from purify_fast.judge.surrogates.copies import Softened
 
 
 @functools.cache
@@ -188,43 +184,27 @@ def test_the_command_by_several_processes(tmp_path):
 #: The function during which the process is killed, and the number of the call.
 ALONE = (
     # a batch of the second attack
-    ("purify_fast.judge.run.attack_run.AttackRun.make", 4),
+    (AttackRun, "make", 8),
     # the arrays of a row are written, the row is not
-    ("purify_fast.judge.run.cache.write_sealed", 3),
-    # the softened copy was attacked in a row of its own
-    ("purify_fast.judge.run.measure.Measure.judged", 3),
+    (cache, "write_sealed", 3),
+    # an attack on the model with fixed noise was a row of its own
+    (Measure, "judged", 3),
     # the probes before the attacks, then the answers after the attacks
-    ("purify_fast.judge.alarms.probes._Short.robust", 4),
-    ("purify_fast.judge.alarms.probes.sets_seed", 1),
+    (probes._Short, "robust", 4),
+    (probes, "sets_seed", 1),
 )
 
 
-def killed_at(name, number):
-    """This process is killed when it calls a function for the first, second, ... time."""
-    parts = name.split(".")
-    depth = max(i for i in range(len(parts)) if ".".join(parts[:i]) in sys.modules)
-    place = sys.modules[".".join(parts[:depth])]
-    for part in parts[depth:-1]:
-        place = getattr(place, part)
-    kill_at_call(place, parts[-1], number)
-
-
 def evaluated(out):
-    """A random defence under attacks by its own gradients and by a softened copy's, with probes of a few steps."""
-    net, x, y = labelled(12, classes=5)
-    model = NoisyEnsemble(net, 0.2, samples=2)
-    soft = AttackSpec(APGD(steps=3), through=Softened(model, 10.0), label="softened", survivors_only=True)
-    attacks = [PGD(steps=2), PGD(steps=2, loss="dlr"), soft]
-    short = {"STEPS": 2, "ITERATIONS": (1, 3), "DRAWS": (1, 2), "JUDGES": 3}
-    options = {"eps": 0.03, "probes": True, "eot_iter": 2, "n_eval": 2, "batch_size": 6, "seed": 3}
-    with mock.patch.multiple(probes, **short):
-        return evaluate(model, x, y, attacks=attacks, out=out, **options)
+    """A random defence under attacks by its own gradients and those of other models, with probes of a few steps."""
+    with mock.patch.multiple(probes, STEPS=2, ITERATIONS=(1, 3), DRAWS=(1, 2), JUDGES=3):
+        return made("random", out, probes=True)
 
 
 @pytest.mark.slow
 def test_killed_anywhere_the_report_is_the_same(tmp_path):
     for i, moment in enumerate(ALONE):
-        done = together(tmp_path, 1, lambda i=i, at=moment: killed_at(*at) or evaluated(tmp_path / str(i)), None)
+        done = together(tmp_path, 1, lambda i=i, at=moment: kill_at_call(*at) or evaluated(tmp_path / str(i)), None)
         assert done.codes == [-signal.SIGKILL], done.errors
     whole = plain(evaluated(tmp_path / "whole"))
     assert len(whole["findings"]) == 8 and any("through" in row["settings"] for row in whole["rows"])
