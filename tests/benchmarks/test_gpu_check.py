@@ -13,7 +13,7 @@ import torch
 from small_runs import attack, batch, classifier_task
 
 from benchmarks import __main__ as program
-from benchmarks.gpu import goals, gpu_check, gpu_lease, gpu_sections, in_use
+from benchmarks.gpu import goals, gpu_check, gpu_sections, in_use
 from benchmarks.speed import limits, pipelines, sheets, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast.speed import StepGraphs
@@ -168,18 +168,6 @@ def test_forms_of_pgd_have_rows_and_a_weaker_form_is_seen(rehearsal, monkeypatch
 
 def lease(*arguments: str) -> int:
     return check(*arguments, "--rehearse", command="gpu_lease")
-
-
-def test_a_lease_ends_in_13_minutes_and_each_section_has_its_share():
-    stages = gpu_lease.STAGES.values()
-    assert sum(seconds for _, seconds, _ in stages) <= 780
-    for call, seconds, names in stages:
-        sections, left = [gpu_sections.SECTIONS[name] for name in names], seconds - gpu_check.CLOSING[0]
-        assert {section.call for section in sections} == {call}
-        together = gpu_check.CALLS[call].together
-        before = 0 if together else sum(section.limits[0] for section in sections[:-1])
-        # Even if all sections before it take their whole time, the last one begins.
-        assert left - before >= 2 * gpu_check.GRACE[0]
 
 
 def test_a_lease_writes_marked_rows_and_names_device_and_commit(tmp_path, monkeypatch, capsys, forking):

@@ -1,6 +1,7 @@
 """The exact decisions against a known answer, planted counterexamples, and the results that are kept."""
 
 import itertools
+import json
 
 import pytest
 import torch

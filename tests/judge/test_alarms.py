@@ -266,17 +266,6 @@ def test_an_honest_model_is_attacked_as_without_the_signs():
             assert np.array_equal(one.margins, other.margins, equal_nan=True)
 
 
-def test_kept_rows_and_signs_are_used_again(tmp_path, made_rows):
-    once = searched(around(steps), n=24, out=tmp_path)
-    made = len(made_rows)
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
-    again = searched(around(steps), n=24, out=tmp_path)
-    assert len(made_rows) == made and again.attacks == once.attacks and again.notes == once.notes
-    assert again.findings == once.findings and again.curves == once.curves
-    # No file was written, neither of a row nor of a probe.
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()} == kept
-
-
 @pytest.mark.parametrize(
     "measured, fires",
     [

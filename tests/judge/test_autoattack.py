@@ -125,15 +125,6 @@ def test_what_scripts_for_the_original_call(plain, tmp_path, capsys):
     assert (tmp_path / "log.txt").read_text() == "shown\nonly written\n" and capsys.readouterr().out == "shown\n"
 
 
-def test_the_call_of_robustbench(plain, tmp_path):
-    """As ``robustbench.eval.benchmark`` calls the class of the authors."""
-    model, x, y = plain
-    options = {"norm": "Linf", "eps": 0.1, "version": "standard", "device": torch.device("cpu")}
-    adversary = Short(model, **options, log_path=tmp_path / "log.txt")
-    found = adversary.run_standard_evaluation(x, y, bs=8, state_path=None)
-    assert torch.is_tensor(found) and 0 < adversary.clean_accuracy(found, y) < adversary.clean_accuracy(x, y)
-
-
 def test_robustbench(plain, monkeypatch):
     if importlib.util.find_spec("robustbench") is None or not PKG_RESOURCES.is_dir():
         pytest.skip("robustbench is not installed with a setuptools that has pkg_resources")
@@ -162,6 +153,7 @@ def test_robustbench(plain, monkeypatch):
         ({"attacks_to_run": ["square"]}, {}, "attacks_to_run needs version='custom'"),
         ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),
         ({}, {"bs": 0}, "bs must be at least 1"),
+        ({}, {"state_path": __file__}, "state_path must be a folder"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(plain, options, run, message):
@@ -235,14 +227,6 @@ def test_a_run_with_a_state_goes_on_after_a_kill(plain, tmp_path, monkeypatch, v
     # with another radius, another run begins
     run(eps=0.05, state_path=folder)
     assert ran[0] == "ce"
-
-
-def test_a_state_is_no_file_of_another_program(plain, tmp_path):
-    (model, x, y), path = plain, tmp_path / "state.json"
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="state_path must be a folder"):
-        Short(model).run_standard_evaluation(x, y, state_path=path)
-    assert path.read_text() == "{}"
 
 
 def test_a_prediction_with_nan_has_no_class():

@@ -90,17 +90,6 @@ def test_a_users_attack_is_kept_under_its_revision(counted, monkeypatch):
     assert [counted(model(), attacks=[function.function]) for _ in "12"] == [1, 1]
 
 
-def test_a_file_in_place_of_the_folder_is_refused_by_name(tmp_path):
-    net, x, y = nn.Flatten(), torch.rand(4, 3, 2, 2), torch.arange(4) % 2
-    path = tmp_path / "file.txt"
-    path.write_text("mine")
-    with pytest.raises(ValueError, match=r"out must be a folder, got .*file\.txt.*: .*file\.txt is a file"):
-        evaluate(net, x, y, eps=0.1, attacks=[], out=path / "deeper")
-    with pytest.raises(ValueError, match="folder must be a folder"):
-        evaluate(net, x, y, eps=0.1, attacks=[]).save(path)
-    assert path.read_text() == "mine"
-
-
 CPU = torch.device("cpu")
 
 

@@ -2,10 +2,8 @@
 
 import functools
 import itertools
-import json
 import logging
 import os
-import re
 import signal
 from unittest import mock
 
@@ -16,7 +14,6 @@ from forks import kill_at_call, results_of, together
 from shards_work import KINDS, made, plain, report, reports
 from small_models import labelled
 
-from purify_fast import cli
 from purify_fast.attacks import PGD
 from purify_fast.judge import runner
 from purify_fast.judge.alarms import probes
@@ -163,24 +160,6 @@ def test_each_works_alone_if_asked(tmp_path):
     assert {report["about"]["seed"] for report in (first, own, others)} == {"9", "0", "1"}
 
 
-@pytest.mark.slow
-def test_the_command_by_several_processes(tmp_path):
-    """The first process alone speaks and writes."""
-    words = "evaluate zoo:digits-pgd-at --images 10 --protocol fast --batch-size 4 --device cpu --out"
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    assert cli.main([*words.split(), str(alone)]) == 0
-    done = together(tmp_path, 2, lambda: cli.main([*words.split(), str(shared)]), "torchrun")
-    assert done.results == [0, 0], done.errors
-    assert done.errors[0].count("Robustness, L-inf") == done.errors[0].count("written:") == 1
-    assert done.errors[1] == ""
-    reports = [json.loads((folder / "report.json").read_text()) for folder in (alone, shared)]
-    for found in reports:
-        for row in found["rows"]:
-            del row["seconds"]
-    assert reports[0]["rows"] == reports[1]["rows"] and reports[0]["notes"] == reports[1]["notes"]
-    assert (shared / "run.yaml").is_file() == (alone / "run.yaml").is_file()
-
-
 #: The function during which the process is killed, and the number of the call.
 ALONE = (
     # a batch of the second attack
@@ -241,15 +220,3 @@ def test_one_damaged_bit_of_a_kept_file_is_told_and_made_again(tmp_path, caplog,
     if kind == "probes":
         # of a row all but the time that it took
         assert path.read_bytes() == kept
-
-
-def test_a_log_gets_plain_lines_with_the_rate(capsys, monkeypatch):
-    for name in ("LINE_EVERY", "FIRST_LINE"):
-        monkeypatch.setattr(f"purify_fast.judge.run.progress.{name}", 0.0)
-    attacks = [PGD(steps=2), PGD(steps=3)]
-    evaluate(*labelled(6), eps=0.01, attacks=attacks, name="mine", probes=True, progress=True)
-    lines = capsys.readouterr().err.splitlines()
-    # The probes come first, as rows of their own.
-    numbers = [re.match(r"mine: row (\d+) of (\d+), PGD-2 ce:.* predictions/s", line) for line in lines]
-    assert any(found and int(found[2]) == int(found[1]) + 1 > 4 for found in numbers)
-    assert not any("\r" in line or "\033" in line for line in lines)
