@@ -71,7 +71,7 @@ def capturing() -> Iterator[HostSyncs]:
             stack.enter_context(mock.patch("torch._dynamo.eval_frame._callback_from_stance", _first_compile))
         yield waits
     # on a CPU a tensor that is made from numbers is not copied to another device
-    if blocking := [wait.operator for wait in waits.counts if wait.operator != "lift_fresh"]:
+    if blocking := [name for name in waits.counts if name != "lift_fresh"]:
         raise RuntimeError(f"the step waits for the device in operator {blocking[0]}")
 
 

@@ -1,7 +1,5 @@
 """The contest against the official AutoAttack: finished contests are kept, and the table says what the results say."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -47,16 +45,6 @@ def made_models(monkeypatch):
     monkeypatch.setattr(contests, "ROBUST", robust)
     monkeypatch.setattr(contests, "PARTS", {"AutoAttack": 3})
     return made
-
-
-def test_our_attacks_leave_no_more_than_the_official_ones(made_models):
-    """With as many steps, on a model where both find something and both leave something."""
-    amount = replace(contests.QUICK, images=12, steps=8, queries=60)
-    contest = contests.CONTESTS["plain"]
-    made = contests.run_contest("plain", contest.make(None), contest.contestants, amount)
-    rows = {row["contestant"]: row for row in made}
-    assert rows["standard"]["robust"] <= rows["AutoAttack"]["robust"] + 100 / 12
-    assert rows["standard"]["robust"] < rows["standard"]["clean"]
 
 
 @pytest.mark.slow
