@@ -94,25 +94,6 @@ def judging(monkeypatch):
     return done
 
 
-#: The sign that alone notices each mistake.
-MISTAKES = {
-    "labels that count from 1": "better than guessing",
-    "division by an empty sum": "finite predictions",
-    "probabilities in place of logits": "logits",
-    "statistics of the batch": "batch size",
-    "a seed in forward": "noise and seeds",
-    "other logits under gradients": "same answer again",
-    "ripples before the network": "missed images",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MISTAKES)
-def test_each_mistake_is_noticed_by_its_sign(name):
-    found = tables.judged(name, "fast", {"images": 100, "steps": 10}, "data")
-    assert MISTAKES[name] in found["unreliable"]
-
-
 def test_a_result_of_other_code_is_found_and_made_again(judging, monkeypatch, tmp_path):
     """A changed defence, other options of its adaptive attack and another limit of a sign outdate what they made."""
     arguments = ["broken", "--quick", "--out", str(tmp_path), "--only", "EMPIR", "bit-depth reduction"]

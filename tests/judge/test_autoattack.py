@@ -192,12 +192,6 @@ def test_the_settings_are_those_of_the_attacks(plain):
         adversary.fab.n_restarts = 0
 
 
-def test_without_attacks_the_images_come_back(plain):
-    model, x, y = plain
-    found, labels = AutoAttack(model, eps=0.1, version="custom").run_standard_evaluation(x, y, return_labels=True)
-    assert torch.equal(found, x) and torch.equal(labels, model(x).argmax(1))
-
-
 @pytest.mark.parametrize("version", ["standard", "rand"])
 def test_a_run_with_a_state_goes_on_after_a_kill(plain, tmp_path, monkeypatch, version):
     (model, x, y), folder = plain, tmp_path / "state"

@@ -31,23 +31,37 @@ def trio():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("options", "message"),
     [
-        (lambda x, y: ((255 * x).long(), y), ValueError, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
-        (lambda x, y: (x, y.tolist()), TypeError, "y must be .*, got list"),
-        (lambda x, y: (x, y > 1), ValueError, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
-        (lambda x, y: (2 * x - 1, y), ValueError, r"x must be in \[0, 1\] .* values from -.* for normalized images"),
-        (lambda x, y: (x / 0 * 0, y), ValueError, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
-        (lambda x, y: (x[:, 0], y), ValueError, r"x must be .*, got \[10, 6, 7\]"),
-        (lambda x, y: ([(x, y)], y), TypeError, "x must be .*, got list"),
-        (lambda x, y: (x[:0], y[:0]), ValueError, "x must be .* with at least one image"),
+        (lambda x, y: {"x": (255 * x).long()}, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
+        (lambda x, y: {"y": y.tolist()}, "y must be .*, got list"),
+        (lambda x, y: {"y": y > 1}, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
+        (lambda x, y: {"x": 2 * x - 1}, r"x must be in \[0, 1\] .* values from -.* for normalized images"),
+        (lambda x, y: {"x": x / 0 * 0}, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
+        (lambda x, y: {"x": x[:, 0]}, r"x must be .*, got \[10, 6, 7\]"),
+        (lambda x, y: {"x": [(x, y)]}, "x must be .*, got list"),
+        (lambda x, y: {"x": x[:0], "y": y[:0]}, "x must be .* with at least one image"),
+        ({"y": torch.tensor([0, 4] * 5)}, r"y\[1\] is 4, but the model has 4 classes"),
+        ({"eps": "8/255"}, "eps must be a number, such as 8 / 255, got '8/255'"),
+        ({"eps": torch.full((10,), 0.1)}, r"eps must be a number, such as 8 / 255, got tensor\("),
+        ({"eps": 0}, "eps must be above 0, got 0"),
+        ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
+        ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
+        ({"norm": "l3"}, "norm must be"),
+        ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
+        ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
+        ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
+        ({"attacks": ["pgd"]}, r"an attack must be an object of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
+        ({"attacks": PGD()}, "attacks must be a list, got PGD"),
+        ({"attacks": [PGD]}, "got <class"),
     ],
+    ids=str,
 )
-def test_an_input_of_another_form_is_named_with_the_line_that_mends_it(trio, change, error, message):
+def test_what_cannot_be_meant_is_refused(trio, options, message):
     model, x, y = trio
-    x, y = change(x, y)
-    with pytest.raises(error, match=message):
-        evaluate(model, x, y, **QUIET)
+    options = options if isinstance(options, dict) else options(x, y)
+    with pytest.raises((TypeError, ValueError), match=message):
+        evaluate(**{"model": model, "x": x, "y": y} | QUIET | options)
 
 
 def test_values_outside_by_rounding_are_clamped_and_noted(trio):
@@ -80,27 +94,6 @@ def test_arrays_and_other_dtypes_are_converted(trio):
             report = evaluate(model, images, labels, **QUIET)
         assert [row.data for row in report.rows] == [row.data for row in plain.rows]
         assert np.array_equal(report.row("worst").robust, plain.row("worst").robust)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eps": "8/255"}, "eps must be a number, such as 8 / 255, got '8/255'"),
-        ({"eps": torch.full((10,), 0.1)}, r"eps must be a number, such as 8 / 255, got tensor\("),
-        ({"eps": 0}, "eps must be above 0, got 0"),
-        ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
-        ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
-        ({"y": torch.tensor([0, 4] * 5)}, r"y\[1\] is 4, but the model has 4 classes"),
-        ({"norm": "l3"}, "norm must be"),
-        ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
-        ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
-        ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
-    ],
-    ids=str,
-)
-def test_options_that_cannot_be_meant_are_refused(trio, options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        evaluate(**dict(zip(("model", "x", "y"), trio, strict=True)) | QUIET | options)
 
 
 def test_clean_images_need_no_radius(trio):

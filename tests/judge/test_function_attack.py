@@ -80,20 +80,17 @@ def test_rounding_is_allowed_and_no_more(norm, order):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("options", "message"),
     [
-        (lambda: ["pgd"], r"an attack must be an object of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
-        (PGD, "attacks must be a list, got PGD"),
-        (lambda: [PGD], "got <class"),
-        (lambda: [AttackSpec(PGD(), through="base")], "through must be a model, .* got .base."),
-        (lambda: [AttackSpec(PGD(), max_images=0)], "max_images must be at least 1, got 0"),
-        (lambda: [AttackSpec(APGD(), nearest=0)], "nearest must be .*got 0"),
-        (lambda: [AttackSpec(APGD(), until=1.5)], "until must be .*got 1.5"),
+        ({"through": "base"}, "through must be a model, .* got .base."),
+        ({"max_images": 0}, "max_images must be at least 1, got 0"),
+        ({"nearest": 0}, "nearest must be .*got 0"),
+        ({"until": 1.5}, "until must be .*got 1.5"),
     ],
 )
-def test_what_is_no_attack_is_told(attacked, make, message):
+def test_a_specification_that_cannot_be_meant_is_refused(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        evaluate(*attacked, attacks=make(), **QUIET)
+        AttackSpec(APGD(), **options)
 
 
 def test_an_attack_cannot_put_the_model_into_training(attacked):

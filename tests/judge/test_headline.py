@@ -17,7 +17,7 @@ from purify_fast import zoo
 from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
-from purify_fast.judge.alarms.signs import Evidence, Finding, findings
+from purify_fast.judge.alarms.signs import Finding
 from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.results.rows import (
     Worst,
@@ -316,13 +316,3 @@ def test_an_accuracy_of_0_in_all_draws_is_not_doubted(right, verdict):
     # Predictions that are inconsistent make every number doubtful.
     wrong = said(rows, probed(8, later_changes=0.5, left=[0] * 8))
     assert wrong["same answer again"].verdict == wrong["gradient health"].verdict == "unreliable"
-
-
-def test_signs_of_a_random_model_count_images_and_name_draws():
-    rows = [drawn("clean", [4] * 16, [1] * 16, kind="clean"), drawn("A", [4] * 16, [1] * 16, kind="apgd")]
-    probes = probed(16, eot=[(1.0, 1.0), (16.0, 15 / 16)], varying=1.0)
-    told = said(rows, probes)["noise and seeds"].measured
-    assert "over 16 draws leaves 15 of 16 images right in most draws, and with gradients over 1 it leaves 16" in told
-    guess = {finding.alarm: finding for finding in findings(Evidence(rows, classes=10))}["better than guessing"]
-    assert guess.measured.startswith("80.0 % of the single draws on clean images are classified correctly")
-    assert "made at least half more of their draws wrong" in said(masked(5))["missed images"].measured

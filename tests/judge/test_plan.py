@@ -10,10 +10,9 @@ from evaluating import evaluate
 from small_models import Made
 
 from purify_fast.attacks import APGD, FABT, PGD, AttackContext, JudgeContext, LeavingPGD, Square, StAdv
-from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.context import TimeIsOver
 from purify_fast.evaluation import as_attack
-from purify_fast.judge.request.deadline import Deadline, Subject
+from purify_fast.judge.request.deadline import Deadline
 from purify_fast.judge.results.rows import CUT
 from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import BLIND
@@ -98,26 +97,6 @@ def test_gradients_that_are_there_now_and_then_are_followed(model, attack, optio
     context = AttackContext(**{"eps": EPS, "num_classes": 10} | options)
     found = attack.run(functools.partial(model, standard()), x, y, context)
     assert not found.warnings and (standard()(found.images).argmax(1) == y).float().mean() < 0.5
-
-
-def test_surrogates_come_in_the_order_of_their_effect(monkeypatch):
-    """The useless surrogate is built first, and attacked last."""
-    made = shaken()
-    useless, useful = Made(lambda self, x: 0 * standard()(x)), Made(lambda self, x: standard()(x))
-    given = [("the useless", useless), ("the useful", useful)]
-    monkeypatch.setattr(Subject, "surrogates", lambda self, ball: (given, {}))
-    report = judged(made)
-    rows = [row.attack for row in report.rows if "gradients of" in row.attack]
-    assert rows[:2] == ["APGD-20 by the gradients of the useful", "APGD-20 by the gradients of the useless"]
-    first, second = (next(row for row in report.rows if row.attack == name) for name in rows[:2])
-    assert first.accuracy < 0.3 and second.attacked <= first.n * first.accuracy + 1
-
-
-def test_a_wrapper_of_a_random_model_is_no_part_of_its_own():
-    wrapped = Made(lambda self, z: self.inside(z), inside=shaken())
-    subject = Subject(wrapped, *held_out(8), batch_size=8, n_eval=5, seed=0)
-    names = [name for name, _ in subject.surrogates(ThreatModel("linf", EPS))[0]]
-    assert "inside.net alone" in names and "inside alone" not in names
 
 
 def test_fast_ends_an_image_by_the_rule_of_the_report():
@@ -272,24 +251,3 @@ def test_a_replayed_step_asks_for_the_time(clock):
         for _ in range(100):
             steps.advance()
     assert clock.now <= 1006
-
-
-def test_a_pass_that_would_end_late_is_not_begun(clock):
-    deadline = Deadline()
-    deadline.begin(clock.now + 10)
-    deadline.ask(Passes(64))
-    clock.now += 6
-    # The size is new, so nothing is known of its time.
-    deadline.ask(Passes(8))
-    clock.now += 1
-    with pytest.raises(TimeIsOver):
-        deadline.ask(Passes(64))
-    # What was ended gets no smaller pass either.
-    with pytest.raises(TimeIsOver):
-        deadline.ask(Passes(8))
-    deadline.begin()
-    deadline.ask(Passes(64))
-
-
-def test_counts_of_passes_are_added():
-    assert Passes(3, 1) * 2 + Passes(1) - Passes(2, 2) == Passes(5, 0)

@@ -76,19 +76,6 @@ def test_a_published_gain_and_its_error():
     assert f"{100 * gain.standard_error:.2f}" == "1.55"
 
 
-def test_what_cannot_be_paired_is_refused():
-    paired = Report([row(model="a")]).paired(Report([row(model="b", robust=[1, 0, 0, 0])]), "PGD")
-    assert str(paired) == "+50.0 ± 25.0 points (n = 4, paired)"
-    alone, other = Report([row(model="a")]), Report([row(model="b", robust=[1, 0], data="e")])
-    for refused, message in (
-        (lambda: Report([row(), row()]).row("PGD"), "PGD"),
-        (lambda: alone.paired(other, "PGD"), "same images"),
-        (lambda: alone.paired(alone, "no such row"), "PGD"),
-    ):
-        with pytest.raises((KeyError, ValueError), match=message):
-            refused()
-
-
 def test_rows_of_several_models_are_no_report():
     """The lowest number of two models would stand for both; earlier versions wrote reports on several models."""
     both = Report([row(model="a"), row(model="b", robust=[0, 0, 0, 0])])
@@ -139,21 +126,29 @@ def about(threat="L-inf 8/255", **more):
     return {"threat": threat, "seed": "0", **more}
 
 
-def test_rows_of_different_threat_models_are_not_paired():
+def of_model(name, threat=None, **more):
+    """A report on a model, within a threat model if one is given, with a clean row and one of another threat model."""
+    rows = [row(model=name, **more), row("clean", kind="clean"), row("weak", threat="L2 0.5")]
+    return Report(rows, about={} if threat is None else about(threat))
+
+
+def test_rows_are_paired_on_the_same_images_within_the_same_threat_model():
     """Half of the images at twice the radius says nothing about which model is better."""
-    clean, other = row("clean", kind="clean"), row("weak", threat="L2 0.5")
-    a = Report([row(model="a"), clean, other], about=about("L-inf 0.05"))
-    b = Report([row(model="b", robust=[1, 0, 0, 0]), clean, other], about=about("L-inf 0.15"))
-    with pytest.raises(ValueError, match=r"same threat model, got L-inf 0.05 and L-inf 0.15"):
-        a.paired(b, "PGD")
-    with pytest.raises(ValueError, match=r"same threat model, got L-inf 0.05 and L2 0.5"):
-        a.paired(a, "PGD", "weak")
+    near, far = of_model("a", "L-inf 0.05"), of_model("b", "L-inf 0.15", robust=[1, 0, 0, 0])
+    # the same threat model, and a report that does not say what it is about
+    for other in (of_model("b", "L-inf 0.05", robust=[1, 0, 0, 0]), of_model("b", robust=[1, 0, 0, 0])):
+        assert str(near.paired(other, "PGD")) == "+50.0 ± 25.0 points (n = 4, paired)"
     # clean images, and rows that are within the same other threat model
-    assert a.paired(b, "clean").difference == a.paired(b, "weak").difference == 0
-    same = Report([row(model="b", robust=[1, 0, 0, 0])], about=about("L-inf 0.05"))
-    assert a.paired(same, "PGD").difference == 0.5
-    # a report that does not say what it is about
-    assert a.paired(Report([row(model="b", robust=[1, 0, 0, 0])]), "PGD").difference == 0.5
+    assert near.paired(far, "clean").difference == near.paired(far, "weak").difference == 0
+    for refused, message in (
+        (lambda: near.paired(far, "PGD"), "same threat model, got L-inf 0.05 and L-inf 0.15"),
+        (lambda: near.paired(near, "PGD", "weak"), "same threat model, got L-inf 0.05 and L2 0.5"),
+        (lambda: near.paired(of_model("b", data="e", robust=[1, 0]), "PGD"), "same images"),
+        (lambda: near.paired(near, "no such row"), "PGD"),
+        (lambda: Report([row(), row()]).row("PGD"), "PGD"),
+    ):
+        with pytest.raises((KeyError, ValueError), match=message):
+            refused()
 
 
 def test_a_report_says_what_repeats_it(tmp_path, monkeypatch):

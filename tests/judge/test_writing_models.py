@@ -128,13 +128,6 @@ def test_attacks_by_gradients_refuse_it(trio, attack):
         attack(*trio, **options)
 
 
-def test_square_needs_none(trio):
-    found = square(*trio, eps=0.2, n_queries=10, seed=0)
-    with torch.inference_mode():
-        assert torch.equal(square(*trio, eps=0.2, n_queries=10, seed=0), found)
-    assert not torch.equal(found, trio[1])
-
-
 @pytest.mark.parametrize("form", ["as they are", "bytes"])
 def test_an_evaluation_finds_what_it_finds_outside(trio, form):
     model, x, y = trio
@@ -153,20 +146,3 @@ def test_an_evaluation_finds_what_it_finds_outside(trio, form):
     assert inside[1] == outside[1] and outside[0]["worst"].mean() < 0.5
     for attack, robust in outside[0].items():
         assert np.array_equal(inside[0][attack], robust)
-
-
-@pytest.mark.parametrize("mode", ["eval", "keep"])
-def test_a_write_that_pytorch_refuses_has_our_words_and_another_error_its_own(mode):
-    model, x, y = labelled(4)
-
-    def halved(images):
-        images -= 0.5
-        return model(images)
-
-    def broken(images):
-        raise RuntimeError("of the model itself")
-
-    with pytest.raises(ValueError, match=WRITES):
-        pgd(halved, x.clone(), y, 0.1, steps=2, mode=mode)
-    with pytest.raises(RuntimeError, match="of the model itself"):
-        pgd(broken, x, y, 0.1, steps=2, mode=mode)
