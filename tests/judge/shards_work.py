@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from denoisers import Tiny
 from evaluating import evaluate
+from small_models import Made
 
 from purify_fast.attacks import APGD, FABT, PGD, Square
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise
@@ -20,35 +21,21 @@ from purify_fast.methods.diffusion import DiffusionPurifier, Process
 KINDS = ("deterministic", "random", "own", "diffusion", "masked")
 
 
-class Noisy(nn.Module):
+def noisy(self, x):
     """A user's model that draws from torch's generator, for all images of a batch together."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x + 0.1 * torch.randn_like(x))
+    return self.inner(x + 0.1 * torch.randn_like(x))
 
 
-class Rounds(nn.Module):
+def rounds(self, x):
     """A step whose gradient is hardly that of what it does."""
-
-    def forward(self, x):
-        return 0.1 * x + 0.9 * (10 * x).round() / 10
+    return self.inner(0.1 * x + 0.9 * (10 * x).round() / 10)
 
 
-class Late(nn.Module):
+def late(self, x):
     """Draws only for images that an attack at eps 0.04 has moved as far as it can."""
-
-    def __init__(self, inner, known):
-        super().__init__()
-        self.inner, self.known = inner, known
-
-    def forward(self, x):
-        distance = (x[:, None] - self.known).abs().flatten(2).amax(2).amin(1)
-        far = (distance > 0.035) & (distance < 0.045)
-        return self.inner(x + far[:, None, None, None] * 0.1 * torch.randn_like(x))
+    distance = (x[:, None] - self.known).abs().flatten(2).amax(2).amin(1)
+    far = (distance > 0.035) & (distance < 0.045)
+    return self.inner(x + far[:, None, None, None] * 0.1 * torch.randn_like(x))
 
 
 def net():
@@ -80,14 +67,14 @@ def made(kind, out=None, **more):
         fixed = AttackSpec(PGD(steps=2), through=WithFixedNoise(model))
         return evaluate(model, x, y, **options | {"attacks": [*options["attacks"], *nearest, fixed]} | more)
     if kind == "own":
-        model = Noisy(plain)
+        model = Made(noisy, inner=plain)
         return evaluate(lambda x: model(x), x, y, **options | more)
     if kind == "masked":
         # signs of masked gradients change what all processes attack by
-        model = nn.Sequential(Rounds(), plain)
+        model = Made(rounds, inner=plain)
         return evaluate(model, x, y, **options | {"eps": 0.06, "attacks": None, "protocol": "fast", "steps": 5} | more)
     if kind == "late":
-        return evaluate(Late(plain, x), x, y, **options | {"attacks": options["attacks"][:1]} | more)
+        return evaluate(Made(late, inner=plain, known=x), x, y, **options | {"attacks": options["attacks"][:1]} | more)
     torch.manual_seed(0)
     model = DiffusionPurifier(Tiny(1), plain, (1, 8, 8), Process(t_star=0.01, steps=2))
     return evaluate(model, x, y, **options | {"attacks": options["attacks"][:1]} | more)

@@ -181,18 +181,6 @@ def test_a_step_averages_over_the_draws_that_were_asked_for_in_votes():
     assert counts[1] - counts[0] == 10 * 20
 
 
-def test_what_is_refused():
-    x, y = held_out(4)
-    for model, predict, message in (
-        (standard(), "worst_of", "predict='worst_of' needs a random model"),
-        (coin(0.8, 2), "votes", "predict must be one of worst_of, got 'votes'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            evaluate(model, x, y, eps=0.1, attacks=[], predict=predict)
-    with pytest.raises(ValueError, match="draws"):
-        MajorityVote(coin(0.8, 2), 0)
-
-
 def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilities():
     x = torch.zeros(5, 1, 1, 1, requires_grad=True)
     # most votes, against the mean probability; a tie, which that decides; single infinities; draws that name no class
@@ -215,7 +203,9 @@ def test_a_vote_decides_by_its_count_and_has_the_gradient_of_the_mean_probabilit
     assert torch.isclose(slope[0].sum(), torch.autograd.grad(mean, z)[0])
 
 
-def test_a_vote_of_a_deterministic_model_predicts_once():
+def test_a_vote_needs_a_draw_and_of_a_deterministic_model_predicts_once():
+    with pytest.raises(ValueError, match="draws"):
+        MajorityVote(coin(0.8, 2), 0)
     x, y = held_out(8)
     models = MajorityVote(standard(), 3), standard()
     vote, alone = (evaluate(model, x, y, eps=0.1, attacks=[PGD(steps=3)]) for model in models)

@@ -48,6 +48,8 @@ def trio():
         ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
         ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
         ({"norm": "l3"}, "norm must be"),
+        ({"predict": "worst_of"}, "predict='worst_of' needs a random model"),
+        ({"predict": "votes"}, "predict must be one of worst_of, got 'votes'"),
         ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
         ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
         ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
