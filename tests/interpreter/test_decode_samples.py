@@ -171,45 +171,6 @@ class Launches(list):
 
         monkeypatch.setattr(kernel, "launch", launch)
 
-    def names(self) -> list[str]:
-        found = [name for name, *_ in self]
-        self.clear()
-        return found
-
-
-@geometries("oblong", "no_stride", "kernel_below_stride", "alone", quick=("no_stride", "alone"))
-def test_the_kept_signs_are_those_of_maps_that_are_computed_again(monkeypatch, name):
-    """To the bit, also where the last two layers are one launch, which stores no map between them."""
-    given = arguments(name, torch.bfloat16)
-    assert together(name, given) == (name in TOGETHER)
-    launches = Launches(monkeypatch)
-    image, signs = kernel.forward(*given, True, False, torch.float32, True)
-    assert launches.names()[-1] == ("_last_two" if name in TOGETHER else "_layer")
-    decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=True)
-    maps = [torch.empty(len(image), elements).bfloat16() for elements in decoder.elements]
-    nothing, draws = signs[:0], given[6]
-    z = kernel.draw(decoder, SEED, given[2], first=0, count=len(image), draws=draws)
-    decoder.first(given[0], z, maps[0], nothing, first=0, draws=draws)
-    for index in range(len(maps) - 1):
-        decoder.forward(index, maps[index], maps[index + 1], nothing)
-    again = op.signs_of([x.unflatten(1, hwc).permute(0, 3, 1, 2) for x, hwc in zip(maps, decoder.inputs, strict=True)])
-    assert torch.equal(again, signs) and 0.1 < float((maps[-1] > 0).float().mean()) < 0.9
-    launches.clear()
-    grad = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
-    slopes = [kernel.backward(grad, image, one, *given[3:], True) for one in (signs, again, signs)]
-    assert all(torch.equal(slopes[0], one) for one in slopes[1:]) and slopes[0].any()
-    # Each backward is one launch a layer: with the maps computed again, it was more than twice as many.
-    assert launches.names() == 3 * len(decoder.geometry.layers) * ["_layer"]
-
-
-def test_without_a_gradient_nothing_is_kept(monkeypatch):
-    given = arguments("no_stride", torch.bfloat16)
-    image, signs = kernel.forward(*given, True, False, torch.float32, True)
-    same, nothing = kernel.forward(*given, True, False, torch.float32, False)
-    words = op.tiles.Geometry.of(given[5]).inputs()
-    assert torch.equal(same, image) and signs.shape[1] == sum(h * w * c for h, w, c in words) // 32
-    assert nothing.shape == (0, signs.shape[1])
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["oblong", "kernel_below_stride", "wide"])
@@ -248,11 +209,3 @@ def test_fewer_rows_where_registers_are_fewer(monkeypatch):
     monkeypatch.setattr(kernel, "FEWER_ROWS", {0: 128})
     assert together("cifar10", given) and not together("tiny_imagenet", arguments("tiny_imagenet", torch.bfloat16))
     assert all(map(torch.equal, kernel.forward(*given, False, True, torch.float32, True), (whole, signs)))
-
-
-def test_the_latents_are_the_stream_s(ulps):
-    given = arguments("kernel_below_stride", torch.float32)
-    decoder = kernel.Decoder(*given[3:6], slope=0.2, squash=True)
-    drawn = kernel.draw(decoder, SEED, given[2], first=1, count=3, draws=2)
-    latents = op.latents(SEED, given[2], 2, 33).flatten(0, 1)
-    assert ulps(drawn[:, :33].contiguous(), latents[1:4].contiguous()) <= 6 and not drawn[:, 33:].any()

@@ -24,17 +24,3 @@ def test_the_formula_by_hand(backend, norm):
         torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, a, norm), wanted)
         assert not torch.allclose(wanted, z, atol=1e-3)
     torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, 1.0, norm), z)  # the first step
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_point_before_counts(backend, norm):
-    """Without a gradient the momentum alone moves, also from a point that is NaN."""
-    _, _, nat, _ = inputs(5, 6)
-    nat = nat.clamp(0.2, 0.8)
-    rolled = apgd_step(nat, torch.zeros_like(nat), nat, nat - 0.04, 0.01, 0.1, 0.75, norm)
-    torch.testing.assert_close(rolled, nat + 0.01)
-    previous = nat.clone()
-    previous[3, 4] = torch.nan
-    for momentum in (0.75, 1.0):
-        out = apgd_step(nat, torch.zeros_like(nat), nat, previous, 0.01, 0.1, momentum, norm)
-        assert out[3, 4].isnan() and out.isnan().sum() == 1

@@ -77,23 +77,3 @@ def test_both_ends_of_the_clip_pass_the_gradient(backend):
         given = torch.ones_like(out), x.detach(), m.detach(), values, *name.values(), False
         assert all(map(torch.equal, op.reference_backward(*given), (to_x, to_m)))
         assert out[0].isnan().tolist() == [False] * 5 + [True]
-
-
-def test_nan(backend):
-    """NaN stays where it is, and what chooses a variance is not seen where there is no noise."""
-    name = named(2)
-    x, m = normal(2, 1, 8, dtype=torch.float32), normal(2, 2, 8, seed=1, dtype=torch.float32)
-    x[0, 0, 1], m[0, 0, 2], m[0, 1, 3], m[1, 1, 4] = (math.nan,) * 4
-    each = torch.stack([coefficients(noise=1.0), coefficients(noise=0.0)])
-    x.requires_grad_()
-    m.requires_grad_()
-    out = diffusion_step(x, m, each, **name)
-    assert [row.isnan().nonzero().flatten().tolist() for row in out[:, 0]] == [[1, 2, 3], []]
-    to_x, to_m = torch.autograd.grad(out.sum(), (x, m))
-    assert not to_x.isnan().any()
-    assert [row.isnan().nonzero().flatten().tolist() for row in to_m.flatten(0, 1)] == [[], [3], [], []]
-    assert not to_m[1, 1].any()
-    values = diffusion_step(x, m, coefficients(clip=math.nan), **name)
-    assert values.isnan().all()
-    quiet = diffusion_step(x, m, each[:1].expand(2, 8), **name, noisy=False)
-    assert quiet.isnan().sum() == 2

@@ -4,8 +4,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from purify_fast import _library
-from purify_fast.ops import Stream, philox, use_backend
+from purify_fast.ops import Stream, philox
 
 op = import_module("purify_fast.ops.philox")
 
@@ -86,16 +85,6 @@ def test_any_split_gives_the_same_numbers(backend, poisoned, distribution):
     assert torch.equal(torch.cat(chunks, 1), whole)
     assert torch.equal(philox(SEED, IDS, 30, draws=5, **arguments), whole[..., :30])
     assert torch.equal(philox(SEED, IDS.repeat_interleave(2)[::2], 37, draws=5, **arguments), whole)  # strided ids
-
-
-def test_normals_agree_to_a_few_ulp(ulps):
-    if not _library.loaded():
-        pytest.skip("one backend only")
-    made = []
-    for name in ("reference", "cpp"):
-        with use_backend(name):
-            made.append(philox(SEED, torch.arange(64), 4096, stream=Stream.LATENT, distribution="normal"))
-    assert ulps(*made) <= 4
 
 
 def test_uniform_and_normal_distributions(backend):

@@ -103,23 +103,6 @@ def test_a_wrong_kernel_is_not_timed_and_an_error_ends_no_other_measurement(monk
     assert reasons["stitch"] == "MemoryError: no room" and "its kernel is WRONG here" in reasons["philox"]
 
 
-def test_replays_are_captured_by_what_recovers(rerun):
-    """The call runs aside before it is captured. Where a capture fails, the call is named, and the next one begins."""
-
-    def replay(call):
-        with rerun.aside(CPU):
-            call()
-        return rerun.record(call, CPU)
-
-    op = REGISTRY["noisy_replay"]
-    times, failed = tuning.time_kernels([op], CPU, form=replay)
-    assert len(times) == len(SIZES) and not failed and rerun.recorded == 2 * len(SIZES) and rerun.replayed > 2
-    rerun.error = RuntimeError("cannot be captured")
-    times, failed = tuning.time_kernels([op], CPU, form=replay)
-    assert not times and len(failed) == len(SIZES)
-    assert set(failed.values()) == {"RuntimeError: cannot be captured"}
-
-
 def test_a_folder_that_cannot_be_written_is_refused_before_any_measurement(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "file" / "below"))  # root may write anywhere else
