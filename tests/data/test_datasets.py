@@ -41,17 +41,10 @@ def test_layouts(tmp_path, shape):
     last = shape[-1] in (1, 3)
     want = a["x_test"].transpose(0, 3, 1, 2) if last else a["x_test"].reshape(6, channels, 8, 9)
     assert np.array_equal(d.x_test.numpy(), want) and d.x_test.is_contiguous()
-    assert np.array_equal(d.y_train.numpy(), a["y_train"])
-
-
-def test_two_classes_column_labels_and_override(tmp_path):
-    a = arrays(classes=2)
-    a["y_train"] = a["y_train"][:, None].astype(np.uint8)
-    d = data.load_dataset(saved(tmp_path, **a))
-    assert d.num_classes == 2 and d.y_train.shape == (12,) and d.y_train.dtype == torch.int64
-    assert data.load_dataset(tmp_path / "set.npz", num_classes=5).num_classes == 5
-    only = a | {"y_train": np.full(12, 3), "y_test": np.full(6, 1)}
-    assert data.load_dataset(saved(tmp_path, **only), num_classes=4).num_classes == 4
+    assert np.array_equal(d.y_train.numpy(), a["y_train"]) and d.to("meta").y_test.device.type == "meta"
+    column = a | {"y_train": a["y_train"][:, None].astype(np.uint8)}
+    d = data.load_dataset(saved(tmp_path, **column), num_classes=5)
+    assert d.num_classes == 5 and d.y_train.shape == (12,) and d.y_train.dtype == torch.int64
 
 
 X, Y = arrays()["x_test"], arrays()["y_test"]
@@ -71,25 +64,22 @@ BAD = {
     "huge": ({"y_test": Y.astype(np.uint64) + np.uint64(2**63)}, "y_test must have labels from 0 to "),
     "gap": ({"y_test": 2 * Y}, r"every label .* must occur, got 4 labels up to 4: pass num_classes"),
     "one class": ({"y_train": 0 * arrays()["y_train"], "y_test": 0 * Y}, "every label .* got 1 labels up to 0"),
+    "missing": ({"x_test": None, "y_test": None}, "lacks x_test, y_test"),
+    "more labels": ({}, "num_classes is 2, but the labels go up to 2", ("num_classes", 2)),
+    "size": ({}, "image_size must be", ("image_size", (0, 4))),
     "objects": ({"y_test": np.array([0, 1, None, 1, 2, 0], dtype=object)}, "is damaged, or not"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_refused(tmp_path, case):
-    replace, message = BAD[case]
-    path = saved(tmp_path, **arrays() | replace)
+    replace, message, *options = BAD[case]
+    given = {name: value for name, value in (arrays() | replace).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        data.load_dataset(path)
+        data.load_dataset(saved(tmp_path, **given), **dict(options))
 
 
-def test_missing_arrays_and_other_files(tmp_path):
-    path = saved(tmp_path, x_train=X, y_train=Y)
-    with pytest.raises(ValueError, match="lacks x_test, y_test"):
-        data.load_dataset(path)
-    path = saved(tmp_path, **arrays())
-    with pytest.raises(ValueError, match="num_classes is 2, but the labels go up to 2"):
-        data.load_dataset(path, num_classes=2)
+def test_other_files(tmp_path):
     (tmp_path / "text.npz").write_text("not a zip file")
     np.save(tmp_path / "one.npy", X)
     for name in ("text.npz", "one.npy"):
@@ -112,19 +102,6 @@ def test_the_names_of_the_classes(tmp_path):
     assert data.load_dataset("digits").classes == tuple("0123456789")
     for classes, want in ((["no", "so", "yes"], ("no", "so", "yes")), (2, None), ([0, 1, 2], None)):
         assert data.load_dataset(saved(tmp_path, **arrays(), classes=classes)).classes == want
-
-
-def test_to_float():
-    levels = data.to_float(torch.arange(256, dtype=torch.uint8))
-    assert levels.dtype == torch.float32 and float(levels[255]) == 1 and float(levels[51]) == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="uint8"):
-        data.to_float(levels)
-
-
-def test_to(tmp_path):
-    d = data.load_dataset(saved(tmp_path, **arrays()))
-    there = d.to("meta")
-    assert there.x_test.device.type == there.y_train.device.type == "meta" and there.image_shape == d.image_shape
 
 
 def stored(count=6, height=8, width=8):

@@ -1,57 +1,18 @@
 """Data that disappear or change under a run, and models and images that cannot be trained on."""
 
-import shutil
-
-import numpy as np
 import pytest
 import torch
-from pictures import folder
 from small_models import Made
-from small_runs import on_step
 
-from purify_fast import cli, data
+from purify_fast import cli
 from purify_fast.cli.show import Info
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 
 
-@pytest.fixture
-def pets(tmp_path):
-    folder(tmp_path / "pets", 6, 3, [(8, 8)])
-    return tmp_path / "pets"
-
-
 def task():
     torch.manual_seed(0)
     return ClassifierTask(SmallCNN(3, 2, (8, 8), 2), ClassifierConfig())
-
-
-def test_images_are_deleted_under_a_run(pets, tmp_path):
-    """Decoded files stay open: the run ends as one whose files stayed."""
-    whole, cut = task(), task()
-    images = data.load_dataset(pets)
-    fit(whole, images.x_train, images.y_train, FitConfig(2, 4), progress=False)
-    listener = on_step(lambda state: shutil.rmtree(pets, ignore_errors=True))
-    fit(cut, images.x_train, images.y_train, FitConfig(2, 4), progress=False, callbacks=[listener])
-    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), cut.model.parameters(), strict=True))
-
-
-def test_an_npz_that_disappears_or_changes_between_two_runs(tmp_path, capsys):
-    state, y = np.random.RandomState(0), np.arange(20) % 2
-    path = tmp_path / "small.npz"
-
-    def write():
-        x = state.randint(0, 256, (20, 8, 8)).astype(np.uint8)
-        np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
-
-    write()
-    words = ["train", "classifier", "--data", str(path), "--device", "cpu", "--width", "2", "--epochs", "1"]
-    words += ["--batch-size", "10", "--out", str(tmp_path / "run")]
-    assert cli.main(words) == 0
-    write()
-    assert cli.main(words) == 2 and "with other images or settings (data: '20 images, " in capsys.readouterr().err
-    path.unlink()
-    assert cli.main(words) == 2 and f"no data set '{path}': looked for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

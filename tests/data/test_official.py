@@ -130,33 +130,6 @@ def test_cifar(tmp_path, monkeypatch, name):
     assert (d.name, d.num_classes) == (name, 3)
 
 
-def write_svhn(folder, monkeypatch):
-    io = pytest.importorskip("scipy.io")
-    made, listed = {}, {}
-    for part, n in (("train", 11), ("test", 10)):
-        x = RNG.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-        y = np.arange(n) % 10 + 1  # 10 stands for the digit 0
-        file = folder / f"{part}_32x32.mat"
-        io.savemat(file, {"X": x.transpose(2, 3, 1, 0), "y": y[:, None].astype(np.uint8)})
-        listed[part] = [file.as_uri(), file.name, md5(file)]
-        made[part] = x, y % 10
-    monkeypatch.setattr(datasets.SVHN, "split_list", listed)
-    return made
-
-
-def test_svhn(tmp_path, monkeypatch):
-    made = write_svhn(tmp_path, monkeypatch)
-    d = data.load_dataset("svhn", tmp_path)
-    for part in ("train", "test"):
-        assert np.array_equal(getattr(d, f"x_{part}").numpy(), made[part][0])
-        assert getattr(d, f"y_{part}").tolist() == made[part][1].tolist()
-    assert d.num_classes == 10
-    with (tmp_path / "test_32x32.mat").open("ab") as file:
-        file.write(b"more")
-    with pytest.raises(FileNotFoundError, match=r"no data set 'svhn'.*not found or corrupted"):
-        data.load_dataset("svhn", tmp_path)
-
-
 def test_download(tmp_path, monkeypatch):
     arrays = write_idx(tmp_path / "server", compressed=True)
     resources = [(name, md5(tmp_path / "server" / name)) for name, _ in datasets.MNIST.resources]

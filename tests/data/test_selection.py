@@ -52,33 +52,11 @@ def test_a_missing_class_is_told():
         assert balanced_subset(x, y, 30, 0).y.unique().numel() == 30
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"count": 0}, "count must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"num_classes": 1}, r"y must .* 0 to 0, got 0 to 1"),
-        ({"y": torch.zeros(3, dtype=torch.int64)}, "got 4 and 3"),
-    ],
-)
-def test_refused(options, message):
-    x, y = sorted_by_class([2, 2])
-    with pytest.raises(ValueError, match=message):
-        balanced_subset(**{"x": x, "y": y, "count": 2, "seed": 0} | options)
-
-
-def test_every_image_once():
-    assert torch.cat(batches(10, 4, 0, 0, drop_last=False)).sort().values.tolist() == list(range(10))
-    assert [len(b) for b in batches(10, 4, 0, 0, drop_last=False)] == [4, 4, 2]
-    assert [len(b) for b in batches(10, 4, 0, 0)] == [4, 4]
-    assert batches(10, 4, 0, 0)[0].dtype == torch.int64
-
-
 def test_batches_are_a_function_of_seed_and_epoch():
     def order(*args):
         return torch.cat(batches(100, 10, *args)).tolist()
 
-    assert order(0, 3) == order(0, 3)
+    assert order(0, 3) == order(0, 3) and sorted(order(0, 3)) == list(range(100))
     assert len({tuple(order(s, e)) for s in (0, 1, 2**32) for e in (0, 1)}) == 6
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -93,21 +71,30 @@ def test_the_order_is_frozen():
 @pytest.mark.parametrize("n", [12, 14])
 def test_ranks_take_every_third_image_of_each_batch(n):
     whole = batches(n, 6, 1, 2, drop_last=False)
+    assert [len(batch) for batch in whole] == [6, 6, 2][: n // 5] and len(batches(n, 6, 1, 2)) == 2
     for rank in range(3):
         share = batches(n, 6, 1, 2, drop_last=False, rank=rank, world=3)
         assert [part.tolist() for part in share] == [batch[rank::3].tolist() for batch in whole]
 
 
+X, Y = sorted_by_class([2, 2])
+GIVEN = {balanced_subset: {"x": X, "y": Y, "count": 2, "seed": 0}, batches: {"n": 20, "batch_size": 6, "seed": 0}}
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("function", "options", "message"),
     [
-        ({"n": 0}, "n must be"),
-        ({"batch_size": 21}, "batch_size must .* 20, got 21"),
-        ({"seed": -1}, "seed must be"),
-        ({"world": 4}, "multiple of 4"),
-        ({"rank": 2, "world": 2}, "rank must be"),
+        (balanced_subset, {"count": 0}, "count must be at least 1, got 0"),
+        (balanced_subset, {"seed": -1}, "seed must be at least 0, got -1"),
+        (balanced_subset, {"num_classes": 1}, r"y must .* 0 to 0, got 0 to 1"),
+        (balanced_subset, {"y": torch.zeros(3, dtype=torch.int64)}, "got 4 and 3"),
+        (batches, {"epoch": 0, "n": 0}, "n must be"),
+        (batches, {"epoch": 0, "batch_size": 21}, "batch_size must .* 20, got 21"),
+        (batches, {"epoch": 0, "seed": -1}, "seed must be"),
+        (batches, {"epoch": 0, "world": 4}, "multiple of 4"),
+        (batches, {"epoch": 0, "rank": 2, "world": 2}, "rank must be"),
     ],
 )
-def test_batches_refuse(options, message):
+def test_refused(function, options, message):
     with pytest.raises(ValueError, match=message):
-        batches(**{"n": 20, "batch_size": 6, "seed": 0, "epoch": 0} | options)
+        function(**GIVEN[function] | options)
