@@ -44,6 +44,10 @@ def test_a_radius_and_a_range_for_each_channel_are_compared(made):
         pgd(model, x, y, torch.full((6,), 7.0), norm="l2", steps=2)
 
 
+def two_classes(x):
+    return x.flatten(1)[:, :2]
+
+
 CHANNELS, OWN = torch.full((3, 1, 1), 0.05), lambda logits, y: logits[:, 0]
 #: Attacks, what they are given, and the words of the error.
 REFUSED = [
@@ -52,6 +56,7 @@ REFUSED = [
     (pgd, {"y": torch.zeros(3, 5), "loss": OWN}, "y must have a row for each of the 6 images"),
     (pgd, {"y": None, "targeted": torch.zeros(6).long(), "loss": "nonsense"}, "targeted needs a loss among"),
     (pgd, {"eps": torch.ones(2, 1, 1)}, "eps must be a number"),
+    (pgd, {"model": two_classes, "loss": "dlr"}, "at least 3 classes, got a model with 2: use the loss 'margin'"),
     (pgd, {"eps": CHANNELS, "norm": "l2", "random_start": False}, "norm must be linf"),
     (apgd, {"eps": CHANNELS}, "eps, clip_min and clip_max must be numbers"),
     (pgd, {"mode": "train"}, "mode must be one of eval, keep"),
@@ -66,7 +71,7 @@ REFUSED = [
 def test_wrong_arguments_are_named(made, attack, change, message):
     model, x, y = made
     with pytest.raises((TypeError, ValueError), match=message):
-        attack(model, **{"x": x, "y": y, "eps": 0.1, **FEW.get(attack, {}), **change})
+        attack(**{"model": model, "x": x, "y": y % 2, "eps": 0.1, **FEW.get(attack, {}), **change})
 
 
 def test_targets_that_no_class_has_are_refused(made):

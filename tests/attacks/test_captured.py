@@ -226,15 +226,3 @@ def test_a_random_defence_draws_as_without_graphs(model, batch, graphs, rerun):
         other = [direct(pgd, defence, x, y, eps=0.1, steps=20, graphs=chosen) for chosen in (None, graphs)]
     assert torch.equal(*fixed) and torch.equal(*other) and not torch.equal(fixed[0], other[0])
     assert rerun.recorded == 2, "another mode is another graph, another seed is not"
-
-
-def test_a_judgement_on_a_gpu_has_one_of_few_sizes(model, monkeypatch):
-    x, y = torch.rand(40, 1, 8, 8), torch.randint(0, 5, (40,))
-    monkeypatch.setattr(judge, "takes_every_size", lambda device: False)
-    with torch.no_grad():
-        wanted, sizes = (model(x).argmax(1) != y).float(), set[int]()
-        hook = model.register_forward_pre_hook(lambda module, args: sizes.add(len(args[0])))
-        for part in (slice(0, 16), slice(7, 40), slice(9, 14), slice(8, 9)):
-            assert torch.equal(judge.Judge(model).shares(x[part], y[part]), wanted[part])
-    hook.remove()
-    assert sizes == {16, 64} and 0 < wanted.mean() < 1

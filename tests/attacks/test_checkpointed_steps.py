@@ -8,15 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from captures import Rerun
-from denoisers import Tiny, defence, images
-from direct import direct
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from purify_fast.attacks import checkpointed_steps, pgd
-from purify_fast.methods.diffusion import Process
-from purify_fast.speed import StepGraphs, memory
+from purify_fast.attacks import checkpointed_steps
+from purify_fast.speed import memory
 
 MODULE = sys.modules["purify_fast.attacks.checkpointed_steps"]
 
@@ -171,49 +167,6 @@ def test_as_many_steps_are_kept_as_fit_into_a_quarter_of_the_free_memory(monkeyp
     for room in (5, 11):
         again, taken = measured("auto", int(4 * (room + 0.5) * one))
         assert again == 17 - room and least < taken <= least + room * one < most
-
-
-PASSES = []
-
-
-class Counted(Tiny):
-    def forward(self, x, t):
-        PASSES.append(len(x))
-        return super().forward(x, t)
-
-
-class CountsCaptures(Rerun):
-    """Counts the passes of the denoiser in the capture itself."""
-
-    def record(self, run, device):
-        PASSES.clear()
-        replay = super().record(run, device)
-        self.passes = len(PASSES)
-        return replay
-
-
-class Same:
-    """A comparison that finds no difference, and for which the host does not wait, as on a GPU."""
-
-    is_cuda = False
-
-    def __bool__(self):
-        return False
-
-
-@pytest.mark.parametrize(("free", "passes"), [(0, 38), (10**12, 20), (300_000, 30)])
-def test_a_captured_step_keeps_the_activations_that_an_eager_step_keeps(free, passes, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: free)
-    monkeypatch.setattr(MODULE, "_differs", lambda again, before, x: Same())
-    made = defence(denoiser=Counted(), process=Process(t_star=0.1, steps=20))
-    x, y = images(2), torch.arange(2)
-    PASSES.clear()
-    direct(pgd, made, x, y, eps=0.1, steps=1)
-    eager, capture = len(PASSES), CountsCaptures()
-    graphs = StepGraphs("always", capture=capture)
-    direct(pgd, made, x, y, eps=0.1, steps=2, graphs=graphs)
-    assert capture.recorded == 1 and not graphs.refusals
-    assert capture.passes == eager == passes
 
 
 def test_a_capture_asks_the_device_for_its_memory_before_it_begins(monkeypatch):

@@ -4,13 +4,10 @@ import pytest
 import torch
 from direct import direct
 from input_gradients import input_gradient
-from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
 from purify_fast.attacks.context import Ball, ball_around, normal_in_ball, sample_in_ball
-from purify_fast.attacks.losses import margin
-from purify_fast.ops import attack_loss
 
 EPS = 0.2
 
@@ -105,17 +102,6 @@ def test_keep_best_never_loses(batch, model):
     found = (pgd(model, x, y, eps=0.3, alpha=0.6, steps=9, keep_best=k) for k in (True, False))
     kept, last = (F.cross_entropy(model(images), y, reduction="none") for images in found)
     assert bool((kept >= last - 1e-5).all()) and bool((kept > last).any())
-
-
-def test_losses_by_hand():
-    logits, y = torch.tensor([[3.0, 1.0, 0.5], [1.0, 4.0, 2.0]]), torch.tensor([0, 2])
-    losses = {kind: attack_loss(logits, y, kind)[1] for kind in ("ce", "margin", "dlr")}
-    assert margin(logits, y).tolist() == losses["margin"].tolist() == [-2.0, 2.0]
-    assert losses["dlr"].tolist() == pytest.approx([-2 / 2.5, 2 / 3])
-    assert losses["ce"][0].item() == pytest.approx(-3 + torch.logsumexp(logits[0], 0).item())
-    x, model = torch.rand(2, 1, 1, 2), nn.Flatten()
-    with pytest.raises(ValueError, match="at least 3 classes, got a model with 2: use the loss 'margin'"):
-        pgd(model, x, torch.tensor([0, 1]), 0.1, steps=1, loss="dlr")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from purify_fast.attacks import FGSM, PGD, attacked_model, pgd
+from purify_fast.attacks import PGD, attacked_model, pgd
 from purify_fast.judge.searches.model_tests import check_model
 
 BAD = {
@@ -22,22 +22,6 @@ BAD = {
 def test_an_attack_refuses_an_output_that_is_not_logits(model, batch, change, error, message):
     with pytest.raises(error, match=message):
         pgd(lambda x: change(model(x)), *batch, eps=0.1, steps=2)
-
-
-def test_the_output_is_checked_without_a_further_pass(model, batch):
-    """An attack that is called directly calls the model as often as one within an evaluation, which has checked it."""
-    x, y = batch
-    passes = []
-
-    def counted(z):
-        passes.append(len(z))
-        return model(z)
-
-    PGD(steps=3, keep_best=False)(counted, x, y, eps=0.1)
-    assert passes == [9, 9, 9]
-    passes.clear()
-    FGSM()(counted, x, y, eps=0.1)
-    assert passes == [9]
 
 
 def test_nan_and_probabilities_are_warned_of(model, batch):

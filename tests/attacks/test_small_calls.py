@@ -81,14 +81,3 @@ def test_a_step_takes_few_operators(options):
     assert ours <= 14
     if not options:
         assert ours <= operators_of_a_step(lambda n: reference(model, x, y, x, eps=0.1, alpha=0.01, steps=n)) + 3
-
-
-@pytest.mark.parametrize(
-    "model", [network, lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 10))]
-)
-def test_pgd_takes_the_steps_of_its_reference_to_the_bit(model):
-    torch.manual_seed(0)
-    model, (x, y) = model().eval(), batch()
-    for steps in (1, 4, 20):
-        found = pgd(model, x, y, 0.1, steps=steps, alpha=0.02, random_start=False)
-        assert torch.equal(found, reference(model, x, y, x, eps=0.1, alpha=0.02, steps=steps))

@@ -71,7 +71,7 @@ def test_the_order_is_frozen():
 @pytest.mark.parametrize("n", [12, 14])
 def test_ranks_take_every_third_image_of_each_batch(n):
     whole = batches(n, 6, 1, 2, drop_last=False)
-    assert [len(batch) for batch in whole] == [6, 6, 2][: n // 5] and len(batches(n, 6, 1, 2)) == 2
+    assert [len(batch) for batch in whole] == [6, 6, 2][: -(-n // 6)] and len(batches(n, 6, 1, 2)) == 2
     for rank in range(3):
         share = batches(n, 6, 1, 2, drop_last=False, rank=rank, world=3)
         assert [part.tolist() for part in share] == [batch[rank::3].tolist() for batch in whole]

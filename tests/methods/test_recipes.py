@@ -208,7 +208,12 @@ def test_official_code_reproduces_the_quirks():
     assert atop.config(True).classifier_range == "doubled" and atop.config().classifier_range == "unit"
     assert atop.config().gan_grad and not atop.config(True).gan_grad
     assert atop.part("defence", True)["shared_mask"] and not atop.part("defence")["shared_mask"]
-    assert recipe("carso/tiny_imagenet").config(True).allow_no_adversarial
+    shares = {"cifar10": 0.5, "cifar100": 0.15, "tiny_imagenet": 0.01}
+    carso = {name: recipe(f"carso/{name}") for name in shares}
+    assert {name: made.config().adversarial_fraction for name, made in carso.items()} == shares
+    # of the images of one process, so few that no attack gets any
+    assert [made.config(True).allow_no_adversarial for made in carso.values()] == [False, False, True]
+    assert [made["loop.batch_size"] // made["run.processes"] for made in carso.values()] == [640, 640, 128]
     assert not recipe("carso/cifar10").loop().drop_last
     arrest = recipe("arrest/resnet18").config(True)
     assert arrest.attack.start_std == 0.001 and arrest.pooled and arrest.drift_mode == "train"

@@ -1,102 +1,12 @@
-"""What is launched on CUDA between the purifier of a defence's copy and the first layer of its classifier."""
+"""The normalization of a frozen copy: rounded once, differentiated in every way, and read again."""
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from purify_fast import frozen_copy
-from purify_fast.methods.atop import Atop, DeepFillGenerator, SmallGenerator
-from purify_fast.methods.carso import Carso
-from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.models.layers import Normalize
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-from purify_fast.speed.watch import Watch
-
-SHAPE = (3, 32, 32)
-
-
-class Operators(TorchDispatchMode):
-    """Lists the operators that compute, with the dtypes and the bytes of their results."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.bytes = [], []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        first = out[0] if isinstance(out, (tuple, list)) and out else out
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-        if isinstance(first, torch.Tensor) and first.dim() and not views and "empty" not in function._schema.name:
-            self.names.append(function._schema.name.partition("::")[2])
-            self.bytes.append(first.nbytes)
-        return out
-
-    def since(self, purifier, classifier):
-        """The operators between the last one of the purifier and the next of the classifier, and their bytes."""
-        begin = len(self.names) - self.names[::-1].index(purifier)
-        end = self.names.index(classifier, begin)
-        return self.names[begin:end], sum(self.bytes[begin:end])
-
-    def backwards(self):
-        self.names.reverse()
-        self.bytes.reverse()
-        return self
-
-
-def atop(transform):
-    generator = SmallGenerator(3, width=8) if transform == "rt2" else DeepFillGenerator(5, width=8)
-    return Atop(PreActResNet18(width=8), generator, SHAPE, transform=transform)
-
-
-#: Each defence, its purifier's last operator, what lies between this and the classifier's first convolution, forward
-#: and backward, and the bytes that this writes for each number of an image.
-DEFENCES = {
-    "AToP, rt2": (lambda: atop("rt2"), "tanh", ["add", "addcmul"], ["mul", "mul", "_to_copy"], (4 + 2, 4 + 4 + 2)),
-    # `stitch` joins images of four passes in bfloat16.
-    "AToP, rt3": (
-        lambda: atop("rt3"),
-        "tanh",
-        ["stitch", "add", "addcmul"],
-        ["mul", "mul", "_to_copy", "stitch_backward"],
-        (2 + 4 + 2, 4 + 4 + 2 + 4 * 2),
-    ),
-    "CARSO": (
-        lambda: Carso(PreActResNet18(width=8), ["stages.1"], SHAPE, samples=8),
-        "decode_samples",
-        ["addcmul"],
-        ["mul"],
-        (2, 4),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DEFENCES)
-def test_few_launches_lie_between_purifier_and_classifier(name, monkeypatch):
-    monkeypatch.setattr("purify_fast.methods.carso.defence.kernel_decodes", lambda device: True)
-    make, last, forward, backward, written = DEFENCES[name]
-    torch.manual_seed(0)
-    defence, x, fake = make().eval(), torch.rand(4, *SHAPE), FakeCuda()
-    fast = frozen_copy(defence, x, dtype=torch.bfloat16)
-    fake.put(defence), fake.put(fast)
-    monkeypatch.setattr(fast._followed, "changed", lambda: False)
-    leaf = fake.tensor(x).detach().requires_grad_()
-    for first in (True, False):
-        there, back = Operators(), Operators()
-        with fake.running(first=first):
-            if name == "CARSO":
-                # The packed weights are known, though they have become fake.
-                fast._packed_from = Watch(fast.decoder)
-            with there:
-                logits = fast(leaf).sum()
-            with back:
-                torch.autograd.grad(logits, leaf)
-    pixels = 4 * (8 if name == "CARSO" else 1) * 3 * 32 * 32
-    assert there.since(last, "convolution") == (forward, written[0] * pixels)
-    found = back.backwards().since(f"{last}_backward", "convolution_backward")
-    assert found == (backward[::-1], written[1] * pixels)
 
 
 # -- the normalization of a copy --------------------------------------------------------------------------------------

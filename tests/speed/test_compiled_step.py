@@ -10,17 +10,11 @@ from torch import Tensor, nn
 
 from purify_fast import frozen_copy
 from purify_fast.attacks import pgd
-from purify_fast.attacks.context import ball_around
-from purify_fast.attacks.objective import Objective
-from purify_fast.attacks.pgd import Ascent
 from purify_fast.defences import Defence
 from purify_fast.judge.run.progress import Progress, counted_model
-from purify_fast.methods.atop import Atop, SmallGenerator
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.ops import REGISTRY
 from purify_fast.speed import InferenceCopy
 from purify_fast.speed.agreement import nearly_as_exact
-from purify_fast.speed.graphs import compiled_step as compiling
 from purify_fast.speed.graphs.step_loop import eager_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,22 +185,6 @@ def test_the_seeds_of_a_random_defence_are_inputs_of_a_compiled_step(compiler, m
     assert torch.equal(*found) and compiler.graphs
     halves = found[1].split(4)
     assert torch.equal(*halves) == (mode != "fresh")
-
-
-def test_kernels_that_the_compiler_fuses_as_well_are_not_in_a_compiled_step(compiler):
-    torch.manual_seed(0)
-    x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
-    defence = Atop(SmallCNN(3, 10, (32, 32), 4), SmallGenerator(3, width=4), (3, 32, 32), transform="rt3").eval()
-    step = Ascent(Objective(defence.requires_grad_(False)), "linf", 0.0, 1.0, False, 0.1)
-    radii = ball_around(x, 8 / 255).eps
-    state = {"point": x.clone(), "x": x, "y": y, "alpha": radii / 4, "eps": radii}
-    compiling.CompiledSteps(True).form_of(step, state)(state)
-    assert len(compiler.graphs) == 1
-    called = {
-        str(node.target).split(".")[-2] for node in compiler.graphs[0].graph.nodes if "purify_fast." in str(node.target)
-    }
-    never = {name for name, op in REGISTRY.items() if not any(op.in_graphs.values())}
-    assert not called & (never | {"attack_loss", "gated_elu", "pgd_step"})
 
 
 def test_a_compiled_step_must_be_about_as_near_to_float32_as_the_step_as_written():

@@ -15,7 +15,6 @@ import purify_fast
 from purify_fast.attacks import pgd
 from purify_fast.models import SmallCNN
 from purify_fast.speed.frozen_copy import FrozenCopy
-from purify_fast.speed.graphs.graphed_loop import parts_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 8, 8)
@@ -81,29 +80,6 @@ def test_the_model_is_not_called(x):
 def test_bfloat16_is_near_and_float32_comes_out(x):
     fast = purify_fast.frozen_copy(net(), x, dtype=torch.bfloat16)
     assert fast(x).dtype == torch.float32 and 0 < (fast(x) - net()(x)).abs().max() < 0.05
-
-
-def test_it_reads_the_weights_again_when_they_change(x):
-    model = net()
-    fast = purify_fast.frozen_copy(model, x)
-    optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    model.train()
-    F.cross_entropy(model(x), torch.arange(16) % 4).backward()
-    optimizer.step()
-    model.eval()
-    assert same(fast, model, x)
-    model.load_state_dict({name: value + 0.1 for name, value in net().state_dict().items()}, assign=True)
-    assert same(fast, model, x)
-    model[5] = copy.deepcopy(model[5])
-    with torch.no_grad():
-        model[5].weight.neg_()
-    assert same(fast, model, x)
-    model[0].weight.data[:2] = model[0].weight.data[[1, 0]]
-    fast.update()
-    assert same(fast, model, x)
-    with torch.no_grad():
-        model[5].bias.add_(1.0)
-    assert same(fast, model, x)
 
 
 def test_a_new_tensor_in_the_memory_of_one_that_is_gone_is_seen(x):
@@ -210,17 +186,6 @@ def test_a_batchnorm_is_folded_only_where_nothing_else_can_read_the_layer(x, kin
     assert torch.allclose(fast(others.get(kind, x)), want, atol=1e-5)
 
 
-def test_a_traced_network_is_folded(x):
-    def forward(self, x):
-        h = self.norm(self.first(x)).relu()
-        return self.fc((h + self.norm2(self.second(h))).mean((2, 3)).view(x.shape[0], -1))
-
-    parts = {"first": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "second": nn.Conv2d(8, 8, 1)}
-    model = Own(forward, **parts, norm2=nn.BatchNorm2d(8), fc=nn.Linear(8, 4)).eval()
-    fast = purify_fast.frozen_copy(model, x)
-    assert fast.folded == 2 and same(fast, model, x)
-
-
 def test_a_copy_that_differs_is_made_in_a_simpler_form(x):
     def forward(self, x):
         if self.fc.weight.dtype == torch.bfloat16:
@@ -246,29 +211,6 @@ def test_a_model_in_training_mode_has_a_copy_in_evaluation_mode(x):
     model = net().train()
     fast = purify_fast.frozen_copy(model, x)
     assert model.training and not fast.training and torch.allclose(fast(x), net()(x), atol=1e-5)
-
-
-def test_an_attack_of_the_model_and_of_its_copy(x):
-    model = net()
-    fast, y = purify_fast.frozen_copy(model, x), torch.arange(16) % 4
-    how = {"eps": 8 / 255, "steps": 4, "random_start": False}
-    assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
-
-
-@pytest.mark.slow
-def test_compiled_and_captured_steps_read_the_present_weights(x, monkeypatch):
-    """Such a step does not call the copy, so the weights are read when an attack begins."""
-    monkeypatch.setattr("purify_fast.speed.graphs.compiled_step.BACKEND", "aot_eager")
-    model, y = net(), torch.arange(16) % 4
-    fast = purify_fast.frozen_copy(model, x, compile=True)
-    how = {"eps": 8 / 255, "steps": 4, "random_start": False}
-    for _ in range(3):
-        pgd(fast, x, y, **how)
-    assert any(map(callable, fast._steps.values()))
-    with torch.no_grad():
-        model[5].weight.neg_()
-    assert (pgd(fast, x, y, **how) - pgd(model, x, y, **how)).abs().mean() < 1e-3
-    assert parts_of(fast, "prepare_replay") == [fast]
 
 
 def test_weights_of_the_model_keep_their_gradients_and_hooks(x):

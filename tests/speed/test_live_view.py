@@ -136,15 +136,3 @@ def test_the_classifier_is_left_alone_while_a_layout_is_tried():
         convert_to_channels_last(model, SHAPE)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert [module.training for module in model.modules()] == modes and any(modes)
-
-
-def test_layouts_and_dtypes_stay_through_a_refresh():
-    model = made("preact_resnet18")
-    view = InferenceCopy(model, SHAPE)
-    before = [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()]
-    train(model)
-    view.refresh(model)
-    assert [(p.dtype, p.stride(), p.data_ptr()) for p in view.parameters()] == before
-    assert {p.dtype for p in view.parameters()} == {torch.float32, torch.bfloat16}
-    assert view.classifier.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert view(torch.rand(2, *SHAPE)).dtype == torch.float32

@@ -324,24 +324,6 @@ def test_a_copy_that_writes_to_its_model_is_refused():
         purify_fast.frozen_copy(model, X, dtype=F)
 
 
-def test_another_thread_may_call_the_model_meanwhile():
-    model, errors, stop = conv(), [], threading.Event()
-
-    def call():
-        while not stop.is_set():
-            try:
-                model(X)
-            except TypeError as error:
-                errors.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    purify_fast.frozen_copy(model, X, dtype=F)
-    stop.set()
-    thread.join()
-    assert not errors
-
-
 def test_two_defences_with_the_parts_of_one_copy_follow_it_both():
     defence = carso(conv())
     fast = purify_fast.frozen_copy(defence, X, dtype=F)

@@ -229,19 +229,6 @@ def test_a_function_and_another_device_run_eagerly(graphs, rerun):
     assert rerun.recorded == 0
 
 
-def test_warm_up_moves_no_generator(graphs, rerun):
-    class Noisy(Scale):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.rand(3)
-
-    model = Noisy()
-    torch.manual_seed(3)
-    wanted, after = run(None, model, STEPS), torch.rand(1)
-    torch.manual_seed(3)
-    assert same(run(graphs, model, STEPS), wanted) and torch.equal(torch.rand(1), after)
-    assert rerun.recorded == 1
-
-
 def test_counters_count_replays_and_no_warm_up(graphs, rerun):
     class Counting(Scale):
         images, not_dependencies = 0, frozenset({"images"})
@@ -388,17 +375,3 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
     assert rerun.recorded == 0 and graphs.refusal == reason, "what failed is not tried again"
     run(graphs, model, STEPS, start(4))
     assert rerun.recorded == 1 and graphs.refusal is None
-
-
-def test_a_step_is_run_without_a_graph_only_before_its_capture(rerun):
-    """Afterwards the graph keeps the memory of a step, and another step beside it may not fit."""
-    calls = []
-
-    class Counted(Scale):
-        def forward(self, x):
-            calls.append(rerun.recorded + rerun.replaying)
-            return super().forward(x)
-
-    run(StepGraphs("always", rerun), Counted(), 3)
-    # Calls in a replay are those of the stand-in.
-    assert rerun.recorded == 1 and calls.count(0) >= 3 and calls.count(1) == 0

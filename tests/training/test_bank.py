@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from forks import results_of
-from small_runs import SHAPE, StopAt, Stopped, atop_task, attack, carso_task, classifier_task, same
+from small_runs import SHAPE, Stopped, atop_task, attack, carso_task, classifier_task, same
 from trainings import banked
 
 from purify_fast import cli, load_defence
@@ -148,21 +148,6 @@ def test_the_command_keeps_a_bank_and_its_options_begin_the_same_again(tmp_path)
     assert len(list((tmp_path / "banks").glob("*/*.npy"))) == 1
 
 
-@pytest.mark.parametrize(("kind", "stops"), [("carso", (6, 15)), ("atop, random starts", (1, 2))])
-def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path, kind, stops):
-    """Killed after a step that no checkpoint has: the bank knows more than the checkpoint then."""
-    # so few variants that the second epoch fills all places of an image, and the others read one of two
-    options = {"epochs": 6, "variants": 6 if kind == "carso" else 2, "refresh": 0.4}
-    whole = train(TASKS[kind](), tmp_path / "whole", banks=tmp_path / "banks of whole", **options)
-    for step in stops:
-        with pytest.raises(Stopped):
-            train(TASKS[kind](), tmp_path / "a", banks=tmp_path / "banks", callbacks=[StopAt(step)], **options)
-    resumed = train(TASKS[kind](), tmp_path / "a", banks=tmp_path / "banks", **options)
-    assert same(whole, resumed)
-    files = [next((tmp_path / name).glob("*/*.npy")).read_bytes() for name in ("banks of whole", "banks")]
-    assert files[0] == files[1]
-
-
 @pytest.mark.parametrize("last", [6, 11])
 def test_a_kill_in_the_middle_of_writing_goes_on_to_the_same_weights(tmp_path, monkeypatch, last):
     options = {"epochs": 3, "variants": 8, "refresh": 0.4}
@@ -296,18 +281,6 @@ def test_the_oldest_variant_gives_way(tmp_path):
     assert change(13, asks=0) == 13
     bank.refresh = 0.0
     assert {change(seed, asks=0) for seed in range(99, 120)} == {12, 13, 14}
-
-
-def test_few_images_are_gathered_from_several_steps_and_many_are_not(tmp_path):
-    def period(refresh, batch, share):
-        return small_bank(tmp_path, refresh=refresh, share=share, batch=batch).period
-
-    # 32 images, of which 0.05 are fewer than two: every twentieth step makes all of its images
-    assert period(0.05, 64, 0.5) == 20
-    assert period(0.05, 1024, 0.5) == 3
-    assert period(0.05, 5120, 0.5) == 1
-    assert period(0.5, 4, 0.5) == 2
-    assert period(0.0, 64, 0.5) == period(1.0, 64, 0.5) == 1
 
 
 def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):

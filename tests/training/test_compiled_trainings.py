@@ -164,20 +164,6 @@ def test_hooks_count_from_the_step_at_which_they_are_set(name, compiler):
     )
 
 
-def test_many_trainings_in_a_process_are_compiled_but_not_many_sizes_in_a_training(compiler):
-    for width in range(2, 12):
-        torch.manual_seed(0)
-        before = compiler.graphs
-        losses(ClassifierTask(SmallCNN(width=width), ClassifierConfig()), True, 1)
-        assert compiler.graphs == before + 1
-    # further forms run as they are written, as PyTorch does it
-    task, eager = classifier_task(), classifier_task()
-    task.compiles = True
-    for size in range(2, 14):
-        found, wanted = (float(train_step(one, batch(1, size))["loss"]) for one in (task, eager))
-        assert found == pytest.approx(wanted, rel=0.005)
-
-
 @pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_full_backward_hook"])
 def test_hooks_of_all_modules_count(register, compiler):
     def change(module, given, output):

@@ -153,32 +153,6 @@ def test_a_resumed_run_has_the_relative_rates_of_the_present_code(tmp_path):
     assert rates(0.5) == pytest.approx([1.0, 0.5])
 
 
-def picky(self, x):
-    """A network that accepts its own batch size only, and one that draws."""
-    if not self.draws and len(x) not in (1, 2, 16):
-        raise ValueError("another batch size")
-    return self.fc(x.flatten(1) + (0.1 * torch.randn(len(x), 64) if self.draws else 0))
-
-
-@pytest.mark.parametrize("draws", [False, True])
-def test_networks_without_an_answer_are_trained_and_resumed_without_a_warning(draws, tmp_path, caplog):
-    class Refuses(ClassifierTask):
-        def answer(self, images):
-            if not draws:
-                raise ValueError("no answer")
-            return super().answer(images)
-
-    def go(*callbacks):
-        torch.manual_seed(0)
-        model, loop = Made(picky, fc=nn.Linear(64, 4), draws=draws), FitConfig(2, 16, checkpoint_seconds=0)
-        fit(Refuses(model, ClassifierConfig()), X, Y, loop, tmp_path, progress=False, callbacks=callbacks)
-
-    with pytest.raises(Stopped):
-        go(StopAt(5))
-    go()
-    assert "was its code edited" not in caplog.text
-
-
 def test_a_model_on_several_devices_or_of_dtensors_is_refused_before_any_work():
     x, y = torch.zeros((4, 1, 8, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
     parts = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 4, device="meta"))

@@ -21,7 +21,6 @@ from small_runs import (
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.speed import StepGraphs
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 
 ATTACK = TrainingAttack(eps=0.05, steps=1, eps_warmup=1.0)
@@ -225,19 +224,3 @@ def test_a_training_attack_of_many_steps_validates_too():
     made, given = ClassifierTask(SmallCNN(width=4), ClassifierConfig()), small_batch()
     assert made.config.attack.eps == 0
     assert made.validate(given)["accuracy"] == (made.model(given.x).argmax(1) == given.y).float().mean()
-
-
-def test_a_validation_that_runs_out_of_memory_is_repeated_without_graphs(rerun):
-    made = task()
-    made.graphs, validate = StepGraphs("always", capture=rerun), made.validate
-
-    def full(batch):
-        if made.graphs.mode != "off":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return validate(batch)
-
-    made.validate = full
-    last = fit(made, *images(100), FitConfig(1, 16, validation_share=0.2), progress=False)
-    plain = task()
-    wanted = fit(plain, *images(100), FitConfig(1, 16, validation_share=0.2), progress=False)
-    assert last["validation_loss"] == wanted["validation_loss"] and same(made, plain)

@@ -199,38 +199,6 @@ def test_what_would_not_follow_is_refused():
         fast(x)
 
 
-@pytest.mark.slow
-def test_a_compiled_copy_gives_the_same_for_every_batch_size(monkeypatch):
-    torch._dynamo.reset()
-    made, x = defence(samples=2), images(20)
-    plain = purify_fast.frozen_copy(made, x, dtype=torch.bfloat16)
-    fast = purify_fast.frozen_copy(made, x, dtype=torch.bfloat16, compile=True)
-    for got, right in zip(response(fast, x), response(plain, x), strict=True):
-        assert relative(got, right) < 0.05
-    with torch.no_grad(), fast.fixed_noise(3):
-        whole = fast(x)
-        for n in (1, 2, 7, 15, 16, 17):
-            torch.testing.assert_close(fast(x[:n]), whole[:n], rtol=0.05, atol=0.05)
-        twin = pickle.loads(pickle.dumps(fast))
-        with twin.fixed_noise(3):
-            torch.testing.assert_close(twin(x), whole, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("head", [None, "mean"])
-def test_draws_at_once_are_independent_calls_with_one_representation_pass(head):
-    made, x = defence(samples=3), images(2)
-    model = made if head is None else WithAggregation(made, head)
-    passes = []
-    made.classifier.conv1.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
-    logits = model.draw_logits(x, 150)
-    assert passes == [2, 2 * 150 * 3] and logits.shape == (150, 2, 10)
-    assert not torch.equal(logits[0], logits[1])
-    calls = torch.stack([model(x) for _ in range(150)])  # the same distribution: mean and spread within 5 sigma
-    error = (logits.var(0) / 150 + calls.var(0) / 150).sqrt()
-    assert ((logits.mean(0) - calls.mean(0)).abs() < 5 * error).all()
-    assert ((logits.std(0) / calls.std(0)).log().abs() < 0.4).all()
-
-
 def test_a_forward_of_ones_own_is_what_is_attacked():
     class Opposite(Carso):
         def forward(self, x):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.methods.carso.config import atom_size
 from purify_fast.methods.carso.official import official_tensors
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.models.classifiers import FullyConnected
@@ -91,19 +90,6 @@ def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, cou
     names = sorted((name, tuple(tensor.shape)) for name, tensor in state.items())
     assert len(names) == count
     assert hashlib.sha256(repr(names).encode()).hexdigest() == want
-
-
-@pytest.mark.parametrize(
-    ("name", "clean", "atom"), [("cifar10", 320, 80), ("cifar100", 544, 24), ("tiny_imagenet", 128, 0)]
-)
-def test_fact_12_what_one_official_process_sees(name, clean, atom):
-    made = RECIPES[name]
-    local = made["loop.batch_size"] // made["run.processes"]
-    config = made.config(official_code=True)
-    assert atom_size(local, config.adversarial_fraction, config.allow_no_adversarial) == atom
-    assert local - 4 * atom == clean
-    assert config.allow_no_adversarial == (atom == 0)
-    assert made.config().adversarial_fraction == {"cifar10": 0.5, "cifar100": 0.15, "tiny_imagenet": 0.01}[name]
 
 
 def test_the_optimizer_is_radam_within_lookahead():
