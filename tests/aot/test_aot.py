@@ -1,7 +1,6 @@
 """Instructions that each Triton kernel's machine code must and must not hold."""
 
 import inspect
-import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -16,7 +15,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch  # noqa: E402
 from ahead import ARCHITECTURES, CASES, DTYPES, MODULES, code, launched, name_of, parsed, recorded, run, sass, usage  # noqa: E402
 from cuda_rules import cuda_rules  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from purify_fast.ops import REGISTRY  # noqa: E402
 
@@ -178,20 +176,6 @@ def check_moves(kernel, case: str) -> None:
         narrow = [size for n, bits in moves if (size := int(n or 1) * int(bits) // 8) < 16 and size not in allowed]
         single = re.findall(rf"tt\.{operation} .* : !tt\.ptr<", ir)
         assert len(narrow) <= len(single), (name, instruction, narrow)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if any(isinstance(each, float) for each in CASES[case])])
-def test_double_scalars_are_narrowed_at_once(case):
-    """The compiler may declare a Python float as fp64: it is narrowed, and nothing else computed in it."""
-    for kernel in launched(case, "bf16", 90):
-        source = kernel.src
-        signature = {name: "fp64" if kind == "fp32" else kind for name, kind in source.signature.items()}
-        if signature == source.signature:
-            continue  # one of two takes no float
-        doubled = ASTSource(source.fn, signature, source.constants, source.attrs)
-        options = {option: getattr(kernel.metadata, option) for option in ("num_warps", "enable_fp_fusion")}
-        ptx = triton.compile(doubled, target=kernel.metadata.target, options=options).asm["ptx"]
-        assert set(re.findall(r"^\s*(\S*\.f64\S*)", ptx, re.M)) == {"cvt.rn.f32.f64"}, name_of(source.fn)
 
 
 #: Kernels that clamp, and the clamps that must propagate NaN.
@@ -399,27 +383,6 @@ def test_the_decoder_multiplies_by_the_matrix_units(case, architecture):
         for begin, end in loops if architecture == 90 else ():
             if any("HGMMA" in one for one in found[begin:end]):
                 assert end - begin <= LOOPS[tile], (tile, end - begin)
-
-
-#: Of CARSO's decoder for 32 x 32: the matrix products of the forward pass and of the gradient, in programs, by layer.
-PROGRAMS = {
-    ("forward", 64): [72, 144, 200, 164, 169],
-    ("backward", 64): [545, 145, 162, 200, 72],
-    ("forward", 1024): [144, 576, 800, 2592, 1244],
-    ("backward", 1024): [8712, 2312, 648, 400, 144],
-}
-
-
-@pytest.mark.parametrize(("part", "samples"), PROGRAMS)
-def test_few_samples_fill_the_device_and_the_gradient_computes_no_map(part, samples):
-    """With maps computed again, a backward had 11 launches; 64 samples had 18 to 78 programs in four of six."""
-    case = f"decode_samples-cifar10-{part}{'-few' if samples == 64 else ''}"
-    told = lambda function, *_, grid, **options: (name_of(function), math.prod(grid), options.get("KIND"))  # noqa: E731
-    found = run(case, "bf16", 90, told)
-    drawn = [found.pop(0)] if part == "forward" else []
-    assert [name for name, *_ in drawn] == ["decode_samples._latents"] * len(drawn)
-    assert [programs for _, programs, _ in found] == PROGRAMS[part, samples]
-    assert part == "forward" or [kind for *_, kind in found] == [3] * 5
 
 
 def test_the_decoder_in_float32_spills_nothing():

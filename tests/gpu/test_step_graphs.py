@@ -16,8 +16,7 @@ from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.graphs import step_graphs
-from purify_fast.training import FitConfig
-from purify_fast.training.loop import step_settings, train_step
+from purify_fast.training.loop import train_step
 
 pytestmark = pytest.mark.gpu
 SIZES = {"linf": 0.1, "l2": 1.0, "l1": 8.0}
@@ -75,22 +74,6 @@ def test_replayed_pgd_and_fgsm(graphs, norm, precision):
         assert graphs.refusal is None
     # FGSM and PGD with a falling step are one step, but for the share that l1 moves
     assert len(graphs) == (3 if norm == "l1" else 2)
-
-
-def test_new_weights_and_the_last_batch(graphs):
-    view, other = InferenceCopy(classifier(), SHAPE, torch.float32), classifier(1)
-    for n in (12, 5, 12, 5):
-        x, y = images(n, n)
-        close(
-            direct(pgd, view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs),
-            pgd(view, x, y, eps=0.1, steps=20, seed=0),
-        )
-        view.refresh(other)
-        close(
-            direct(pgd, view, x, y, eps=0.1, steps=20, seed=0, graphs=graphs),
-            pgd(view, x, y, eps=0.1, steps=20, seed=0),
-        )
-    assert len(graphs) == 2 and graphs.refusal is None
 
 
 def test_draws_go_on_as_without_graphs(graphs):
@@ -198,17 +181,6 @@ def test_memory_does_not_grow(monkeypatch):
     for _ in range(5):
         last = attacks()
     assert len(graphs) == 2 and last <= second + 2**21
-
-
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="settings of a CUDA device")
-def test_a_training_on_a_gpu_has_graphs_and_races_convolutions():
-    task = TASKS["ARREST"]()
-    with step_settings(task, FitConfig(1, 16), DEVICE):
-        assert task.graphs is not None and task.optimizer.param_groups[0]["fused"]
-        # these tests ask for deterministic algorithms
-        assert not torch.backends.cudnn.benchmark
-        train_step(task, batch(1, device=DEVICE))
-    assert task.graphs is None
 
 
 def test_apgd(graphs):

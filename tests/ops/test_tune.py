@@ -8,9 +8,8 @@ import torch
 
 from purify_fast import _library, cli
 from purify_fast.cli import installation
-from purify_fast.ops import REGISTRY, aggregate, pgd_step, sample_latent
+from purify_fast.ops import REGISTRY, pgd_step
 from purify_fast.ops.dispatch import tuning, verify
-from purify_fast.ops.dispatch.example_tensors import tile
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
@@ -70,19 +69,6 @@ def test_the_smallest_size_from_which_on_a_kernel_is_faster(speedup, smallest):
     assert tuning.smallest_size(speedup) == smallest
 
 
-@pytest.mark.parametrize("op", REGISTRY)
-def test_each_size_has_the_largest_example_that_fits(op):
-    found = tuning.largest_examples(REGISTRY[op], torch.float32, CPU)
-    assert {variant for variant, _ in found} == set(REGISTRY[op].smallest["cpu"])
-    assert all((variant, SIZES[-1]) in found for variant, _ in found)
-    for (variant, size), example in found.items():
-        given = example.make(torch.float32, 0)
-        elements = REGISTRY[op].size(*given)
-        assert example.variant == variant and elements <= size
-        if size == SIZES[0]:
-            assert REGISTRY[op].size(*tile(given, size // elements)) == size // elements * elements
-
-
 def test_a_wrong_kernel_is_not_timed_and_an_error_ends_no_other_measurement(monkeypatch):
     real = verify.verdict_of
 
@@ -114,16 +100,3 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_measurement(tmp_p
 def test_what_cannot_be_timed_is_refused(capsys):
     assert cli.main(["tune", "--device", "cpu", "--ops", "nothing"]) == 2
     assert "ops must name ops with a kernel for cpu, got 'nothing': allowed are " in capsys.readouterr().err
-
-
-def test_public_functions_have_the_sizes_of_their_kernels(monkeypatch):
-    """A public function passes the size that `Definition.size` returns for the arguments of its kernel."""
-    seen = set()
-    monkeypatch.setattr(
-        type(REGISTRY["aggregate"]), "backend_for", lambda op, _, *at: seen.add((op.name, *at)) or "cpp"
-    )
-    logits, mu = torch.rand(4, 5, 7, requires_grad=True), torch.rand(4, 9, requires_grad=True)
-    aggregate(logits, "peel").sum().backward()
-    sample_latent(mu, mu, torch.tensor([7]), torch.arange(4))[0].sum().backward()
-    assert seen >= {("aggregate", 4 * 5 * 7, "peel"), ("aggregate_backward", 4 * 5 * 7, "peel")}
-    assert seen >= {("sample_latent", 4 * 9, ""), ("sample_latent_backward", 4 * 9, "")}

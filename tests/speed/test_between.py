@@ -9,9 +9,6 @@ from purify_fast.models.layers import Normalize
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 
 
-# -- the normalization of a copy --------------------------------------------------------------------------------------
-
-
 class Normalized(nn.Module):
     """A normalization far from 0, and convolutions that pad their images with zeros."""
 

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from cuda_launches import CudaLaunches
 from forks import results_of, together
 from trainings import TASKS, batchnorm, captured, first_fails, refusals, small_task, weights
 
@@ -129,22 +128,3 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert distributed.own_device("cpu") == "cpu" and not chosen
     assert distributed.own_device("cuda") == "cuda:1" and chosen == [1]
-
-
-def test_an_average_on_cuda_is_three_launches_and_an_exchange(monkeypatch):
-    """For any number of tensors, also of channels_last; before, it was one more for each, and two of channels_last."""
-    monkeypatch.setattr(distributed, "processes", lambda: (0, 2))
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat: None)
-    shapes = [(8, 3, 3, 3), (16, 8, 1, 1), (16, 1, 3, 3), (16,), (5, 16), (), (2, 3, 4, 5)] * 3
-    tensors = [torch.rand(shape) for shape in shapes]
-    tensors[:7] = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors[:7]]
-    tensors[4] = torch.rand(16, 5).t()
-    before = [t.clone() for t in tensors]
-    with CudaLaunches() as counted:
-        distributed.average_(tensors)
-    assert counted.by_name == {"cat": 1, "div_": 1, "_foreach_copy_": 1}
-    assert all(torch.equal(2 * mean, each) for mean, each in zip(tensors, before, strict=True))
-    # one whose numbers do not lie side by side
-    apart = torch.arange(12.0).view(3, 4)[:, ::2]
-    distributed.average_([apart])
-    assert apart.tolist() == [[0, 1], [2, 3], [4, 5]]

@@ -344,16 +344,6 @@ def test_the_moving_average_by_hand():
     assert arrest(model).result is model
 
 
-def test_making_a_task_leaves_a_model_in_training_mode_as_it_is():
-    """Also its BatchNorm statistics, which two grey images would move."""
-    model = resnet().train()
-    before = states(model)
-    model.stages[0].eval()  # a part that its owner froze
-    modes = [module.training for module in model.modules()]
-    arrest(model, precision="bfloat16")
-    assert same(states(model), before) and [module.training for module in model.modules()] == modes
-
-
 def test_maps_and_tokens_are_averaged_over_their_positions():
     maps, tokens, vectors = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 3), torch.randn(2, 3)
     averaged = pool([maps, tokens, vectors])

@@ -267,17 +267,6 @@ def test_loss_and_gradients_are_close_to_float32s(target):
     assert relative(found[1][1], found[0][1]) < 0.15
 
 
-def test_the_task_decides_the_precision_of_a_step():
-    made = defence()
-    before = response(made, images(3))
-    task = CarsoTask(made, CarsoConfig(precision="bfloat16"))
-    assert task.trained.compute_dtype == torch.bfloat16 and task.trained.decoder is made.decoder
-    assert task.result is made and all(map(torch.equal, response(made, images(3)), before))
-    task = CarsoTask(made, CarsoConfig())
-    assert task.trained is made and made.frozen_classifier is made.classifier
-    assert task.describe()["precision"] == "float32"
-
-
 @pytest.fixture
 def packing(monkeypatch):
     """As where a kernel decodes: the op is served by its reference here. Counts its calls."""
