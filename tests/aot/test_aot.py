@@ -201,15 +201,6 @@ def test_clamps_propagate_nan(case, dtype):
         assert re.search(rf"\b{clamp}\.NaN\.f32", ptx), clamp
 
 
-@every(lambda case: "-whole-" in case)
-def test_a_sample_that_fits_is_read_once(case, dtype):
-    """Three images, each in vectors of sixteen bytes; the step and the radius."""
-    (tile,) = run(case, dtype, 90, lambda *_, grid, **tile: tile)
-    (kernel,) = launched(case, dtype, 90)
-    thread = tile["WIDTH"] // (32 * tile["num_warps"]) * DTYPES[dtype].itemsize  # bytes of one image
-    assert len(re.findall(r"\bld\.global", kernel.asm["ptx"])) == 3 * thread // 16 + 2
-
-
 @pytest.mark.parametrize("dtype", COMPILED)
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_an_image_that_square_holds_is_read_once_and_written_once(norm, dtype):

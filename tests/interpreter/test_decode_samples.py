@@ -200,12 +200,3 @@ def test_the_offsets_of_a_parts_images_fit_into_int32():
     divided = kernel.parts(800_000, 32, decoder)
     assert sum(count for _, count in divided) == 800_000
     assert all(count * kernel.padded(3, kernel.CHANNEL_TILE) * 32 * 32 < 2**31 for _, count in divided)
-
-
-@pytest.mark.slow
-def test_fewer_rows_where_registers_are_fewer(monkeypatch):
-    given = arguments("cifar10", torch.bfloat16, images=1, samples=2)
-    whole, signs = kernel.forward(*given, False, True, torch.float32, True)
-    monkeypatch.setattr(kernel, "FEWER_ROWS", {0: 128})
-    assert together("cifar10", given) and not together("tiny_imagenet", arguments("tiny_imagenet", torch.bfloat16))
-    assert all(map(torch.equal, kernel.forward(*given, False, True, torch.float32, True), (whole, signs)))

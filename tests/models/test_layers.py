@@ -4,7 +4,6 @@ import pytest
 import torch
 from fake_cuda import MODE
 from torch import nn
-from torch._dynamo.utils import get_compilation_metrics
 
 from purify_fast.models import layers
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d, LeakyReLU
@@ -35,12 +34,3 @@ def test_on_cuda_the_statistics_of_all_processes_are_those_of_torchs_function(mo
     wanted = x, layer.weight, layer.bias, layer.running_mean, layer.running_var
     assert all(one is other for one, other in zip(seen[:5], wanted, strict=True))
     assert seen[5:] == [layer.eps, layer.momentum, torch.distributed.group.WORLD, 2]
-
-
-@pytest.mark.slow
-def test_a_dynamic_compile_does_not_start_over():
-    torch._dynamo.reset()
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), BatchNorm2d(4), LeakyReLU())
-    compiled = torch.compile(network, dynamic=True, fullgraph=True, backend="aot_eager")
-    compiled(torch.randn(3, 3, 8, 8))
-    assert not any("Tensorify" in reason for reason in get_compilation_metrics()[-1].restart_reasons)

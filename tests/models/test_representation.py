@@ -7,9 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 from purify_fast import Carso
-from purify_fast.methods.arrest import ArrestConfig, ArrestTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.models.layers import layers_missing
 from purify_fast.models.representation import Representation
 
 
@@ -118,19 +116,6 @@ class Twice(nn.Module):
 def test_layers_that_cannot_be_read(layers, message):
     with pytest.raises(ValueError, match=message):
         Representation(Twice(), layers, (1, 16, 16))
-
-
-@pytest.mark.parametrize("side", [32, 64])
-def test_the_layers_that_are_offered_have_maps_before_pooling(side):
-    shape, net = (3, side, side), small_resnet()
-    offered = str(layers_missing(net, shape, "name layers")).partition("such as ")[2].split(", ")
-    assert {"layer1", "layer2", "layer3", "layer4"} < set(offered) and offered[-1] == "layer4"
-    assert {"conv1", "maxpool", "avgpool", "fc"}.isdisjoint(offered)
-    with pytest.raises(ValueError, match=r"the last map before pooling, such as layer4$"):
-        ArrestTask(net, ArrestConfig(), shape)
-    flat = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-    with pytest.raises(ValueError, match=r"the last map before pooling, such as 1$"):
-        ArrestTask(flat, ArrestConfig(), shape)
 
 
 def test_layers_as_a_text_and_a_single_logit_are_refused():

@@ -6,7 +6,6 @@ from small_models import with_random_norms
 from torch import Tensor, nn
 
 from purify_fast.ops import Stream, philox
-from purify_fast.speed import decoding
 from purify_fast.speed.decoding import PackedDecoder, decode_samples
 
 LATENT, CONDITION, SAMPLES = 6, 10, 4
@@ -97,14 +96,6 @@ def test_a_decoder_that_is_packed_in_bfloat16_adds_in_float32():
     assert buffers.pop("packed").dtype == torch.bfloat16
     wanted = dict.fromkeys(("biases", "weight", "bias"), torch.float32)
     assert {name: value.dtype for name, value in buffers.items()} == wanted
-
-
-def test_the_condition_is_processed_once_per_image(inputs, monkeypatch):
-    decoder, rows = make("published"), []
-    plain = nn.functional.linear
-    monkeypatch.setattr(decoding.F, "linear", lambda x, *rest: rows.append(x.shape[:-1]) or plain(x, *rest))
-    decode_samples(decoder, inputs[1], SAMPLES)
-    assert rows == [(3,), (3, SAMPLES)]
 
 
 def test_batch_norms_in_training_mode_see_all_samples(inputs):

@@ -14,7 +14,6 @@ from purify_fast.attacks import pgd
 from purify_fast.defences import MajorityVote, WithAggregation
 from purify_fast.defences.base import Defence
 from purify_fast.defences.stochastic import with_samples
-from purify_fast.models.layers import Normalize
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 from purify_fast.speed.reading import reading
 
@@ -139,20 +138,6 @@ def test_a_model_of_known_structure_is_not_copied_again(monkeypatch, dtype):
     monkeypatch.undo()
     new = purify_fast.frozen_copy(model, X, dtype=dtype)
     assert torch.equal(fast(X), new(X)) and fast.about == new.about
-
-
-def test_the_normalization_in_bfloat16_is_not_copied_again_either(monkeypatch):
-    model = nn.Sequential(Normalize(0.4, 0.2, 3), conv()).eval()
-    copied = InferenceCopy(model, (3, 8, 8), torch.bfloat16)
-    monkeypatch.setattr("purify_fast.speed.folding.inference_copy.deep_copy", None)
-    before = copied(X)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.mul_(1.5)
-        model[0].mean.add_(0.1)
-    copied.refresh(model)
-    monkeypatch.undo()
-    assert torch.equal(copied(X), InferenceCopy(model, (3, 8, 8), torch.bfloat16)(X)) and not copied(X).equal(before)
 
 
 class TwoNames(nn.Module):

@@ -60,23 +60,6 @@ def test_a_packed_decoder_that_is_trained_is_read_as_it_is_now(rerun, monkeypatc
     assert small_runs.same(wanted[1], found[1])
 
 
-def test_arrest_attacks_all_images_only_while_its_step_is_captured(rerun, monkeypatch):
-    monkeypatch.setattr("purify_fast.speed.graphs.graphed_loop.CAPTURE_STEPS", 2)
-    attacked = []
-    for error, all_rows in ((None, True), (RuntimeError("operation not permitted"), False)):
-        rerun.error = error
-        # no image drifts so far, and all rows are those that are attacked
-        task = arrest_task(attack=attack(steps=3), tau=10.0)
-        task.graphs = StepGraphs(capture=rerun)
-        monitored = task.attack
-        task.attack = lambda batch, attack, rows=None, run=monitored: attacked.append(rows) or run(batch, attack, rows)
-        for seed in (1, 2, 3):
-            train_step(task, batch(seed))
-        assert task.attacks_all_rows(torch.device("cpu")) == all_rows
-        assert not task.attacks_all_rows(torch.device("cuda"))
-        assert (attacked[-1] is None) == all_rows
-
-
 def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
     task, seen = classifier_task(attack=attack(steps=3)), []
     step = task.training_step

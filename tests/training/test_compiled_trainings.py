@@ -128,63 +128,46 @@ def test_a_training_whose_attack_cannot_be_compiled_says_so_before_any_step():
     assert small_runs.same(task.model.state_dict(), before)
 
 
-@pytest.mark.parametrize("graphs", [None, "always"])
-def test_a_step_that_the_compiler_fails_on_ends_the_training(graphs, compiler, monkeypatch):
-    def fail(self, graph, inputs):
-        raise RuntimeError("no compiler on this machine")
-
-    monkeypatch.setattr(Compiler, "__call__", fail)
-    task = classifier_task(attack=attack(steps=3), precision="bfloat16")
-    task.graphs = graphs and StepGraphs(graphs, Rerun())
-    with pytest.raises(ValueError, match=r"compile must be False: an attack .* cannot be compiled"):
-        losses(task, True)
-
-
-def triple(module, given, output):
-    return 3 * output
+def scaled(module, given, output):
+    """Change the outputs or the gradients of linear layers."""
+    if isinstance(module, nn.Linear):
+        return (
+            0.1 * output
+            if isinstance(output, torch.Tensor)
+            else tuple(one if one is None else one / 10 for one in given)
+        )
+    return None
 
 
-def halve(module, given):
-    return (given[0] / 2,)
+modules = nn.modules.module
+HOOKS = {
+    "forward": lambda model: model.conv2.register_forward_hook(lambda layer, given, output: 3 * output),
+    "before": lambda model: model.conv1.register_forward_pre_hook(lambda layer, given: (given[0] / 2,)),
+    "of all modules": lambda model: modules.register_module_forward_hook(scaled),
+    "of all gradients": lambda model: modules.register_module_full_backward_hook(scaled),
+}
 
 
-@pytest.mark.parametrize("name", ["clean", "PGD", "ARREST"])
-def test_hooks_count_from_the_step_at_which_they_are_set(name, compiler):
-    """Another training of the same network, without hooks, was compiled before."""
-    losses(TASKS[name](), True, 1)
-    found = {}
-    for compiles in (False, True):
-        task = TASKS[name]()
-        task.model.conv2.register_forward_hook(triple)
-        found[compiles] = losses(task, compiles, 1)
-        task.model.conv1.register_forward_pre_hook(halve)
-        found[compiles] += losses(task, compiles, 1)
-    assert (
-        found[True] == pytest.approx(found[False], rel=0.005) and found[True][0] != losses(TASKS[name](), False, 1)[0]
-    )
-
-
-@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_full_backward_hook"])
-def test_hooks_of_all_modules_count(register, compiler):
-    def change(module, given, output):
-        if isinstance(module, nn.Linear):
-            return (
-                0.1 * output
-                if isinstance(output, torch.Tensor)
-                else tuple(None if one is None else one / 10 for one in given)
-            )
-        return None
-
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        *((name, hook) for name in ("clean", "PGD", "ARREST") for hook in ("forward", "before")),
+        *(("clean", hook) for hook in list(HOOKS)[2:]),
+    ],
+)
+def test_hooks_count_from_the_step_at_which_they_are_set(name, hook, compiler):
     found = []
-    for compiles in (False, True):
-        task = TASKS["clean"]()
+    for compiles, hooked in ((False, False), (False, True), (True, True)):
+        task = TASKS[name]()
         losses(task, compiles, 1)
-        handle = getattr(nn.modules.module, register)(change)
+        handle = HOOKS[hook](task.model)
+        if not hooked:
+            handle.remove()
         try:
-            found.append(losses(task, compiles, 3))
+            found.append(losses(task, compiles))
         finally:
             handle.remove()
-    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] != losses(TASKS["clean"](), False, 3)
+    assert found[2] == pytest.approx(found[1], rel=0.005) and found[1] != found[0]
 
 
 @pytest.mark.parametrize("name", ["clean", "ARREST", "CARSO"])

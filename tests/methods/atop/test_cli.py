@@ -8,8 +8,7 @@ import purify_fast
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.carso import Carso
-from purify_fast.models.classifiers import PreActResNet18
-from purify_fast.training import load_classifier, save_classifier
+from purify_fast.training import load_classifier
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +51,6 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     assert "--width has no effect beside --weights" in capsys.readouterr().err
     assert run("atop", made, tmp_path / "other", *options, "--weights", str(tmp_path / "none.pth")) == 2
     assert "none.pth" in capsys.readouterr().err
-
-
-def test_a_size_that_the_purifier_does_not_accept(made, tmp_path, capsys):
-    # this classifier accepts images of any size
-    save_classifier(PreActResNet18(2, 1, width=4), tmp_path / "any")
-    options = ["--classifier", str(tmp_path / "any"), "--init", "None", "--size", "18", "8"]
-    assert run("atop", made, tmp_path / "out", *options) == 2
-    assert "multiples of 4" in capsys.readouterr().err
 
 
 def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,5 @@
 """The networks of CARSO's purifier: published sizes, any image, the first version, a decoder as one op."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -9,9 +7,6 @@ from torch.nn import functional as F
 
 from purify_fast.methods.carso import networks
 from purify_fast.methods.carso.networks import ConditionEncoderV1, Decoder, DecoderV1, PosteriorEncoderV1, pre_encoder
-from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.decoding import kernel_decodes
 
 
 @pytest.mark.parametrize(
@@ -133,17 +128,3 @@ def test_the_decoder_takes_the_latent_before_the_condition():
 def test_sizes_that_do_not_meet_are_refused():
     with pytest.raises(ValueError, match=r"must return images \(1, 32, 32\), got \(1, 28, 28\)"):
         DecoderV1(10, 6, (1, 32, 32), *networks.decoder_plan_v1(1, 16))
-
-
-def test_a_kernel_decodes_where_it_computes_some_calls(monkeypatch):
-    """It may compute large calls only."""
-    least = math.inf
-    monkeypatch.setattr(Op, "backend_for", lambda op, device, size: "triton" if size >= least else "reference")
-    device = torch.device("cuda")
-    assert not kernel_decodes(device)
-    least = 2**20
-    assert kernel_decodes(device)
-    monkeypatch.undo()
-    monkeypatch.setitem(REGISTRY["decode_samples"].available, "cuda", ("reference",))
-    with use_backend("triton"):  # what is forced is missing
-        assert not kernel_decodes(device)
