@@ -93,7 +93,16 @@ def test_a_new_tensor_in_the_memory_of_one_that_is_gone_is_seen(x):
         assert same(fast, model, x), number
 
 
-@pytest.mark.parametrize("change", ["tied", "bias", "buffer", "shape", "gone"])
+OTHER_TENSORS = {
+    "tied": lambda model: model.load_state_dict(model.state_dict() | {"b.weight": torch.randn(8, 8)}, assign=True),
+    "bias": lambda model: setattr(model.fc, "bias", nn.Parameter(torch.ones(4))),
+    "buffer": lambda model: setattr(model, "mask", torch.zeros(8)),
+    "shape": lambda model: setattr(model, "fc", nn.Linear(8, 5, bias=False)),
+    "gone": lambda model: setattr(model.a, "bias", None),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_TENSORS)
 def test_other_tensors_are_refused(x, change):
     def forward(self, x):
         h = self.b(self.a(self.body(x)).relu())
@@ -105,16 +114,7 @@ def test_other_tensors_are_refused(x, change):
     model.register_buffer("mask", None)
     fast = purify_fast.frozen_copy(model, x)
     assert fast.classifier.b.weight is fast.classifier.a.weight
-    if change == "tied":
-        model.load_state_dict({**model.state_dict(), "b.weight": torch.randn(8, 8)}, assign=True)
-    elif change == "bias":
-        model.fc.bias = nn.Parameter(torch.ones(4))
-    elif change == "buffer":
-        model.mask = torch.zeros(8)
-    elif change == "shape":
-        model.fc = nn.Linear(8, 5, bias=False)
-    else:
-        model.a.bias = None
+    OTHER_TENSORS[change](model)
     # A copy that could not read its model does not answer with what it read before.
     for call in (fast, fast, lambda images: pgd(fast, images, torch.arange(16) % 4, 0.1, steps=1), fast):
         with pytest.raises(ValueError, match=r"make a new one with purify_fast\.frozen_copy"):

@@ -136,22 +136,22 @@ def test_memory_that_ends_is_tried_once_more_without_graphs(rerun, caplog):
     assert len(drawn) == 3
 
 
-@pytest.mark.parametrize("change", ["values", "weight", "setting", "mode", "hook", "part", "autocast"])
+CHANGES = {
+    "values": lambda model: model.weight.data.fill_(0.5),
+    "weight": lambda model: setattr(model, "weight", nn.Parameter(torch.full((1,), 3.0), requires_grad=False)),
+    "setting": lambda model: setattr(model, "power", 2),
+    "mode": lambda model: model.eval(),
+    "hook": lambda model: model.register_forward_hook(lambda module, args, output: output + 1),
+    "part": lambda model: setattr(model, "part", nn.Linear(1, 1)),
+    "autocast": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_whatever_else_the_model_computes_with_makes_another_graph(graphs, rerun, change):
     model = Scale()
     run(graphs, model, STEPS)
-    if change == "values":
-        model.weight.data.fill_(0.5)
-    elif change == "weight":
-        model.weight = nn.Parameter(torch.full((1,), 3.0), requires_grad=False)
-    elif change == "setting":
-        model.power = 2
-    elif change == "mode":
-        model.eval()
-    elif change == "hook":
-        model.register_forward_hook(lambda module, args, output: output + 1)
-    elif change == "part":
-        model.part = nn.Linear(1, 1)
+    CHANGES[change](model)
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
         assert same(run(graphs, model, STEPS), run(None, model, STEPS))
     assert rerun.recorded == (1 if change == "values" else 2)
