@@ -189,21 +189,6 @@ def test_captured_stadv_gives_the_bits_of_eager_stadv(model, batch, graphs, reru
     assert torch.equal(wanted, found) and not torch.equal(found, batch[0]) and rerun.replayed == 20
 
 
-def test_captured_fab_ends_when_all_images_have_fallen(batch, graphs):
-    """A model need not take a batch without images."""
-
-    class NoEmptyBatch(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            if len(x) == 0:
-                raise ValueError("no images")
-            return torch.stack([x.mean((1, 2, 3)), torch.full((len(x),), 0.5) - x.mean((1, 2, 3))], 1)
-
-    x = batch[0] * 0.1 + 0.2
-    model = NoEmptyBatch()
-    found = direct(fab_t, model, x, model(x).argmax(1), eps=0.4, steps=20, graphs=graphs)
-    assert (model(found).argmax(1) != model(x).argmax(1)).all()
-
-
 def test_a_random_defence_draws_as_without_graphs(model, batch, graphs, rerun):
     x, y = batch
     defence = NoisyEnsemble(model, 0.1, 2)

@@ -81,25 +81,42 @@ def test_a_view_that_does_something_else_keeps_it_around_a_copy(defence):
     assert Copies(x).copy_for(forgets, "bfloat16") is forgets
 
 
-@pytest.mark.parametrize("what", ["images", "gradients"])
-def test_a_random_copy_that_does_something_else_is_refused(defence, what, monkeypatch):
+def without_norm(purifier):
+    purifier.net[1] = nn.Identity()
+
+
+def without_some_gradients(purifier):
+    # the same values, of which every other column has no gradient
+    refine, seen = purifier.forward, torch.arange(16) % 2 == 0
+    purifier.forward = lambda z, mask: torch.where(seen, refine(z, mask), refine(z, mask).detach())
+
+
+def fails(*_):
+    raise IndexError("tuple index out of range")
+
+
+def fails_with_gradients(*_):
+    if torch.is_grad_enabled():
+        fails()
+
+
+@pytest.mark.parametrize("spoil", [without_norm, without_some_gradients, fails, fails_with_gradients])
+def test_a_random_copy_that_does_something_else_is_refused(defence, spoil, monkeypatch):
     """The same noise in both tells them apart: one draw does not."""
-    x, original = torch.rand(8, *SHAPE), Defence.make_frozen_copy
+    original, raises = Defence.make_frozen_copy, spoil in (fails, fails_with_gradients)
 
     def wrong(model, *given, **options):
         made = original(model, *given, **options)
-        if what == "images":
-            made.purifier.module.net[1] = nn.Identity()
+        if raises:
+            made.register_forward_pre_hook(spoil)
         else:
-            refine = made.purifier.module.forward
-            # the same values, of which every other column has no gradient
-            seen = torch.arange(16) % 2 == 0
-            made.purifier.module.forward = lambda z, mask: torch.where(seen, refine(z, mask), refine(z, mask).detach())
+            spoil(made.purifier.module)
         return made
 
     monkeypatch.setattr(Defence, "make_frozen_copy", wrong)
-    with pytest.warns(RuntimeWarning, match="attacked itself, because"):
-        assert Copies(x).copy_for(defence, "bfloat16") is defence
+    text = "Atop is attacked itself, .* IndexError: tuple index" if raises else "attacked itself, because"
+    with pytest.warns(RuntimeWarning, match=text):
+        assert Copies(torch.rand(8, *SHAPE)).copy_for(defence, "bfloat16") is defence
 
 
 def test_making_a_copy_draws_no_numbers(defence, monkeypatch):
@@ -141,24 +158,6 @@ def test_a_copy_draws_as_its_model_does_now():
         assert torch.equal(made(x), made(x)) and torch.allclose(made(x), model(x), atol=0.1)
     made = copies.copy_for(model, "bfloat16")
     assert made.noise_is_fresh and not torch.equal(made(x), made(x))
-
-
-@pytest.mark.parametrize("only_with_gradients", [False, True])
-def test_a_copy_that_raises_anything_is_refused(defence, only_with_gradients, monkeypatch):
-    original = Defence.make_frozen_copy
-
-    def fails(*_):
-        if torch.is_grad_enabled() or not only_with_gradients:
-            raise IndexError("tuple index out of range")
-
-    def wrong(model, *given, **options):
-        made = original(model, *given, **options)
-        made.register_forward_pre_hook(fails)
-        return made
-
-    monkeypatch.setattr(Defence, "make_frozen_copy", wrong)
-    with pytest.warns(RuntimeWarning, match="Atop is attacked itself, .* IndexError: tuple index"):
-        assert Copies(torch.rand(4, *SHAPE)).copy_for(defence, "bfloat16") is defence
 
 
 def shifted(bias):

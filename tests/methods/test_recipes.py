@@ -20,8 +20,6 @@ from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch
-from purify_fast.training.loop import train_step
-from purify_fast.training.optimizers import set_learning_rate
 from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
 
@@ -91,14 +89,6 @@ def built(name, official_code=False, image_shape=None, **settings):
     return made, task
 
 
-def quick(name, official_code=False):
-    """One step of PGD, which reaches eps, and a share of images that lets CARSO attack a few."""
-    if name.startswith("atop"):
-        return {}
-    attack = dataclasses.replace(recipe(name).config(official_code).attack, steps=1, alpha=None)
-    return {"attack": attack} | ({"adversarial_fraction": 0.5} if name.startswith("carso") else {})
-
-
 def length_of(made):
     """The whole run's length, on as many images as the data set has."""
     blank = torch.zeros(IMAGES[made["data.name"]], 1, 1, 1, dtype=torch.uint8)
@@ -148,6 +138,7 @@ def test_rates_and_weights_over_the_whole_schedule(name):
 def test_batches_and_attacks(name):
     made, (batch, eps, steps, alpha, official) = recipe(name), ATTACKS[name]
     config = made.config()
+    built(name, official_code=True)
     assert made.loop().batch_size == batch
     if isinstance(made, CarsoRecipe):
         std = made["data.std"]

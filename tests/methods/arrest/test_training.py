@@ -141,7 +141,7 @@ def test_fact_9_learning_rates():
     assert one_cycle == pytest.approx([0.001, 0.025, 0.000025], rel=0.01)
 
 
-def test_fact_10_noise_and_attack_bounds(monkeypatch):
+def test_fact_10_noise_bounds(monkeypatch):
     eps = 8 / 255
     grey = dataclasses.replace(batch(64), x=torch.full((64, *SHAPE), 0.5))
     task = arrest(eps=eps, alpha=None)
@@ -150,12 +150,6 @@ def test_fact_10_noise_and_attack_bounds(monkeypatch):
     assert noise.abs().max() <= eps + 1e-7 and noise.abs().max() > 0.99 * eps
     border, _ = task.inputs(batch(64), [])  # digits are 0 and 1 in most places
     assert border.min() >= 0 and border.max() <= 1 and (border - batch(64).x).abs().max() <= eps + 1e-7
-
-    task = arrest(eps=eps, steps=10, alpha=2 / 255, replay=False, random_start=False)
-    step = batch(16)
-    adversarial, share = task.inputs(step, [])
-    assert adversarial.min() >= 0 and adversarial.max() <= 1 and share == 0
-    assert (adversarial - step.x).abs().max().item() == pytest.approx(eps, abs=1e-6)  # 20 / 255 would be further
 
 
 def test_only_examples_that_are_not_replayed_are_attacked(monkeypatch):
