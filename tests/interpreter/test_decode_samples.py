@@ -1,6 +1,5 @@
 """Every form of decoder in the interpreter, against the definition in float64: with exact products, and in bfloat16."""
 
-import math
 from importlib import import_module
 
 import pytest
@@ -156,39 +155,6 @@ def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
     assert len(kernel.parts(6, decoder.elements[1], decoder)) > 1
     assert all(map(torch.equal, kernel.forward(*given, *sizes), (whole, signs)))
     assert torch.equal(kernel.backward(grad, whole, signs, *given[3:], False), slopes)
-
-
-class Launches(list):
-    """The launches within a test: of each, the kernel's name, its number of programs, and its options."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        own = kernel.launch
-
-        def launch(function, grid, *args, **options):
-            self.append((function.__name__, math.prod(grid), options))
-            own(function, grid, *args, **options)
-
-        monkeypatch.setattr(kernel, "launch", launch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["oblong", "kernel_below_stride", "wide"])
-def test_smaller_tiles_have_the_same_bits(monkeypatch, name):
-    GEOMETRIES["wide"] = geometry(33, ((256, 2, 2), [Deconvolution(128, 3, 2, 1), Deconvolution(3, 2, 1, 1)]))
-    given = arguments(name, torch.bfloat16, images=3)
-    launches, results, shapes = Launches(monkeypatch), [], []
-    for programs in (1, 8, 10**6):
-        monkeypatch.setattr(kernel, "PROGRAMS", programs)
-        image, signs = kernel.forward(*given, True, False, torch.float32, True)
-        grad = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
-        results.append((image, signs, kernel.backward(grad, image, signs, *given[3:], True)))
-        shapes.append({(options["ROWS"], options["TILE"]) for kind, _, options in launches if kind == "_layer"})
-        launches.clear()
-    assert {rows for rows, _ in shapes[0]} == {128} and {rows for rows, _ in shapes[2]} == {64}
-    assert max(tile for _, tile in shapes[2]) <= 32
-    for one in results[1:]:
-        assert all(map(torch.equal, one, results[0]))
 
 
 def test_the_offsets_of_a_parts_images_fit_into_int32():

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 import purify_fast
 from purify_fast.attacks import pgd
+from purify_fast.models.classifiers import PreActResNet18, build_classifier
 from purify_fast.speed.frozen_copy import Form, made_in
+from purify_fast.speed.layout import convert_to_channels_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -151,45 +153,89 @@ def test_after_a_write(what):
     assert same_bits(fast, model)
 
 
+class Unfoldable(nn.Module):
+    """BatchNorms that stay, before the first layer and after a sum; one that folds; a parameter and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.after = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.shortcut, self.joined = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)
+        self.scale, self.head = nn.Parameter(torch.ones(4, 1, 1)), nn.Linear(4, 5)
+        self.register_buffer("shift", torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        x = self.first(x)
+        out = self.joined(F.relu(self.after(self.conv(x))) + self.shortcut(x))
+        return self.head((out * self.scale + self.shift).mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """A layer under two names, and a weight of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.body = nn.Sequential(self.conv, self.norm, nn.ReLU())
+        self.one, self.two = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(F.relu(self.one(self.body(x)))).mean((2, 3))
+
+
+SIDES = (3, 16, 16)
+#: Networks of this package, and those of which few layers fold. The others are torchvision's.
+OWN = {
+    "preact_resnet18": lambda: PreActResNet18(width=4),
+    "wide_resnet": lambda: build_classifier("wide_resnet", SIDES, 10, width=1, depth=10),
+    "fully_connected": lambda: build_classifier("fully_connected", SIDES, 10),
+    "unfoldable": Unfoldable,
+    "shared": Shared,
+}
+SLOW = (
+    *("mobilenet_v3_small", "shufflenet_v2_x0_5", "alexnet", "vgg11_bn", "resnet34", "resnext50_32x4d"),
+    *("wide_resnet50_2", "densenet121", "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_large"),
+    *("mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf", "regnet_x_400mf", "convnext_tiny"),
+    *("swin_t", "vit_b_32", "maxvit_t"),
+)
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("resnet18", "squeezenet1_1"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "shufflenet_v2_x0_5")),
-    ],
+    "name", [*OWN, "resnet18", "squeezenet1_1", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_a_copy_that_followed_a_training_has_the_bits_of_a_new_one(name):
-    _follows(name)
-
-
-OTHERS = (
-    *("alexnet", "vgg11_bn", "resnet34", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "googlenet"),
-    *("inception_v3", "mobilenet_v2", "mobilenet_v3_large", "mnasnet0_5", "efficientnet_b0", "efficientnet_v2_s"),
-    *("regnet_y_400mf", "regnet_x_400mf", "convnext_tiny", "swin_t", "vit_b_32", "maxvit_t"),
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_copies_of_further_networks_have_the_bits_of_new_ones(name):
-    _follows(name)
-
-
-def _follows(name):
     torch.manual_seed(0)
     sides = {"inception_v3": 299, "vit_b_32": 224, "maxvit_t": 224, "alexnet": 64, "squeezenet1_1": 64}
     how = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    model = torchvision.models.get_model(name, num_classes=4, **how)
-    x, y = torch.rand(4, 3, *[sides.get(name, 32)] * 2), torch.arange(4)
+    model = OWN[name]() if name in OWN else torchvision.models.get_model(name, num_classes=4, **how)
+    x, y = torch.rand(4, *(SIDES if name in OWN else [3] + 2 * [sides.get(name, 32)])), torch.arange(4) % 3
     followed = [purify_fast.frozen_copy(model.eval(), x, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     optimizer = torch.optim.SGD(model.train().parameters(), 1e-4, momentum=0.9, fused=True)
     for _ in range(3):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
+    # other weights, and statistics far from what they were
+    for buffer in model.eval().buffers():
+        if buffer.is_floating_point():
+            buffer.add_(0.2 * torch.rand(buffer.shape))
     for fast in followed:
         pgd(fast, x, y, 0.01, steps=1)
-        assert same_bits(fast, model.eval(), x)
+        assert same_bits(fast, model, x)
+    if name in OWN:
+        torch.testing.assert_close(followed[0](x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_is_left_alone_while_a_layout_is_tried():
+    """In training mode two grey images would enter BatchNorm's statistics."""
+    for name in ("preact_resnet18", "unfoldable", "fully_connected"):  # the last flattens its images
+        torch.manual_seed(0)
+        model = OWN[name]().train()
+        before = copy.deepcopy(model.state_dict())
+        modes = [module.training for module in model.modules()]
+        convert_to_channels_last(model, SIDES)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == modes and any(modes)
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save", "state_dict", "deepcopy"])

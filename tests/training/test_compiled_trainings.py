@@ -11,10 +11,11 @@ from small_runs import arrest_task, atop_task, attack, batch, carso_task, classi
 from torch import nn
 
 from purify_fast.models import SmallCNN
+from purify_fast.protocols import CompilesSteps
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs import compiled_step
 from purify_fast.speed.graphs.graphed_loop import parts_of
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
+from purify_fast.training import FitConfig, fit
 from purify_fast.training.loop import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,24 +109,6 @@ def test_a_compiled_training_that_is_killed_and_resumed_ends_with_the_same_bits(
     with caplog.at_level("WARNING"):
         fit(TASKS[name](), x, y, FitConfig(3, 16, drop_last=False), tmp_path / "killed", progress=False)
     assert "goes on with compile=False" in caplog.text
-
-
-class Branches(SmallCNN):
-    """Looks at the values of its images."""
-
-    def forward(self, x):
-        return super().forward(x) if float(x.detach().mean()) > 0 else super().forward(-x)
-
-
-def test_a_training_whose_attack_cannot_be_compiled_says_so_before_any_step():
-    torch.manual_seed(0)
-    task = ClassifierTask(Branches(width=4), ClassifierConfig(attack=attack()))
-    before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    x, y = (batch().x * 255).to(torch.uint8), batch().y
-    text = r"compile must be False: an attack on Branches cannot be compiled .*, got True"
-    with pytest.raises(ValueError, match=text):
-        fit(task, x, y, FitConfig(1, 16, compile=True), progress=False)
-    assert small_runs.same(task.model.state_dict(), before)
 
 
 def scaled(module, given, output):
