@@ -117,11 +117,10 @@ SPILLS = {("contextual_attention._scaled", 80): 8, ("random_transform._backward"
 
 
 @every()
-def test_compiles_without_spills_or_doubles_and_threads_move_16_bytes(case, dtype):
+def test_compiles_without_spills_or_doubles(case, dtype):
     for architecture in architectures_of(dtype):
         for kernel in launched(case, dtype, architecture):
             check_resources(kernel, case, architecture)
-            check_moves(kernel, case)
 
 
 def check_resources(kernel, case: str, architecture: int) -> None:
@@ -135,47 +134,6 @@ def check_resources(kernel, case: str, architecture: int) -> None:
 def test_a_difference_from_the_maximum_is_not_fused(case):
     """S - max S must be 0 where S is the largest; fused with the product that S is, it is what rounding left of it."""
     assert [kernel.metadata.enable_fp_fusion for kernel in launched(case, "fp32", 90)] == [False]
-
-
-#: Where a thread cannot read or write 16 bytes at once: kernel or case, instruction, the bytes that it may, and why.
-NARROW = (
-    ("contextual_attention.*", "ld", {2, 4, 8}, "the number that moves into a group, and four keys for a thread"),
-    ("contextual_attention._spread", "st", {8}, "four keys for a thread"),
-    ("contextual_attention._patches", "st", {4}, "the wings of a row, aligned otherwise than the row"),
-    ("contextual_attention._gather", "st", {4}, "likewise"),
-    ("decode_samples._latents", "st", {8}, "a latent of 128 numbers: four for a thread"),
-    ("decode_samples._layer", "ld", {4, 8}, "biases, the condition: four columns for a thread; signs of 32 columns"),
-    ("decode_samples._layer", "st", {4}, "the signs of 32 columns"),
-    ("decode_samples._last_two", "ld", {2, 4, 8}, "biases, and the last layer's weights, a few thousand numbers"),
-    ("decode_samples._last_two", "st", {2, 4}, "an image of three channels, and the signs of 32 columns"),
-    ("*._add", "ld", {4}, "a few partial sums"),
-    ("diffusion_step-*-channels_last", "ld", {2, 4}, "in the prediction, from one pixel to the next are all channels"),
-    ("diffusion_step-*-channels_last", "st", {2, 4}, "likewise"),
-    ("aggregate.*", "ld", {8}, "gradients of the classes: two for a thread, which has eight samples of each"),
-    ("aggregate.*", "st", {8}, "results for the classes, likewise"),
-    ("aggregate-*-few", "ld", {2, 4}, "a class for a thread: rows of ten classes begin anywhere"),
-    ("aggregate-*-few", "st", {2, 4}, "likewise"),
-    ("attack_loss.*", "ld", {2, 4, 8}, "labels and the logits of their classes, and rows of ten classes"),
-    ("attack_loss.*", "st", {4}, "the loss of a row"),
-    ("attack_loss-*-few", "st", {2}, "rows of ten classes begin anywhere"),
-    ("random_transform._owners", "st", {1}, "64 blocks"),
-    ("random_transform.*", "ld", {1}, "the owner of every pixel's block"),
-    ("square_proposal.*", "ld", {4}, "the signs of the channels, and the pattern, where its window lies"),
-    ("stitch.*", "ld", {1}, "the owner of every pixel's block"),
-)
-
-
-def check_moves(kernel, case: str) -> None:
-    """All but single numbers: what a whole program reads or writes once, such as a seed."""
-    name, ptx, ir = name_of(kernel.src.fn), kernel.asm["ptx"], kernel.asm["ttgir"]
-    for instruction, operation in (("ld", "load"), ("st", "store")):
-        moves = re.findall(rf"\b{instruction}\.global\b[\w.:]*?(?:\.v(\d))?\.b(\d+)\s", ptx)
-        assert len(moves) == len(re.findall(rf"\b{instruction}\.global\b", ptx)), "an instruction was not read"
-        of_case = [rule for rule in NARROW if fnmatch(name, rule[0]) or fnmatch(case, rule[0])]
-        allowed = set().union(*(sizes for _pattern, of, sizes, _why in of_case if of == instruction))
-        narrow = [size for n, bits in moves if (size := int(n or 1) * int(bits) // 8) < 16 and size not in allowed]
-        single = re.findall(rf"tt\.{operation} .* : !tt\.ptr<", ir)
-        assert len(narrow) <= len(single), (name, instruction, narrow)
 
 
 #: Kernels that clamp, and the clamps that must propagate NaN.

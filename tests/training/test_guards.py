@@ -104,14 +104,6 @@ def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, t
     assert len(said) == told and all("gives other outputs" in each for each in said)
 
 
-def test_a_run_without_a_checkpoint_begins_anew_and_says_so(tmp_path, capsys):
-    loop = FitConfig(epochs=1, batch_size=16)
-    with pytest.raises(Stopped):
-        fit(FineTuning(), X, Y, loop, tmp_path, progress=False, callbacks=[StopAt(1)])
-    fit(FineTuning(), X, Y, loop, tmp_path, progress=True)
-    assert "begins anew, because the earlier run ended before its first checkpoint" in capsys.readouterr().err
-
-
 def test_an_average_of_half_precision_moves():
     model = nn.Linear(4, 4).half()
     average = EMA(model, decay=0.999)

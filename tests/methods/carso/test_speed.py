@@ -87,28 +87,6 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     assert inside and set(inside) == {torch.bfloat16}
 
 
-def test_maps_that_are_flattened_by_view_stay_contiguous():
-    class Flattening(nn.Sequential):
-        def forward(self, x):
-            return self[1](self[0](x).view(x.size(0), -1))
-
-    torch.manual_seed(0)
-    last = {"memory_format": torch.channels_last}
-    flat = Flattening(nn.Conv2d(3, 4, 3), nn.Linear(784, 10))
-    images_only = Flattening(nn.Identity(), nn.Linear(768, 10))  # no convolution, and yet the images' layout matters
-    for classifier, layout in ((flat, {}), (images_only, {}), (Residual(), last)):
-        layers = [name for name, module in classifier.named_modules() if isinstance(module, (nn.Conv2d, nn.Identity))]
-        made = Carso(classifier, layers, SHAPE, 8, 4, 2, decoder_width=4).eval()
-        want = response(made, images(3).to(**last))
-        fast = purify_fast.frozen_copy(made, images(3), dtype=torch.float32)
-        for got, right in zip(response(fast, images(3).to(**last)), want, strict=True):
-            assert relative(got, right) < 1e-5
-        for model in (made.classifier, fast.classifier.classifier, fast._reader):
-            for weight in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
-                assert weight.is_contiguous(**layout)
-        assert fast.frozen_classifier(images(3).to(**last)).shape == (3, 10)
-
-
 def test_it_is_made_within_inference_mode():
     made, x = defence(), images(3)
     want = response(made, x)

@@ -4,11 +4,9 @@ import pytest
 import torch
 from denoisers import Tiny, images, logits_and_gradient, trained_unet
 from safetensors.torch import save_file
-from small_models import bars_and_classifier
 from torch import nn
 
 import purify_fast
-from purify_fast import cli
 from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule, load_denoiser, save_denoiser
 from purify_fast.methods.diffusion.recipes import RECIPES
 from purify_fast.models.classifiers import SmallCNN
@@ -126,16 +124,3 @@ def test_a_saved_denoiser_is_put_before_a_classifier(kind, tmp_path):
     assert purify_fast.load_defence(tmp_path / "whole", classifier).process == defence.process
     again = purify_fast.load_defence(tmp_path / "whole", classifier, process={"solver": "one_shot", "steps": None})
     assert (again.process.solver, again.process.t_star, again.process.steps) == ("one_shot", 0.3, None)
-
-
-def test_an_evaluation_of_a_denoiser_needs_a_classifier_and_a_radius(tmp_path, capsys):
-    bars_and_classifier(tmp_path)
-    save_denoiser(trained_unet(1, 4), tmp_path / "denoiser", (1, 16, 8), {}, last_time=0.6)
-    words = ["evaluate", str(tmp_path / "denoiser"), "--data", str(tmp_path / "bars.npz"), "--device", "cpu"]
-    around = ["--classifier", str(tmp_path / "classifier")]
-    for more, message in (
-        (["--eps", "0.1"], "--classifier must be given"),
-        (around, "--eps must be given"),
-        ([*around, "--eps", "0.1", "--t-star", "0.7"], "t_star must be at most 0.6"),
-    ):
-        assert cli.main([*words, *more]) == 2 and message in capsys.readouterr().err
