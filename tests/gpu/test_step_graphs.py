@@ -1,7 +1,5 @@
 """Captured attack steps on a device: replays against launches; on a CPU a function stands for a graph."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from direct import direct
@@ -57,23 +55,25 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize("norm", SIZES)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_replayed_pgd_and_fgsm(graphs, norm, precision):
+def test_replayed_attacks(graphs, norm, precision):
     model, (x, y) = InferenceCopy(classifier(), SHAPE, precision), images()
     eps = SIZES[norm]
-    attacks: list[Callable[[StepGraphs | None], Tensor]] = [
-        lambda g: direct(pgd, model, x, y, eps=eps, norm=norm, steps=20, seed=0, graphs=g),
-        lambda g: direct(
-            pgd, model, x, y, eps=eps, norm=norm, steps=20, seed=0, alpha=eps / 4, keep_best=True, eot_iter=2, graphs=g
-        ),
-        lambda g: direct(fgsm, model, x, y, eps=eps, norm=norm, graphs=g),
-    ]
-    for run in attacks:
-        wanted = run(None)
-        for _ in range(3):
-            close(run(graphs), wanted)
-        assert graphs.refusal is None
+    y = model(x).argmax(1)
+    usual = {"steps": 20, "seed": 0}
+    attacks = [(pgd, usual), (pgd, usual | {"alpha": eps / 4, "keep_best": True, "eot_iter": 2}), (fgsm, {})]
     # FGSM and PGD with a falling step are one step, but for the share that l1 moves
-    assert len(graphs) == (3 if norm == "l1" else 2)
+    counts = [1, 2, 3 if norm == "l1" else 2]
+    for (attack_by, options), count in zip(attacks, counts, strict=True):
+        wanted, *found = (
+            direct(attack_by, model, x, y, eps=eps, norm=norm, **options, graphs=chosen)
+            for chosen in (None, graphs, graphs, graphs)
+        )
+        for images_found in found:
+            close(images_found, wanted)
+        assert graphs.refusal is None and len(graphs) == count
+    options = {"eps": eps / 10, "norm": norm, "steps": 40, "seed": 0, "leave_when_fallen": False}
+    close(*(direct(apgd, model, x, y, **options, graphs=chosen) for chosen in (None, graphs)))
+    assert len(graphs) > count
 
 
 def test_draws_go_on_as_without_graphs(graphs):
@@ -181,12 +181,3 @@ def test_memory_does_not_grow(monkeypatch):
     for _ in range(5):
         last = attacks()
     assert len(graphs) == 2 and last <= second + 2**21
-
-
-def test_apgd(graphs):
-    model, (x, y) = classifier(), images()
-    y = model(x).argmax(1)
-    options = {"eps": 0.01, "steps": 40, "seed": 0, "leave_when_fallen": False}
-    wanted, found = (direct(apgd, model, x, y, **options, graphs=chosen) for chosen in (None, graphs))
-    assert len(graphs) >= 1
-    close(found, wanted)
