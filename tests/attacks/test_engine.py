@@ -235,15 +235,16 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize("attack", [slow(apgd), slow(fab_t), square])
 def test_what_is_given_up_would_not_have_fallen(digits, attack):
-    net, x, y = digits[0], digits[1][:80], digits[2][:80]
+    images = 60 if attack is square else 80
+    net, x, y = digits[0], digits[1][:images], digits[2][:images]
     options = {apgd: {"loss": "dlr_targeted"}, fab_t: {}, square: {"n_queries": 2500}}[attack]
     asked, found = [], []
     for give_up in (False, True):
         counted = Counted(net)
         found.append(direct(attack, counted, x, y, eps=0.12, give_up=give_up, **options))
         asked.append(counted.images)
-    first, right = (net(images).argmax(1) == y for images in found)
-    assert torch.equal(first, right) and 5 < right.sum() < 75
+    first, right = (net(points).argmax(1) == y for points in found)
+    assert torch.equal(first, right) and 5 < right.sum() < 0.94 * images
     assert asked[1] < {apgd: 0.75, fab_t: 0.95, square: 0.8}[attack] * asked[0]
     if attack is square:
         # what is given up keeps its best point, and what falls is as without

@@ -250,11 +250,11 @@ def test_an_image_that_no_attack_moves_stays_and_one_that_is_no_number_is_not_ke
         assert [3 if rows is None else len(rows) for rows in asked] == [made]
 
 
-def small_bank(folder, variants=2, random=True, refresh=0.0, share=1.0, batch=4):
-    attacks = FrozenAttacks((0.1,), (random,), share, "linf", {"model": "some"})
+def small_bank(folder, variants=2, random=True, refresh=0.0):
+    attacks = FrozenAttacks((0.1,), (random,), 1.0, "linf", {"model": "some"})
     task = SimpleNamespace(frozen_attacks=lambda: attacks, result=SimpleNamespace())
     source = InMemory(*images(10), FitConfig(1, 1), torch.device("cpu"))
-    source.batch_size = batch
+    source.batch_size = 4
     return AdversarialBank(source, BankConfig(variants, refresh, folder), task)
 
 
