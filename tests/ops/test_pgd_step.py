@@ -157,3 +157,15 @@ def test_special_radii(backend, name):
     for i, alpha in enumerate((0.1, 0.2, 0.3)):
         alone = step(x[i : i + 1], grad[i : i + 1], nat[i : i + 1], alpha, 0.25)
         assert torch.equal(alone, per_sample[i : i + 1])
+
+
+def test_l1_moves_no_more_where_denormals_are_flushed(backend):
+    x, grad = torch.full((1, 100), 0.5), torch.zeros(1, 100)
+    grad[0, :2] = 1.0
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        moved = pgd_step(x, grad, x, 0.1, 1.0, "l1", density=0.05)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (moved != x).sum() == 2

@@ -347,6 +347,10 @@ def held():
     return model
 
 
+def scaled():
+    return Made(lambda self, x: self.net(x) * self.scale, net=conv(), scale=1.0)
+
+
 def shift_folded(model):
     for value in (model.net[0].bias, model.net[1].weight, model.net[1].bias, model.net[1].running_mean):
         value.add_(0.5)
@@ -362,6 +366,7 @@ CHANGES = {
     "a folded layer with two names": (TwoNames, shift_folded),
     "a tensor in a dict": (held, lambda model: model.meta["factor"].fill_(3.0)),
     "an attribute of a dict": (held, lambda model: setattr(model.own, "factor", 3.0)),
+    "an attribute": (scaled, lambda model: setattr(model, "scale", 2.0)),
     "a mode of noise": (lambda: conv(nn.Linear(32, 32), WithMode()), lambda model: setattr(model[6], "factor", 3.0)),
     "a tensor of a defence": (lambda: Strong(conv()), lambda model: model.strength.fill_(5.0)),
     **{
