@@ -10,8 +10,6 @@ from captures import Rerun
 from small_runs import arrest_task, atop_task, attack, batch, carso_task, classifier_task
 from torch import nn
 
-from purify_fast.models import SmallCNN
-from purify_fast.protocols import CompilesSteps
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs import compiled_step
 from purify_fast.speed.graphs.graphed_loop import parts_of
