@@ -151,30 +151,6 @@ def test_batches_and_attacks(name):
         assert (config.attack.steps, config.attack.step_size(config.attack.eps)) == (steps, pytest.approx(alpha))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("official_code", [False, True])
-@pytest.mark.parametrize("name", TRAINED)
-def test_two_steps_at_the_recipes_size(name, official_code):
-    """The first step of the schedule and the last, with one step of PGD; of AToP also both sides of the delay."""
-    made, task = built(name, official_code, **quick(name, official_code))
-    length, images = length_of(made), 2 if name.startswith("atop") else 8
-    x, y = torch.rand(images, *made.image_shape), torch.arange(images) % 10
-    seen = set()
-    steps, terms = {0, length.steps - 1}, task.terms(length)
-    if name.startswith("atop") and not official_code:
-        steps |= {max(terms["cross_entropy"] - 1, 0), terms["cross_entropy"]}
-    for step in sorted(steps):
-        epoch = step // length.steps_per_epoch
-        set_learning_rate(task.optimizers.values(), task.learning_rate(step / length.steps, epoch, length.epochs))
-        batch = Batch(x, y, torch.arange(images), 0, epoch, length.epochs, step, length.images_before(step))
-        measured = train_step(task, batch)
-        if name.startswith("atop"):
-            assert ("cross_entropy" in measured) == (step >= terms["cross_entropy"]), step
-        assert all(value.isfinite() for value in measured.values()), measured
-        seen |= set(measured)
-    assert set(terms) <= seen
-
-
 def test_a_printed_recipe_has_every_value_and_every_value_has_a_grade_and_a_source():
     for name, made in RECIPES.items():
         (printed,) = yaml.safe_load(str(made)).values()
