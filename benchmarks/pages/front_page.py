@@ -19,7 +19,7 @@ from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.sheets import PIPELINES, ROWS, fastest, read_csv
 from . import gpu_tables
-from .methods_table import diffusion_draws
+from .methods_table import diffusion_draws, diffusion_rows
 
 #: The colors of README's picture. Green is this package, gray is everything else, and red is an alarm.
 INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
@@ -185,14 +185,13 @@ def diffusion_sentence(results: Path) -> list[str]:
     Args:
         results: folder of the committed results.
     """
-    name, rows = "digits-diffpure", rows_of(results / "studies" / "diffusion.json")
-    attacks = [row["rows"] for row in rows if (row["model"], row["group"]) == (name, "authors")]
-    draws = diffusion_draws(results, name)
-    if draws is None or not attacks:
+    name = "digits-diffpure"
+    exact, authors = (diffusion_rows(results, group).get(name) for group in ("exact", "authors"))
+    if not exact or not authors:
         return []
-    most = max(([int(bit) for bit in attack["robust"]] for attack in attacks[0]), key=statistics.fmean)
+    most = max(([int(bit) for bit in attack["robust"]] for attack in authors["rows"]), key=statistics.fmean)
     # AutoAttack was too slow for more than the first images.
-    count, draws = len(most), draws[:, : len(most)]
+    count, draws = len(most), diffusion_draws(exact, "attacked")[:, : len(most)]
     return [
         f"| `{name}`, a [purifier by diffusion](diffusion.md) with random predictions | AutoAttack, run as "
         f"by the method's authors, leaves {100 * sum(most) / count:.0f} % of {count} images correct in one prediction "
