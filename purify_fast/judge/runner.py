@@ -138,6 +138,7 @@ def evaluate(
         TypeError: images or labels are neither tensors nor arrays, or another argument has a wrong type.
         ModuleNotFoundError: an attack needs AutoAttack's package, which is not installed.
     """
+    # A keyword of this call that is a field of the config wins over the field.
     config = config_of(config, locals())
     if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be a module or a function from images to logits, got {model!r}")
@@ -145,6 +146,8 @@ def evaluate(
     norm = read_norm(norm)
     check_eps(eps, norm)
     images, labels, notes = collect(x, y)
+    # A ball that contains every image is refused.
+    check_eps(eps, norm, pixels=images[0].numel())
     ball, folder = ThreatModel(norm, float(eps)), None if out is None else Path(out)
     config, specs = read_attacks(config, attacks, ball, images[0].numel())
     until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._validation import read_norm
 from ..._version import __version__
 from ...attacks import Attack
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
@@ -87,8 +86,7 @@ def read_attacks(
         implementation()
     if ball.eps == 0 and (specs or config.protocol or config.probes):
         raise ValueError("eps must be above 0, got 0; for the accuracy on clean images only, give attacks=[]")
-    # A ball that contains every image is refused, also for an attack with a radius of its own.
-    check_eps(ball.eps, read_norm(ball.norm), pixels=pixels)
+    # An attack with a radius of its own may not have a ball that contains every image.
     for attack in (spec.attack for spec in specs):
         own: Any = attack
         if attack.norms and own.eps is not None:
