@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import hold, release
 from .._settings import first_tensor
 
 #: For each module by its name, its outputs in a pass, each with the count of writes to it.
@@ -47,12 +46,13 @@ def without_recorders(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode within the block."""
-    modes = hold("training", model.modules())
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
-        release("training", modes)
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.inference_mode(False)

@@ -11,7 +11,6 @@ import torch
 
 from ... import _library, kernels
 from .examples import Example
-from .records import files_digest
 
 KERNELS = Path(kernels.__path__[0])
 
@@ -61,6 +60,8 @@ class Definition:
 
     def code_hash(self, kind: str) -> str:
         """Return a hash of the kernel's sources on a type of device."""
+        from .records import files_digest
+
         definition = Path(self.reference.__code__.co_filename)
         if kind == "cuda":
             # All files, because kernels call functions of other kernels, and definitions call other definitions.
