@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._validation import Count, Share
 from ..training import FitConfig
@@ -165,13 +165,6 @@ def saved_start(kind: type, folder: Path, classifier: nn.Module, **options: Any)
     return defence
 
 
-class LoadOptions(Protocol):
-    """A dataclass whose fields are options of the commands that load a saved defence, such as ``evaluate``."""
-
-    def changes(self) -> dict[str, Any]:
-        """The arguments of `load_defence` that these options set; empty if no option is given."""
-
-
 @dataclass(frozen=True)
 class Method:
     """The description of a method. It does not import PyTorch, so ``--help`` does not wait for it.
@@ -182,7 +175,9 @@ class Method:
         defence: the public name of the defence in the method's package. None: the method trains classifiers.
         parts: the kinds of files that hold only a part of the defence and no classifier. Each has the prefix of the
             names of the part's tensors in the defence.
-        loading: the options with which commands load a saved defence of this method.
+        loading: a dataclass whose fields are options of the commands that load a saved defence of this method, such as
+            ``evaluate``. Its method ``changes`` returns the arguments of `load_defence` that these options set; empty
+            if no option is given.
         recipes: whether the module ``recipes`` of the method has published systems, as the mapping ``RECIPES``.
     """
 
@@ -190,5 +185,5 @@ class Method:
     trained_by: str = ""
     defence: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
-    loading: type[LoadOptions] | None = None
+    loading: type | None = None
     recipes: bool = False

@@ -20,7 +20,6 @@ from .._validation import (
     check_types,
     read_norm,
 )
-from .schedules import rising
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +80,7 @@ class TrainingAttack:
 
         During the warm-up, eps is smaller; alpha too, if it is given.
         """
-        eps = rising(self.eps, epoch, epochs, self.eps_warmup)
+        eps = self.eps * min(1.0, (epoch + 1) / (self.eps_warmup * epochs)) if self.eps_warmup else self.eps
         alpha = self.alpha if self.alpha is None or eps == self.eps else self.alpha * eps / self.eps
         return replace(self, eps=eps, alpha=alpha, eps_warmup=0.0)
 

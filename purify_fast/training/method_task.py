@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._settings import first_tensor
-from ..models.layers import AveragedModel
 from .config import settings
 from .schedules import one_cycle
 from .task import Task
 
 
 class MethodTask(Task):
-    """A training with settings of precision, learning rates and, if asked for, a moving average of the weights."""
+    """A training with settings of precision and learning rates."""
 
     #: The method's name in checkpoints.
     name: ClassVar[str]
@@ -25,8 +24,6 @@ class MethodTask(Task):
     published: ClassVar[Mapping[str, Callable[[int, int, float], float]]] = {}
     #: The name of the initial weights. A run is resumed only with the same name.
     origin: str
-    average: AveragedModel | None = None
-    averaged: nn.Module
 
     def __init__(self, config: Any, model: nn.Module):
         # Only a new task asks which precision a device has, and so needs what this module imports.
@@ -37,24 +34,8 @@ class MethodTask(Task):
         self.tf32 = config.precision == "tf32"
         self.dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
-    def keep_average(self, decay: float) -> None:
-        """Update a moving average of the weights after every step; it is "average" in the checkpoints."""
-        self.averaged = self.model
-        if decay > 0:
-            self.average = AveragedModel(self.averaged, decay)
-            self.model = nn.ModuleDict({"model": self.averaged, "average": self.average})
-
     def describe(self) -> dict[str, Any]:
         return {"task": self.name, **settings(self.config), "origin": self.origin}
-
-    @property
-    def result(self) -> nn.Module:
-        """The trained model; with a moving average, the model with the averaged weights."""
-        return self.model if self.average is None else self.average.module
-
-    def after_step(self) -> None:
-        if self.average is not None:
-            self.average.update_parameters(self.averaged)
 
     def adamw(self, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Return AdamW with the learning rate and the weight decay of the settings."""

@@ -67,8 +67,3 @@ def one_cycle(progress: float, peak: float) -> float:
     else:
         low, position = peak / 1000, (progress - 0.2) / 0.8
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * position))
-
-
-def rising(value: float, epoch: int, epochs: int, share: float) -> float:
-    """Return a number that rises linearly to ``value`` in the first ``share`` of the epochs, and then is ``value``."""
-    return value if share == 0 else value * min(1.0, (epoch + 1) / (share * epochs))

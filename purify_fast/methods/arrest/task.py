@@ -68,7 +68,7 @@ class ArrestTask(MethodTask):
         teacher: nn.Module | None = None,
     ):
         # A training by the other methods attacks no copy of this kind, and asks for no name of a layer.
-        from ...models.layers import representation_before_pooling
+        from ...models.layers import AveragedModel, representation_before_pooling
         from ...speed.frozen_copy import AttackedCopy
 
         super().__init__(config, model)
@@ -98,10 +98,12 @@ class ArrestTask(MethodTask):
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
         self.attacked = AttackedCopy(model, self.dtype)
-        self.keep_average(config.ema_decay)
+        #: The moving average of the weights; it is "average" in the checkpoints.
+        self.average = AveragedModel(model, config.ema_decay) if config.ema_decay > 0 else None
+        if self.average is not None:
+            self.model = nn.ModuleDict({"model": model, "average": self.average})
         weights = [p for p in model.parameters() if p.requires_grad]
         rate, decay = config.learning_rate, config.weight_decay
-        self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(weights, rate, config.momentum, weight_decay=decay, foreach=True)
         else:
@@ -188,6 +190,15 @@ class ArrestTask(MethodTask):
         # An alpha of None is replaced by the number that it means. So a run can be resumed with None or that number.
         facts = {"alpha": attack.step_size(attack.eps), "layers": self.layers}
         return {**super().describe(), **facts, "structure": structure_fingerprint(self.classifier)}
+
+    @property
+    def result(self) -> nn.Module:
+        """The trained classifier; with a moving average, the classifier with the averaged weights."""
+        return self.classifier if self.average is None else self.average.module
+
+    def after_step(self) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.classifier)
 
     def answer(self, images: Tensor) -> Tensor:
         return self.classifier(images)

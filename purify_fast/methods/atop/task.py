@@ -64,26 +64,6 @@ def losses(
     return reconstruction, images[-1][:count], classified
 
 
-def discriminator_loss(discriminator: nn.Module, one_pass: Passes, gan_fake: str) -> Tensor:
-    """Return the discriminator's loss L_D. The targets are the real images, and no gradient reaches the purifier."""
-    fake = one_pass.refined.detach()
-    mask = one_pass.packed[:, -1:]
-    if gan_fake == "pasted":
-        fake = torch.where(mask > 0, fake, one_pass.packed[:, :-2])
-    real, false = discriminator(torch.cat([torch.cat([one_pass.target, fake]), mask.repeat(2, 1, 1, 1)], 1)).chunk(2)
-    return hinge(real, false)
-
-
-def generator_loss(discriminator: nn.Module, one_pass: Passes) -> Tensor:
-    """Return the GAN term L_G = -mean D(x2, m) of the refined images x2. No gradient reaches the discriminator."""
-    discriminator.requires_grad_(False)
-    try:
-        refined = one_pass.refined.to(one_pass.target.dtype)
-        return -discriminator(torch.cat([refined, one_pass.packed[:, -1:]], 1)).mean()
-    finally:
-        discriminator.requires_grad_(True)
-
-
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
     """Return the hinge loss of a discriminator: mean relu(1 - real) / 2 + mean relu(1 + fake) / 2."""
     return 0.5 * F.relu(1 - real).mean() + 0.5 * F.relu(1 + fake).mean()
@@ -166,25 +146,36 @@ class AtopTask(PurifierTask[Atop]):
         return Passes(loss, metrics, target, refined=refined, packed=packed[:count])
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        one_pass, judged = self.passes(batch), {}
+        passes, judged = self.passes(batch), {}
         if self.discriminator is not None:
-            loss = discriminator_loss(self.discriminator, one_pass, self.config.gan_fake)
+            # No gradient of the discriminator's loss L_D reaches the purifier.
+            fake, mask = passes.refined.detach(), passes.packed[:, -1:]
+            if self.config.gan_fake == "pasted":
+                fake = torch.where(mask > 0, fake, passes.packed[:, :-2])
+            shown = torch.cat([torch.cat([passes.target, fake]), mask.repeat(2, 1, 1, 1)], 1)
+            loss = hinge(*self.discriminator(shown).chunk(2))
             yield Update("discriminator", loss, {})
             judged = {"discriminator": loss.detach()}
         # The purifier's loss uses the discriminator after the discriminator's step.
-        loss, metrics = self._with_discriminator(one_pass)
+        loss, metrics = self._with_discriminator(passes)
         yield Update("purifier", loss, {**metrics, **judged})
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the purifier's loss and metrics, without a step of the discriminator."""
         return self._with_discriminator(self.passes(batch))
 
-    def _with_discriminator(self, one_pass: Passes) -> tuple[Tensor, Metrics]:
+    def _with_discriminator(self, passes: Passes) -> tuple[Tensor, Metrics]:
+        """Add the GAN term L_G. No gradient of it reaches the discriminator."""
         if self.discriminator is None:
-            return one_pass.loss, one_pass.metrics
-        deceived = generator_loss(self.discriminator, one_pass)
-        metrics = {**one_pass.metrics, "deceived": deceived.detach()}
-        return one_pass.loss + self.config.gan_weight * deceived, metrics
+            return passes.loss, passes.metrics
+        self.discriminator.requires_grad_(False)
+        try:
+            refined = passes.refined.to(passes.target.dtype)
+            deceived = -self.discriminator(torch.cat([refined, passes.packed[:, -1:]], 1)).mean()
+        finally:
+            self.discriminator.requires_grad_(True)
+        loss = passes.loss + self.config.gan_weight * deceived
+        return loss, {**passes.metrics, "deceived": deceived.detach()}
 
     def frozen_attacks(self) -> FrozenAttacks | None:
         config, attack = self.config, self.config.attack

@@ -118,7 +118,6 @@ class CarsoTask(PurifierTask[Carso]):
     name = "carso"
     published: ClassVar = {"published": carso_published, "published_v1": carso_v1_published}
     config: CarsoConfig
-    optimizer: torch.optim.Optimizer
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):
         super().__init__(defence, config, origin)
