@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._hashes import weights_fingerprint
 from .._process import processes
+from .._validation import Norm
 from ..defences.base import Defence
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
@@ -18,6 +20,20 @@ from ..training.method_task import MethodTask
 from ..training.task import Batch, check_labels
 
 D = TypeVar("D", bound=Defence)
+
+
+class FrozenAttacks(NamedTuple):
+    """The attacks of a training on a model that the training never changes, in the order of their images in a batch.
+
+    ``eps`` and ``random`` have the radius of each attack, and whether it has a random start. ``share`` is the share of
+    a batch that the attacks with a random start attack. ``facts`` are all else that decides which images they make.
+    """
+
+    eps: tuple[float, ...]
+    random: tuple[bool, ...]
+    share: float
+    norm: Norm
+    facts: dict[str, Any]
 
 
 class PurifierTask(MethodTask, Generic[D]):
@@ -54,6 +70,15 @@ class PurifierTask(MethodTask, Generic[D]):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "defence": self.defence.arguments, "classifier": self.classifier}
+
+    def adversarial(self, batch: Batch, rows: slice, make: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Return adversarial images for some rows of a batch. During a training with a bank, the bank does this.
+
+        A task whose images a bank can store has a method ``frozen_attacks``, which returns its `FrozenAttacks`, or None
+        if it attacks a model that it trains. Each of these attacks has an equal share of the rows, in their order.
+        ``make`` attacks the images at indices into these rows, or all for None. A bank calls it only for some of them.
+        """
+        return make(None)
 
     def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
         """Return the facts, except the radius, that determine the images of an attack on the frozen classifier."""

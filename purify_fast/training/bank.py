@@ -89,7 +89,7 @@ class AdversarialBank(InMemory):
     def __init__(self, source: Source, bank: BankConfig, task: Task):
         if not isinstance(source, InMemory) or source.config.accumulate or source.config.padding:
             raise ValueError("bank needs x as a tensor, without accumulate and padding")
-        if (attacks := task.frozen_attacks()) is None:
+        if (attacks := getattr(task, "frozen_attacks", lambda: None)()) is None:
             frozen = "attacks on a frozen classifier, as of CARSO or AToP with attack_target='classifier'"
             raise ValueError(f"bank must be None for this training; a bank needs {frozen}")
         if bank.variants < (least := len(attacks.random)):
@@ -121,8 +121,13 @@ class AdversarialBank(InMemory):
     def flush(self) -> None:
         self._map.flush()
 
-    def stored(self, batch: Batch, rows: slice, make: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Return adversarial images for rows of a batch, as `Batch.attacked` does, from the bank or from ``make``."""
+    def adversarial(self, batch: Batch, rows: slice, make: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Return adversarial images for rows of a batch, as `PurifierTask.adversarial` does, from the bank if it can.
+
+        A validation attacks its images itself.
+        """
+        if batch.whole:
+            return make(None)
         x, ids, rho = batch.x[rows], batch.sample_ids[rows], self.refresh
         entries = (ids * self.views + (mirrored(self.config.seed, ids, batch.epoch) if self.views > 1 else 0)).cpu()
         # Each image has two numbers: the first decides if it is attacked again, and the second which variant is read.

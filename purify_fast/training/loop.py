@@ -65,7 +65,7 @@ def fit(
     number of processes. Several processes give the same weights as a single process, up to rounding, with two
     exceptions: a model that draws random numbers without `purify_fast`, such as by torch's dropout, draws the same
     numbers in every process, and the published training of CARSO may attack fewer images
-    (`purify_fast.methods.carso.task.balanced_batch`).
+    (`purify_fast.methods.carso.task.CarsoTask.balanced_batch`).
 
     Args:
         task: the training: model, optimizers and step.
@@ -111,9 +111,8 @@ def fit(
         raise ValueError("task must have a weight to train, but no weight of its optimizers needs a gradient")
     refuse_divided(task.model)
     source, held_out = make_sources(task, x, y, config, validation)
-    if bank is not None:
-        source = AdversarialBank(source, bank, task)
-    run = Run(task, config, (source, held_out), folder)
+    stored = None if bank is None else AdversarialBank(source, bank, task)
+    run = Run(task, config, (stored or source, held_out), folder)
     device = run.source.device
     task.frozen, task.compiles = frozen_parts(task.model), config.compile
     if processes()[1] > 1:
@@ -121,11 +120,15 @@ def fit(
     first = processes()[0] == 0
     # The caller may be within torch.no_grad() or torch.inference_mode().
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        if stored is not None:
+            # The bank serves this training only.
+            vars(task)["adversarial"] = stored.adversarial
+            stack.callback(vars(task).pop, "adversarial")
         stack.enter_context(synchronized_batchnorm(task.model, config.sync_batchnorm))
         if config.compile and exchanges(task.model):
             raise ValueError("compile must be False: BatchNorms wait for the other processes, got True")
         # If a folder is locked, all processes raise the error.
-        for place in (folder, source.folder):
+        for place in (folder, run.source.folder):
             from_first(partial(stack.enter_context, folder_lock(place)))
         run.resume()
         task.begin()

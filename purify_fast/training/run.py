@@ -90,15 +90,14 @@ class Run:
         return self._spent + time.monotonic() - self._began
 
     def batch(self, raw: RawBatch, step: int, seed: int, augment: bool = True) -> Batch:
-        """Make a step's input from a batch; ``augment=False`` (held-out) omits crops, mirroring and stored images."""
+        """Make a step's input from a batch; ``augment=False`` (held-out) omits crops and mirroring."""
         images, labels, ids = raw
         config, epoch = self.config, step // self.steps
         x = to_float(images) if images.dtype == torch.uint8 else images
         if augment and (config.padding or config.flip):
             x = crop_flip(x, config.seed, ids, config.padding, config.flip, epoch=epoch)
         before, place = self.length.images_before(step), (epoch, config.epochs, step)
-        stored = self.source.stored if augment else None
-        return Batch(x, labels, ids, seed, *place, images_before=before, whole=not augment, stored=stored)
+        return Batch(x, labels, ids, seed, *place, images_before=before, whole=not augment)
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Add a step's losses and metrics to the sums of its epoch. A delayed term of the loss may still be missing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -64,13 +64,11 @@ class ImageSource:
     """A source of images. These attributes are for one that stores adversarial images on the disk.
 
     Attributes:
-        stored: see `Batch.stored`.
         folder: folder that the run locks.
         facts: settings that a resumed run must share.
         counts: what the run's log has about the steps so far.
     """
 
-    stored: Callable[..., Tensor] | None = None
     folder: Path | None = None
     facts: Mapping[str, Any] = {}
     counts: Mapping[str, Any] = {}

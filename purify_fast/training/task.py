@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._settings import first_tensor
 from .._tensors import check_one_device
-from .._validation import Norm, Precision
+from .._validation import Precision
 from ..attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.representation import count_classes, evaluation_mode
 from ..speed.layout import autocast_to
@@ -44,8 +44,6 @@ class Batch:
         step: the step, from 0, of the whole run.
         images_before: number of images that earlier steps trained on, over all processes.
         whole: whether every process has the whole batch, as in a validation.
-        stored: function of the batch and the arguments of `attacked`, which returns the same, but from stored images if
-            it can; None if the source of the images stores none.
 
     Raises:
         ValueError: if x, y and sample_ids are not on one device.
@@ -60,7 +58,6 @@ class Batch:
     step: int = 0
     images_before: int = 0
     whole: bool = False
-    stored: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
@@ -68,28 +65,6 @@ class Batch:
     def progress_in(self, unit: DelayUnit) -> int:
         """Return how many epochs, steps or images of the run lie before this batch."""
         return {"epochs": self.epoch, "steps": self.step, "images": self.images_before}[unit]
-
-    def attacked(self, rows: slice, make: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Return adversarial images for some rows of the batch, for a task with `Task.frozen_attacks`.
-
-        Each of these attacks has an equal share of the rows, in their order. ``make`` attacks the images at indices
-        into these rows, or all for None. A source that stores adversarial images calls it only for some of them.
-        """
-        return make(None) if self.stored is None else self.stored(self, rows, make)
-
-
-class FrozenAttacks(NamedTuple):
-    """The attacks of a training on a model that the training never changes, in the order of their images in a batch.
-
-    ``eps`` and ``random`` have the radius of each attack, and whether it has a random start. ``share`` is the share of
-    a batch that the attacks with a random start attack. ``facts`` are all else that decides which images they make.
-    """
-
-    eps: tuple[float, ...]
-    random: tuple[bool, ...]
-    share: float
-    norm: Norm
-    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -180,16 +155,6 @@ class Task:
             ValueError: a term is delayed for the whole run, or a batch is too small for the method.
         """
         return {}
-
-    def frozen_attacks(self) -> FrozenAttacks | None:
-        """Return the training's attacks if they all attack a model that the training never changes; otherwise None.
-
-        An adversarial bank can store the images of such attacks.
-
-        Raises:
-            ValueError: the attacks differ from epoch to epoch.
-        """
-        return None
 
     def answer(self, images: Tensor) -> Any:
         """Return what the network computes for images ``[B, C, H, W]``, a tensor; None if there is nothing to compare.

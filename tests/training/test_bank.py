@@ -15,12 +15,13 @@ from trainings import banked
 from purify_fast import cli, load_defence
 from purify_fast.attacks import pgd
 from purify_fast.attacks.context import Ball
-from purify_fast.methods.carso import task as carso_training
+from purify_fast.methods.carso import CarsoTask
+from purify_fast.methods.purifier_task import FrozenAttacks, PurifierTask
 from purify_fast.models import SmallCNN
 from purify_fast.training import BankConfig, FitConfig, bank as bank_module, fit, save_classifier
 from purify_fast.training.bank import AdversarialBank, quantized, restored
 from purify_fast.training.sources import InMemory
-from purify_fast.training.task import Batch, FrozenAttacks
+from purify_fast.training.task import Batch
 
 TASKS = {
     "carso": lambda **options: carso_task(kl_delay=0.0, **options),
@@ -87,14 +88,14 @@ def test_a_full_bank_is_read_and_attacks_without_a_random_start_have_one_variant
 def test_every_image_of_a_step_is_attacked_by_the_attack_of_its_place(tmp_path, monkeypatch, norm):
     """Half by PGD and half by FGSM, each with half of eps and with all of it, also where variants are read."""
     eps, seen = {"linf": 0.1, "l1": 6.0}[norm], []
-    balanced = carso_training.balanced_batch
+    balanced = CarsoTask.balanced_batch
 
-    def watched(classifier, batch, config, graphs=None):
-        perturbed = balanced(classifier, batch, config, graphs)
+    def watched(self, batch, config):
+        perturbed = balanced(self, batch, config)
         seen.append(((perturbed - batch.x).flatten(1), perturbed))
         return perturbed
 
-    monkeypatch.setattr(carso_training, "balanced_batch", watched)
+    monkeypatch.setattr(CarsoTask, "balanced_batch", watched)
     task = TASKS["carso"](attack=attack(eps=eps, norm=norm, steps=4))
     train(task, tmp_path / "a", epochs=8, banks=tmp_path / "banks", refresh=0.3)
     assert rows(tmp_path / "a")[-1]["read"] > 30
@@ -124,13 +125,24 @@ def test_the_log_and_the_saved_model_say_what_the_bank_was(tmp_path):
         train(TASKS["carso"](), tmp_path / "a")
 
 
-def test_held_out_images_are_attacked_afresh(tmp_path):
-    (x, y), task, banks = images(), TASKS["atop"](), []
-    validate = task.validate
-    task.validate = lambda batch: banks.append(batch.stored) or validate(batch)
-    bank = BankConfig(folder=tmp_path / "banks")
-    fit(task, x, y, FitConfig(1, 16, validation_share=0.5), progress=False, bank=bank)
-    assert banks == [None] * (len(x) // 32)
+def test_held_out_images_are_attacked_afresh(tmp_path, monkeypatch):
+    (x, y), task, asked = images(), TASKS["atop"](), []
+    stored = AdversarialBank.adversarial
+
+    def watched(self, batch, rows, make):
+        made = []
+        found = stored(self, batch, rows, lambda rows: made.append(rows) or make(rows))
+        asked.append((batch.whole, made == [None]))
+        return found
+
+    monkeypatch.setattr(AdversarialBank, "adversarial", watched)
+    config = FitConfig(2, 16, validation_share=0.5)
+    fit(task, x, y, config, progress=False, bank=BankConfig(folder=tmp_path / "banks"))
+    # The second epoch reads all of its images, and each validation attacks all of its own.
+    epochs = 2 * (len(x) // 32)
+    assert sum(whole and made for whole, made in asked) == epochs and (False, False) in asked
+    # The next training has no bank.
+    assert task.adversarial.__func__ is PurifierTask.adversarial
 
 
 def test_the_command_keeps_a_bank_and_its_options_begin_the_same_again(tmp_path):
@@ -262,7 +274,7 @@ def ask(bank, seed, x, found):
     """The rows that a step asks for, of which an attack makes those of ``found``, and the step's images."""
     asked, ids = [], torch.arange(len(x))
     made = lambda rows: asked.append(rows) or (found if rows is None else found[rows])  # noqa: E731
-    return asked, Batch(x, ids, ids, seed, stored=bank.stored).attacked(slice(None), made)
+    return asked, bank.adversarial(Batch(x, ids, ids, seed), slice(None), made)
 
 
 def test_the_oldest_variant_gives_way(tmp_path):

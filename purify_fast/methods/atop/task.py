@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from ...ops.philox import philox_key
 from ...training.method_task import cross_entropy_of
 from ...training.schedules import RunLength
-from ...training.task import Batch, FrozenAttacks, Metrics, Update
-from ..purifier_task import PurifierTask, noise_of
+from ...training.task import Batch, Metrics, Update
+from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
 from .config import AtopConfig
 from .deepfill_training import PatchDiscriminator, patch_depth
 from .defence import Atop
@@ -115,7 +115,7 @@ class AtopTask(PurifierTask[Atop]):
             return config.attack.run(model, batch, graphs=self.graphs, rows=rows, one_step=one_step)
 
         with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
-            return batch.attacked(slice(None), make)
+            return self.adversarial(batch, slice(None), make)
 
     def passes(self, batch: Batch) -> Passes:
         """Attack, transform and purify a batch, and compute the losses; no cross-entropy while lambda is 0."""

@@ -16,10 +16,10 @@ w is the setting reconstruction_weight. The classifier is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,46 +33,16 @@ from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...training.optimizers import Lookahead
 from ...training.schedules import RunLength
-from ...training.task import Batch, FrozenAttacks, Metrics
-from ..purifier_task import PurifierTask, noise_of
+from ...training.task import Batch, Metrics
+from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
-
-if TYPE_CHECKING:
-    from ...speed.graphs.step_graphs import StepGraphs
 
 
 def kl_weight(epoch: int, delay: float) -> float:
     """Return the share of the KL term's weight in an epoch: 0 in the first ``delay``, then rising for a third of it."""
     start, rise = ceil(delay), ceil(delay / 3)
     return 1.0 if epoch >= start + rise else max(0.0, (epoch - start) / rise)
-
-
-def balanced_batch(
-    classifier: Callable[[Tensor], Tensor], batch: Batch, config: CarsoConfig, graphs: StepGraphs | None = None
-) -> Tensor:
-    """Return clean images and images that PGD and FGSM made on a classifier, with the shape of the batch's images.
-
-    The order is [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], where the weak attacks have half of eps.
-    Every process balances its own share of the batch, like the official code. So several processes attack fewer images
-    than a single process, unless their number divides `atom_size` of the whole batch.
-    """
-    x, attack = batch.x, config.attack.at_epoch(batch.epoch, batch.epochs)
-    atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
-    if atom == 0:
-        return x
-    half, attacked = 2 * atom, slice(len(x) - 4 * atom, None)
-    clean = replace(batch, x=x[attacked], y=batch.y[attacked], sample_ids=batch.sample_ids[attacked])
-    eps = torch.full((half,), float(attack.eps), device=x.device)
-    eps[:atom] /= 2
-    eps = eps.repeat(2)
-
-    def make(rows: Tensor | None) -> Tensor:
-        slow, fast = (slice(half), slice(half, None)) if rows is None else (rows[rows < half], rows[rows >= half])
-        by_pgd = attack.run(classifier, clean, graphs=graphs, rows=slow, eps=eps)
-        return torch.cat([by_pgd, attack.run(classifier, clean, graphs=graphs, rows=fast, eps=eps, one_step=True)])
-
-    return torch.cat([x[: attacked.start], batch.attacked(attacked, make)])
 
 
 def published_losses(
@@ -139,6 +109,29 @@ class CarsoTask(PurifierTask[Carso]):
         """Return the loss of a batch, and its metrics. A validation returns the loss per image."""
         return self._published(batch) if self.config.attack_target == "classifier" else self._pipeline(batch)
 
+    def balanced_batch(self, batch: Batch, config: CarsoConfig) -> Tensor:
+        """Return clean images and images that PGD and FGSM made on the classifier, as many as the batch has.
+
+        The order is [clean | PGD weak | PGD strong | FGSM weak | FGSM strong], where the weak attacks have half of eps.
+        Every process balances its own share of the batch, like the official code. So several processes attack fewer
+        images than a single process, unless their number divides `atom_size` of the whole batch.
+        """
+        x, attack = batch.x, config.attack.at_epoch(batch.epoch, batch.epochs)
+        atom = atom_size(len(x), config.adversarial_fraction, config.allow_no_adversarial)
+        if atom == 0:
+            return x
+        half, attacked = 2 * atom, slice(len(x) - 4 * atom, None)
+        clean = replace(batch, x=x[attacked], y=batch.y[attacked], sample_ids=batch.sample_ids[attacked])
+        eps = torch.full((half,), float(attack.eps), device=x.device)
+        eps[:atom] /= 2
+        run = partial(attack.run, self.trained.frozen_classifier, clean, graphs=self.graphs, eps=eps.repeat(2))
+
+        def make(rows: Tensor | None) -> Tensor:
+            slow, fast = (slice(half), slice(half, None)) if rows is None else (rows[rows < half], rows[rows >= half])
+            return torch.cat([run(rows=slow), run(rows=fast, one_step=True)])
+
+        return torch.cat([x[: attacked.start], self.adversarial(batch, attacked, make)])
+
     def _published(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch with the paper's objective, and the means of its two terms."""
         defence = self.trained
@@ -147,7 +140,7 @@ class CarsoTask(PurifierTask[Carso]):
             # The last batch of a validation may be too small for the attacks. The mean over the batches weights each
             # batch by its number of images, so the loss of a batch must be a mean too.
             config = replace(config, allow_no_adversarial=True, reduction="mean")
-        perturbed = balanced_batch(defence.frozen_classifier, batch, config, self.graphs)
+        perturbed = self.balanced_batch(batch, config)
         named = batch.x, philox_key(batch.seed, batch.x.device), batch.sample_ids
         reconstruction, kl = self.compiled(published_losses)(defence, defence.read(perturbed), perturbed, named)
         beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)

@@ -10,7 +10,6 @@ from small_models import carso, first_digits
 from purify_fast import data
 from purify_fast.attacks import FGSM, PGD, AttackResult
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
-from purify_fast.methods.carso.task import balanced_batch
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
@@ -37,7 +36,7 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
     x, y = torch.rand(size, 1, 2, 2), torch.zeros(size, dtype=torch.int64)
     attack = TrainingAttack(eps=0.2, steps=40)
     config = CarsoConfig(attack=attack, adversarial_fraction=fraction, allow_no_adversarial=True)
-    out = balanced_batch(None, Batch(x, y, torch.arange(size), 0), config)
+    out = CarsoTask(carso(), config).balanced_batch(Batch(x, y, torch.arange(size), 0), config)
     assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
     assert calls == ([pytest.approx([0.1] * atom + [0.2] * atom)] * 2 if atom else [])
     assert clean + 4 * atom == size
@@ -49,16 +48,16 @@ def test_without_adversarial_examples_only_if_asked():
     with pytest.raises(ValueError, match=r"0\.01 of 16 images is too few for 4 attacks"):
         CarsoTask(made, config).training_step(b)
     config = dataclasses.replace(config, allow_no_adversarial=True)
-    x = balanced_batch(made.classifier, b, config)
+    x = CarsoTask(made, config).balanced_batch(b, config)
     assert torch.equal(x, b.x)
     assert CarsoTask(made, config).training_step(b)[0].isfinite()
 
 
 def test_a_bank_that_asks_for_every_row_gets_the_balanced_batch():
     made, b, config = carso(), batch(32), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=3))
-    bank = lambda batch, rows, make: make(torch.arange(len(batch.x[rows])))  # noqa: E731
-    by_rows = balanced_batch(made.classifier, dataclasses.replace(b, stored=bank), config)
-    assert torch.equal(by_rows, balanced_batch(made.classifier, b, config))
+    task, plain = CarsoTask(made, config), CarsoTask(made, config)
+    task.adversarial = lambda batch, rows, make: make(torch.arange(len(batch.x[rows])))
+    assert torch.equal(task.balanced_batch(b, config), plain.balanced_batch(b, config))
 
 
 def test_published_loss_is_reconstruction_plus_weighted_kl():
@@ -73,10 +72,8 @@ def test_published_loss_is_reconstruction_plus_weighted_kl():
 
 
 def test_official_code_attacks_with_a_larger_eps_and_the_same_step(monkeypatch):
-    import purify_fast.methods.carso.task as module
-
     seen = []
-    monkeypatch.setattr(module, "balanced_batch", lambda c, batch, config, graphs: seen.append(config) or batch.x)
+    monkeypatch.setattr(CarsoTask, "balanced_batch", lambda self, batch, config: seen.append(config) or batch.x)
     torch.manual_seed(0)
     statistics = {"mean": (0.4, 0.4, 0.4), "std": (0.25, 0.2, 0.3)}
     made = Carso(SmallCNN(3, 10, (16, 16), 4), ["conv2"], (3, 16, 16), 8, 4, 2, decoder_width=2, **statistics)
