@@ -1,4 +1,4 @@
-"""The habits of the project: `make quick`, and facts that several files of the root repeat."""
+"""Facts that several files of the root repeat."""
 
 import re
 from pathlib import Path

@@ -31,13 +31,6 @@ for name in ("swish", "swish_backward"):
 """
 
 
-def files() -> dict[str, str]:
-    """By their paths, the files and additions of the page."""
-    blocks = re.findall(r"^```py\n# (\S+)\n(.*?)^```", PAGE, re.S | re.M)
-    assert len(blocks) == len(dict(blocks)) == 4
-    return dict(blocks)
-
-
 def add(copy: Path, texts: dict[str, str]) -> None:
     """Add a text to each file, at its end or above its ``__all__``."""
     for path, text in texts.items():
@@ -48,31 +41,23 @@ def add(copy: Path, texts: dict[str, str]) -> None:
         file.write_text(f"{before}\n\n{text}\n\n{exported}{after}")
 
 
-def followed(copy: Path) -> None:
-    """Do what the page says, in a copy of what an op consists of."""
-    unneeded = shutil.ignore_patterns("__pycache__", "zoo", "results", "robustness", "pages", "gpu")
-    for folder in ("purify_fast", "benchmarks", "kernels", "tests/ops", "tests/fuzz"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=unneeded)
-    for path in (ROOT / "tests").glob("*.py"):
-        shutil.copy(path, copy / "tests")
-    add(copy, files())
-
-
 def run(copy: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=copy,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(copy), "PURIFY_FAST_CACHE": str(copy / "cache")},
-    )
+    env = os.environ | {"PYTHONPATH": str(copy), "PURIFY_FAST_CACHE": str(copy / "cache")}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_the_op_of_the_page_passes_the_tests_of_every_op(tmp_path):
-    followed(tmp_path)
+    unneeded = shutil.ignore_patterns("__pycache__", "zoo", "results", "robustness", "pages", "gpu")
+    for folder in ("purify_fast", "benchmarks", "kernels", "tests/ops", "tests/fuzz"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=unneeded)
+    for path in (ROOT / "tests").glob("*.py"):
+        shutil.copy(path, tmp_path / "tests")
+    blocks = re.findall(r"^```py\n# (\S+)\n(.*?)^```", PAGE, re.S | re.M)
+    assert len(blocks) == len(dict(blocks)) == 4
+    add(tmp_path, dict(blocks))
     run(tmp_path, "-c", TRIED)
     of_every_op = "tests/ops/test_contract.py", "tests/ops/test_gradients.py", "tests/fuzz/test_ops.py"
     run(tmp_path, "-m", "pytest", *of_every_op, "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "swish")

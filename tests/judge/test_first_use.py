@@ -57,7 +57,6 @@ def trio():
         ({"attacks": PGD()}, "attacks must be a list, got PGD"),
         ({"attacks": [PGD]}, "got <class"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_meant_is_refused(trio, options, message):
     model, x, y = trio
