@@ -68,10 +68,9 @@ def surrogates(
         return _gradient(model, x, num_classes)
 
     with _tried(model, x):
-        parts = _parts(model, x, num_classes)
-        parts = [(name, part) for name, part in parts if isinstance(gradient_of(part), Tensor)]
+        parts = [pair for pair in _parts(model, x, num_classes) if isinstance(gradient_of(pair[1]), Tensor)]
         blocked = blocking(model, [("", model)] if isinstance(model, nn.Module) else [*_inside(model)], x)
-    candidates: list[tuple[str, Classifier]] = [(f"{name} alone", part) for name, part in parts]
+    candidates: Surrogates = [(f"{name} alone", part) for name, part in parts]
     if len(parts) > 1:
         candidates.append(("all parts together", Together([part for _, part in parts])))
     candidates.append(("a straight-through copy", Softened(model, None)))
@@ -97,10 +96,10 @@ def surrogates(
         for name, candidate in candidates:
             gradient = gradient_of(candidate)
             # A copy with the gradients of the model or of an earlier candidate would find nothing new.
-            copies = isinstance(candidate, (Softened, IdentityBackward))
+            is_copy = isinstance(candidate, (Softened, IdentityBackward))
             if isinstance(gradient, str):
                 absent[name] = gradient
-            elif not (copies and any(_same(gradient, other) for other in seen)):
+            elif not (is_copy and any(_same(gradient, other) for other in seen)):
                 usable.append((name, candidate))
                 seen.append(gradient)
     return usable
@@ -139,31 +138,26 @@ def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
     return gradient if bool(gradient.isfinite().all()) else "its gradient is not finite"
 
 
-def _same(one: Tensor, other: Tensor | str) -> bool:
+def _same(gradient: Tensor, other: Tensor | str) -> bool:
     """Return True if two gradients are equal up to rounding for every image."""
     if isinstance(other, str):
         return False
-    apart, size = ((each.flatten(1).abs().amax(1)) for each in (one - other, other))
+    apart, size = (tensor.flatten(1).abs().amax(1) for tensor in (gradient - other, other))
     return bool((apart <= FLOAT32 * size).all())
 
 
-def _parts(model: Classifier, x: Tensor, num_classes: int) -> list[tuple[str, Classifier]]:
+def _parts(model: Classifier, x: Tensor, num_classes: int) -> Surrogates:
     """The parts of a model that are classifiers themselves, with their names; outer modules come first."""
-    whole = _logits(model, x)
-    parts: list[tuple[str, Classifier]] = []
-    if has_classifier(model):
-        # The attribute `classifier` of a defence is always a part.
-        parts.append(("classifier", model.classifier))
+    own = _logits(model, x)
+    # The attribute `classifier` of a defence is always a part.
+    parts: Surrogates = [("classifier", model.classifier)] if has_classifier(model) else []
     for name, part in _inside(model):
-        if len(parts) == MOST_PARTS:
-            break
-        inside = (module for _, other in parts if isinstance(other, nn.Module) for module in other.modules())
-        if any(part is module for module in inside):
-            continue
-        logits = _logits(part, x)
-        same = whole is not None and logits is not None and torch.equal(whole, logits)
-        if logits is not None and logits.shape == (len(x), num_classes) and not same:
-            parts.append((name, part))
+        inside = {module for _, other in parts if isinstance(other, nn.Module) for module in other.modules()}
+        if len(parts) < MOST_PARTS and part not in inside:
+            logits = _logits(part, x)
+            same = own is not None and logits is not None and torch.equal(own, logits)
+            if logits is not None and logits.shape == (len(x), num_classes) and not same:
+                parts.append((name, part))
     return parts
 
 
@@ -209,8 +203,8 @@ class Softened(_Around):
         self.temperature = temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        wanted = torch.is_grad_enabled()
-        if self.temperature is None and not wanted:
+        differentiable = torch.is_grad_enabled()
+        if self.temperature is None and not differentiable:
             return self.model(x)
         # Softening recognizes tensors that depend on the images by requires_grad, also where no gradient is wanted.
         leaf = x if x.requires_grad else x.detach().requires_grad_()
@@ -218,7 +212,7 @@ class Softened(_Around):
         with torch.enable_grad(), Softening(self.temperature) as mode:
             logits = self.model(leaf)
         mode.let_through([logits])
-        return logits if wanted else logits.detach()
+        return logits if differentiable else logits.detach()
 
 
 class IdentityBackward(_Around):
@@ -289,7 +283,7 @@ class PassedThrough(HoldingMode):
 
 def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tensor) -> list[dict[str, nn.Module]]:
     """Find modules without a gradient whose output has the shape and about the range of their input."""
-    named = {".".join(filter(None, (outer, name))): each for outer, m in inside for name, each in m.named_modules()}
+    named = {".".join(filter(None, (outer, name))): m for outer, part in inside for name, m in part.named_modules()}
     named = {name: module for name, module in named.items() if name and module is not model}
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -303,9 +297,9 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
             stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
         model(x)
     blocked = {name: module for name, module in named.items() if module in calls and _blocks(module, *calls[module])}
-    inside_of = {name: {*list(module.modules())[1:]} for name, module in blocked.items()}
-    innermost = {name: each for name, each in blocked.items() if not inside_of[name] & {*blocked.values()}}
-    outermost = {name: each for name, each in blocked.items() if not any(each in other for other in inside_of.values())}
+    below = {name: {*list(module.modules())[1:]} for name, module in blocked.items()}
+    innermost = {name: module for name, module in blocked.items() if not below[name] & {*blocked.values()}}
+    outermost = {name: module for name, module in blocked.items() if not any(module in b for b in below.values())}
     return [group for group in (innermost, outermost)[: 1 + (innermost != outermost)] if group]
 
 

@@ -7,12 +7,11 @@ gradient. (An estimator that keeps the hard values is called straight-through, B
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import functools
 from collections.abc import Callable
 from math import isinf, sqrt
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,10 +60,7 @@ STEPS: dict[str, Rule] = {
 #: All functions that saturate or are flat, including those that are flat only for some arguments (see `is_flat`).
 SOFTENED = SATURATING | FLAT | {"clamp", "hardtanh", "threshold"}
 #: The names of comparisons. The value is 1 for "greater" and -1 for "less".
-COMPARISONS = {
-    **dict.fromkeys(("gt", "ge", "greater", "greater_equal"), 1),
-    **dict.fromkeys(("lt", "le", "less", "less_equal"), -1),
-}
+COMPARISONS = {"gt": 1, "ge": 1, "greater": 1, "greater_equal": 1, "lt": -1, "le": -1, "less": -1, "less_equal": -1}
 #: Functions that only change the type. A change from a floating-point type to another type rounds.
 CASTS = _names(
     "to type type_as float double half bfloat16 bool byte char short int long quantize_per_tensor "
@@ -95,18 +91,13 @@ LOOKUPS = {"getitem": (0, 1), "embedding": (1, 0), "index_select": (0, 2), "take
 #: Functions that can be called with counterparts, and that have an in-place form, such as ``add_``.
 OF_COUNTERPARTS = {*ARITHMETIC, *OF_MASKS, "scatter"}
 #: Some functions have several names in PyTorch. The keys are such names, the values are the names that are used here.
-_SPELLINGS = {
-    "invert": "not",
-    "clip": "clamp",
-    "divide": "div",
-    "floor_divide": "floordiv",
-    "right_shift": "rshift",
-    "left_shift": "lshift",
-    "iand": "and_",
-    "ior": "or_",
-    "irshift": "rshift_",
-    "ilshift": "lshift_",
-}
+_SPELLINGS = dict(
+    pair.split(":")
+    for pair in _names(
+        "invert:not clip:clamp divide:div floor_divide:floordiv right_shift:rshift left_shift:lshift iand:and_ ior:or_ "
+        "irshift:rshift_ ilshift:lshift_"
+    )
+)
 #: Errors of a formula that was not written for its arguments. The result of the function is then not changed.
 UNKNOWN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 #: For each function that chooses among values: the position of its argument ``dim``, and the position of the indices in
@@ -123,8 +114,8 @@ SLICES = {"getitem", "narrow", "contiguous", "clone"}
 def not_in_place(func: Rule) -> Rule:
     """The out-of-place form of an in-place operation."""
     name = func.__name__.strip("_")
-    name = {f"i{each}": f"bitwise_{each}" for each in ("and", "or")}.get(name, name)
-    name = {"irshift": "bitwise_right_shift", "ilshift": "bitwise_left_shift"}.get(name, name)
+    of_operators = {"iand": "and", "ior": "or", "irshift": "right_shift", "ilshift": "left_shift"}
+    name = f"bitwise_{of_operators[name]}" if name in of_operators else name
     return getattr(torch, name, None) or getattr(torch.nn.functional, name)
 
 
@@ -138,16 +129,15 @@ def plain_name(func: Rule) -> str:
 
 def is_flat(name: str, /, *bounds: Any, **named: Any) -> bool:
     """Return True if a function has a range with gradient 0; a ReLU, or a clamp with one bound, does not count."""
-    given = [each for each in (*bounds, *named.values()) if each is not None]
-    return name in FLAT or (name == "clamp" and len(given) == 2) or (name == "threshold" and 0 not in given[:1])
+    values = [value for value in (*bounds, *named.values()) if value is not None]
+    return name in FLAT or (name == "clamp" and len(values) == 2) or (name == "threshold" and 0 not in values[:1])
 
 
 def goes_in_steps(name: str, result: Any, **named: Any) -> bool:
     """Return True if a function is in `STEPS` and has steps; some have steps only for integers or with an option."""
-    whole = isinstance(result, Tensor) and not (result.is_floating_point() or result.dtype == torch.bool)
-    return name in STEPS and (
-        named.get("rounding_mode") is not None if name == "div" else whole or name not in ("clamp", "and", "or")
-    )
+    if name in ("clamp", "and", "or"):
+        return isinstance(result, Tensor) and not (result.is_floating_point() or result.dtype == torch.bool)
+    return name in STEPS and (name != "div" or named.get("rounding_mode") is not None)
 
 
 def wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float = 1.0, **_: Any) -> Tensor:
@@ -156,7 +146,7 @@ def wider(temperature: float, x: Tensor, min_val: float = -1.0, max_val: float =
     return x.clamp(middle - temperature * half, middle + temperature * half)
 
 
-def follows(value: Any) -> bool:
+def follows(value: Any) -> TypeGuard[Tensor]:
     """Return True if a value is a tensor through which a gradient passes."""
     return isinstance(value, Tensor) and value.requires_grad
 
@@ -173,14 +163,13 @@ EXACT_SLOPE, SOFT_SLOPE = 30.0, 100.0
 Choice = tuple[Tensor, int | None]
 
 
-class HoldingMode(TorchFunctionMode, abc.ABC):
+class HoldingMode(TorchFunctionMode):
     """A function mode that also enters another context, and that can be entered again inside its own block."""
 
     def __init__(self) -> None:
         super().__init__()
         self._open: list[contextlib.ExitStack] = []
 
-    @abc.abstractmethod
     def held(self, stack: contextlib.ExitStack) -> None:
         """Enter the other context."""
 
@@ -233,10 +222,8 @@ class Softening(HoldingMode):
         with contextlib.suppress(*UNKNOWN):
             if name == "setitem" and known:
                 return self._set(func, *args)
-            if name.endswith("_") and (
-                name[:-1] in SOFTENED | (OF_COUNTERPARTS if known else set())
-                or goes_in_steps(name[:-1], first, **kwargs)
-            ):
+            softened = SOFTENED | OF_COUNTERPARTS if known else SOFTENED
+            if name.endswith("_") and (name[:-1] in softened or goes_in_steps(name[:-1], first, **kwargs)):
                 # Computed out of place, and copied into the argument, which the model continues to use.
                 before = first.clone()
                 self._keep(before, self._kept(first, Tensor))
@@ -279,21 +266,18 @@ class Softening(HoldingMode):
             if not (_floating(hard) or hard.dtype == torch.bool):
                 values = hard.dequantize() if hard.is_quantized else hard.to(first.dtype)
                 self._keep(hard, _straight(values, first))
-        elif name in CASTS:
-            if (choice := self._kept(first, tuple)) is None:
-                return self._soft(hard, self._kept(first, Tensor))
-            if _floating(hard):
-                return self._soft(hard, self._or_itself(first))
-            self.beside[hard] = hard._version, choice
         elif name == "scatter":
             choice = self._kept(args[2], tuple)
             return hard if choice is None else self._soft(hard, self._scattered(args, choice, [*kwargs.values()]))
-        elif name in SHAPES:
+        elif name in CASTS | SHAPES:
             choice, soft = self._kept(first, tuple), self._kept(first, Tensor)
+            if choice is not None and _floating(hard):
+                return self._soft(hard, self._or_itself(first))
             if choice is not None:
-                self.beside[hard] = hard._version, self._reshaped(name, call, hard, args)
-            return hard if soft is None else self._soft(hard, call(soft, *args[1:]))
-        elif any(map(self._known, args)) and not any(isinstance(each, float) and isinf(each) for each in args):
+                self.beside[hard] = hard._version, choice if name in CASTS else self._reshaped(name, call, hard, args)
+            elif soft is not None:
+                return self._soft(hard, soft if name in CASTS else call(soft, *args[1:]))
+        elif any(map(self._known, args)) and not any(isinstance(arg, float) and isinf(arg) for arg in args):
             # The condition excludes arithmetic with an infinity, as in a softmax's mask: it has no softened form.
             rule = func if name in ARITHMETIC else OF_MASKS.get(name)
             if name == "where" and _floating(first):
@@ -328,9 +312,7 @@ class Softening(HoldingMode):
         return kept if isinstance(kept, kind) and value._version == version else None
 
     def _known(self, value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            return any(map(self._known, value))
-        return self._kept(value) is not None
+        return any(map(self._known, value)) if isinstance(value, (list, tuple)) else self._kept(value) is not None
 
     def _or_itself(self, value: Any) -> Any:
         """Return an argument's counterpart for a formula, or the argument itself, a mask as float."""
@@ -359,36 +341,31 @@ class Softening(HoldingMode):
         if not follows(smooth) or smooth.shape != hard.shape:
             return hard
         straight = _straight(hard.to(smooth.dtype), smooth)
-        if _floating(hard):
-            return straight
         self._keep(hard, straight)
-        return hard
+        return straight if _floating(hard) else hard
 
     # -- comparisons --------------------------------------------------------------------------------------------------
 
     def _compared(self, a: Any, b: Any, sign: int = 1) -> Tensor | None:
         """Return the softened form of ``a > b``, or of ``a < b`` if ``sign`` is -1."""
         difference = sign * (a - b) if _floating(a) or _floating(b) else None
-        if difference is None or not difference.requires_grad:
-            return None
         # The gradient of softsign is nowhere 0. The gradient of a sigmoid would be 0 far from the threshold.
-        return 0.5 + 0.5 * softsign(self.slope * difference / _size(a, b))
+        return 0.5 + 0.5 * softsign(self.slope * difference / _size(a, b)) if follows(difference) else None
 
     def _equal(self, hard: Tensor, a: Any, b: Any) -> Tensor | None:
-        for index, other in ((a, b), (b, a)):
-            choice = self._kept(index, tuple)
-            if choice is not None:
-                weights = self._weights(index, choice).expand(*hard.shape, -1)
-                wanted = torch.as_tensor(other, device=hard.device).long().expand(hard.shape)
-                there = (wanted >= 0) & (wanted < weights.shape[-1])
-                return weights.gather(-1, (wanted * there)[..., None])[..., 0] * there
-        one, other = self._or_itself(a), self._or_itself(b)
-        difference = abs(one - other) if _floating(one) or _floating(other) else None
-        if difference is None or not difference.requires_grad or (isinstance(b, float) and isinf(b)):
+        for chosen, other in ((a, b), (b, a)):
+            if (choice := self._kept(chosen, tuple)) is not None:
+                weights = self._weights(chosen, choice).expand(*hard.shape, -1)
+                index = torch.as_tensor(other, device=hard.device).long().expand(hard.shape)
+                exists = (index >= 0) & (index < weights.shape[-1])
+                return weights.gather(-1, (index * exists)[..., None])[..., 0] * exists
+        left, right = self._or_itself(a), self._or_itself(b)
+        difference = abs(left - right) if _floating(left) or _floating(right) else None
+        if not follows(difference) or (isinstance(b, float) and isinf(b)):
             return None
         if isinstance(a, Tensor) and a.dtype == torch.bool:
             return 1 - difference
-        return 1 / (1 + self.slope * difference / _size(one, other))
+        return 1 / (1 + self.slope * difference / _size(left, right))
 
     def _between(self, values: Any, bounds: Tensor) -> Tensor | None:
         """The softened position of numbers among sorted bounds; it rises linearly from the first bound to the last."""
@@ -429,7 +406,7 @@ class Softening(HoldingMode):
         if dim is not None and name in SLICES and _without(hard, dim) == _without(source, dim):
             return choice
         weights = self._weights(args[0], choice).movedim(-1, 0).contiguous()
-        return torch.vmap(lambda each: call(each, *args[1:]), out_dims=-1)(weights), None
+        return torch.vmap(lambda weight: call(weight, *args[1:]), out_dims=-1)(weights), None
 
     def _scattered(self, args: Args, choice: Choice, named: list[Any]) -> Tensor | None:
         """The softened form of ``x.scatter(dim, index, value)``, if the indices come from a choice."""
@@ -449,11 +426,10 @@ class Softening(HoldingMode):
         """The indices with which a function reads from a table, if they depend on the images; otherwise None."""
         place = LOOKUPS[name][1]
         index = args[place] if len(args) > place else None
-        if isinstance(index, tuple) and all(each == slice(None) for each in index[1:] if not isinstance(each, Tensor)):
-            index = index[0] if sum(isinstance(each, Tensor) for each in index) == 1 else None
+        if isinstance(index, tuple) and all(part == slice(None) for part in index[1:] if not isinstance(part, Tensor)):
+            index = index[0] if sum(isinstance(part, Tensor) for part in index) == 1 else None
         masks = (torch.bool, torch.uint8)
-        known = isinstance(index, Tensor) and index.dtype not in masks and self._known(index)
-        return cast(Tensor, index) if known else None
+        return index if isinstance(index, Tensor) and index.dtype not in masks and self._known(index) else None
 
     def _looked_up(self, name: str, call: Rule, hard: Tensor, args: Args) -> Tensor | None:
         """The softened form of a table's values at some indices, or of ``one_hot`` of the indices."""
@@ -467,15 +443,15 @@ class Softening(HoldingMode):
             if table is None:
                 return pad(weights, (0, hard.shape[-1] - weights.shape[-1]))
             rows = (table.flatten() if name == "take" else table).detach().to(weights.dtype)
-            found = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
+            values = (weights @ (rows.flatten(1) if rows.dim() > 1 else rows)).view(hard.shape)
             # `hard` already has the table's gradient, so only the gradient of the choice is added.
-            return hard + (found - found.detach()) if table.requires_grad else found
+            return hard + (values - values.detach()) if table.requires_grad else values
         # For a rounded index, the gradient is the slope between the values at the next lower and the next higher index.
-        least, most, whole = *index.aminmax(), index.long()
-        above, below = (whole + 1).clamp(max=most), (whole - 1).clamp(min=least)
-        given = (*args[:1], hard.shape[-1]) if name == "one_hot" else args
-        others = [[*given[:of_index], each, *given[of_index + 1 :]] for each in (above, below)]
-        rise, fall = (one_hot(*other) if name == "one_hot" else call(*other) for other in others)
+        least, most, places = *index.aminmax(), index.long()
+        above, below = (places + 1).clamp(max=most), (places - 1).clamp(min=least)
+        if name == "one_hot":
+            args, call = (*args[:1], hard.shape[-1]), one_hot
+        rise, fall = (call(*args[:of_index], other, *args[of_index + 1 :]) for other in (above, below))
         soft = self._kept(index, Tensor)
         moved = (soft - soft.detach()) / (above - below).clamp_min(1)
         moved = moved.view(*moved.shape, *[1] * (hard.dim() - moved.dim()))
@@ -522,19 +498,20 @@ def with_gradient(function: Any, always: bool) -> type:
     own = function.vjp if by_vjp else function.backward
 
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-        found: Any = None
+        result: Any = None
         # A function that was never differentiated may have no backward, or a backward with errors.
         with contextlib.suppress(Exception):
-            found = own(ctx, grad, *others)
+            result = own(ctx, grad, *others)
         needed = ctx.needs_input_grad
-        every = list(found) if isinstance(found, tuple) else [found] + [None] * (len(needed) - 1)
+        gradients = list(result) if isinstance(result, tuple) else [result] + [None] * (len(needed) - 1)
         edges = [edge for edge in ctx.next_functions if edge[0] is not None]
         places = [place for place, need in enumerate(needed) if need]
         for place, (node, number) in zip(places, edges, strict=True):
             if grad is not None and node._input_metadata[number].shape == list(grad.shape):
-                every[place] = grad if always or every[place] is None else _where_useful(every[place], grad)
+                replaced = always or gradients[place] is None
+                gradients[place] = grad if replaced else _where_useful(gradients[place], grad)
                 break
-        return tuple(every)
+        return tuple(gradients)
 
     # The function has either `vjp` or `backward`, and this method is replaced.
     named = {"vjp" if by_vjp else "backward": staticmethod(backward), "__module__": "purify_fast"}
@@ -543,6 +520,6 @@ def with_gradient(function: Any, always: bool) -> type:
 
 def _where_useful(own: Tensor, other: Tensor) -> Tensor:
     """The gradient ``own``, or ``other`` for images where ``own`` is zero or not finite."""
-    each = own.reshape(len(own), -1) if own.dim() else own.view(1, 1)
-    useless = (each == 0).all(1) | ~each.isfinite().all(1)
+    images = own.reshape(len(own), -1) if own.dim() else own.view(1, 1)
+    useless = (images == 0).all(1) | ~images.isfinite().all(1)
     return torch.where(per_image(useless, own) if own.dim() else useless[0], other, own)
