@@ -30,17 +30,13 @@ class Suspicion:
     before: Before | None
     compares: bool = True
 
-    def conclude(self, asked: Probes | None) -> None:
+    def conclude(self, measured: Probes | None) -> None:
         """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows."""
         report, subject, name = self.report, self.measure.subject, self.measure.name
-        evidence = Evidence(
-            [row for row in report.rows if row.kind == "clean" or row.is_attack],
-            classes=subject.num_classes,
-            probabilities=subject.has_probabilities,
-            one_hot=subject.has_one_hot,
-        )
-        if self.before is not None and asked is not None:
-            probes = self.all_probes(self.before, asked, evidence)
+        rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
+        evidence = Evidence(rows, None, subject.num_classes, subject.has_probabilities, subject.has_one_hot)
+        if self.before is not None and measured is not None:
+            probes = self.all_probes(self.before, measured, evidence)
             evidence = replace(evidence, probes=probes)
             # On a random model, a probe's point also counts if it is worse than the points of the attacks.
             fallen = probes.found() if subject.is_random else probes.fallen()
@@ -97,8 +93,7 @@ class Suspicion:
 
         The result is None if the time was over before the first images were probed.
         """
-        measure, context, subject = self.measure, self.measure.context, self.measure.subject
-        progress = measure.progress
+        measure, subject, progress = self.measure, self.measure.subject, self.measure.progress
         model = counted_model(subject.model, progress)
 
         def keep(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -106,42 +101,40 @@ class Suspicion:
                 progress.total += 1
                 try:
                     with progress.row(f"probe: {name}"):
-                        made = make()
+                        result = make()
                 except BaseException:
                     progress.total -= 1
                     raise
                 progress.rows += 1
-                return made
+                return result
 
             return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
 
         def probes() -> Probes:
-            limited = replace(context, max_forward_batch=subject.batch_limit.limit(context.max_forward_batch))
-            return measure_before_attacks(before, limited, model, keep, self.settled)
+            most = subject.batch_limit.limit(measure.context.max_forward_batch)
+            limited = replace(measure.context, max_forward_batch=most)
+            settled = functools.partial(signs_of_masking, is_random=subject.is_random)
+            return measure_before_attacks(before, limited, model, keep, settled)
 
-        def made() -> dict[str, Any] | None:
+        def values() -> dict[str, Any] | None:
             # If memory runs out, the probes run again with fewer images at once.
             with contextlib.suppress(TimeIsOver):
                 return asdict(subject.batch_limit.within(probes))
             return None
 
-        found = measure.shards.from_first(made)
-        return None if found is None else Probes(**found)
+        result = measure.shards.from_first(values)
+        return None if result is None else Probes(**result)
 
-    def settled(self, asked: Probes) -> bool:
-        """Return True if the measurements contain a sign of masked gradients."""
-        return bool(signs_of_masking(asked, self.measure.subject.is_random))
-
-    def all_probes(self, before: Before, asked: Probes, evidence: Evidence) -> Probes:
+    def all_probes(self, before: Before, measured: Probes, evidence: Evidence) -> Probes:
         """Return the results of all probes; cached results are used only if the attacks before them were the same."""
         context, subject = self.measure.context, self.measure.subject
         # `left`: the first images that withstood every attack; without an attack, none.
-        n = min(asked.n, max(row.n for row in evidence.rows))
+        n = min(measured.n, max(row.n for row in evidence.rows))
         wrong = evidence.wrong(n)
         left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
         attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
-        asked_now = functools.partial(probe, before, context, asked, left.tolist())
-        key = self.probes_key(attacks)
+        ask = functools.partial(probe, before, context, measured, left.tolist())
         with contextlib.suppress(TimeIsOver):
-            return Probes(**self.measure.cache.values(key, lambda: asdict(subject.batch_limit.within(asked_now))))
-        return replace(asked, left=left.tolist(), whole=False)
+            key = self.probes_key(attacks)
+            return Probes(**self.measure.cache.values(key, lambda: asdict(subject.batch_limit.within(ask))))
+        return replace(measured, left=left.tolist(), whole=False)

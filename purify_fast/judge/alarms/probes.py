@@ -7,6 +7,7 @@ step of the images, the logits should also change as the model's gradients predi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -123,8 +124,8 @@ class Probes:
         Args:
             *masks: the results of some probes, each a list like ``fell``; none means all probes.
         """
-        found = masks or (self.fell, *self.copies.values())
-        return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in found)]
+        masks = masks or (self.fell, *self.copies.values())
+        return [image for image, stands in enumerate(self.left) if stands and any(mask[image] for mask in masks)]
 
     def found(self) -> list[int]:
         """The indices of all images that fell to a probe, whether they withstood the attacks of the report or not."""
@@ -141,7 +142,7 @@ Keep = Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, A
 
 
 def measure_before_attacks(
-    before: Before, context: JudgeContext, model: Any, keep: Keep, settled: Callable[[Probes], bool]
+    before: Before, context: JudgeContext, model: Any, keep: Keep, settled: Callable[[Probes], object]
 ) -> Probes:
     """Make the measurements before the attacks of the report.
 
@@ -150,58 +151,48 @@ def measure_before_attacks(
     """
     subject, x, y = before.subject, before.x, before.y
     some, is_random = slice(subject.batch_size), subject.is_random
-
-    def differ() -> dict[str, Any]:
-        cosine, without = differences(subject, y[some], x[some], near(context, x)[some])
-        return {"cosine": cosine, "without_gradient": without}
-
-    asked = Probes(0, [], **keep("gradients and small steps", {}, differ))
-    asked = replace(asked, compared=len(x[some]))
+    compare = functools.partial(differences, subject, y[some], x[some], near(context, x)[some])
+    measured = Probes(0, [], compared=len(x[some]), **keep("gradients and small steps", {}, compare))
     # On a random model every search costs several draws. If its gradients are useless, no search follows them.
-    blind = is_random and asked.is_blind
+    blind = is_random and measured.is_blind
     short = replace(context, batch_size=subject.batch_size)
     for part in torch.arange(len(x), device=x.device).split(GROUP if is_random else context.batch_size or len(x)):
         try:
-            asked = _joined(asked, _sweep(before, _Short(before, model, part, short, keep), asked, blind))
+            measured = _joined(measured, _sweep(before, _Short(before, model, part, short, keep), measured, blind))
         except TimeIsOver:
-            if asked.n == 0:
+            if measured.n == 0:
                 raise
             break
-        if is_random and (not any(map(sum, asked.copies.values())) or settled(asked)):
+        if is_random and (not any(map(sum, measured.copies.values())) or settled(measured)):
             break
-    return asked
+    return measured
 
 
-def _joined(asked: Probes, more: Probes) -> Probes:
-    if asked.n == 0:
+def _joined(measured: Probes, more: Probes) -> Probes:
+    if measured.n == 0:
         return more
 
-    def means(one: Curve, other: Curve) -> Curve:
-        total = asked.n + more.n
-        return [(n, (a * asked.n + b * more.n) / total) for (n, a), (_, b) in zip(one, other, strict=True)]
+    parts, n = (measured, more), measured.n + more.n
 
+    def means(first: Curve, second: Curve) -> Curve:
+        return [(at, (a * measured.n + b * more.n) / n) for (at, a), (_, b) in zip(first, second, strict=True)]
+
+    steps, eot, fell = means(measured.steps, more.steps), means(measured.eot, more.eot), measured.fell + more.fell
     # A part whose images all fell to the model's own gradients has no result for the surrogates.
-    names = dict.fromkeys([*asked.copies, *more.copies])
-    parts = asked, more
-    return replace(
-        asked,
-        n=asked.n + more.n,
-        steps=means(asked.steps, more.steps),
-        eot=means(asked.eot, more.eot),
-        fell=asked.fell + more.fell,
-        copies={name: [fell for each in parts for fell in each.copies.get(name, [0] * each.n)] for name in names},
-        points=None if asked.points is None or more.points is None else torch.cat([asked.points, more.points]),
-    )
+    names = dict.fromkeys([*measured.copies, *more.copies])
+    copies = {name: [fell for part in parts for fell in part.copies.get(name, [0] * part.n)] for name in names}
+    points = None if measured.points is None or more.points is None else torch.cat([measured.points, more.points])
+    return replace(measured, n=n, steps=steps, eot=eot, fell=fell, copies=copies, points=points)
 
 
-def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
+def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Probes:
     """Attack some images shortly by the gradients of the model itself, and of its surrogates."""
     context, is_random = short.context, before.subject.is_random
     surrogates, absent = before.subject.surrogates(ThreatModel(context.norm, float(context.eps)))
     loss = usable_loss("dlr_targeted", context.num_classes)
     targeted: dict[str, Any] = {"steps": STEPS, "loss": loss, "n_target_classes": TARGETS, "seed": context.seed + 1}
-    right, steps, eot = short.right, Curve(), Curve()
-    standing = right
+    right = standing = short.right
+    steps, eot = Curve(), Curve()
     if not is_random:
         for count in ITERATIONS:
             standing = short.robust(f"{count} steps", standing, steps=count)
@@ -212,7 +203,7 @@ def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
         for draws in DRAWS:
             left = short.robust(f"gradients over {draws} draws", torch.ones_like(right), eot_iter=draws)
             eot.append((float(draws), _share(left)))
-    own, copies, order = right & ~standing, dict[str, list[int]](), asked.order
+    own, copies, order = right & ~standing, dict[str, list[int]](), measured.order
     if bool(standing.any()):
         if is_random and not order:
             order = short.order(standing, surrogates)
@@ -221,33 +212,26 @@ def _sweep(before: Before, short: _Short, asked: Probes, blind: bool) -> Probes:
             options = {"steps": STEPS} if is_random else targeted
             left = short.robust(f"the gradients of {name}", standing, gradients_from=surrogate, **options)
             standing, copies[name] = left, (standing & ~left).int().tolist()
-    return replace(
-        asked,
-        n=len(short.part),
-        steps=steps,
-        eot=eot,
-        fell=own.int().tolist(),
-        copies=copies,
-        absent=absent,
-        order=order or sorted(copies, key=lambda name: -sum(copies[name])),
-        points=short.points.cpu() if is_random else None,
-    )
+    fell, points = own.int().tolist(), short.points.cpu() if is_random else None
+    order = order or sorted(copies, key=lambda name: -sum(copies[name]))
+    results: dict[str, Any] = {"steps": steps, "eot": eot, "fell": fell, "copies": copies, "points": points}
+    return replace(measured, n=len(short.part), absent=absent, order=order, **results)
 
 
-def probe(before: Before, context: JudgeContext, asked: Probes, left: Sequence[bool]) -> Probes:
+def probe(before: Before, context: JudgeContext, measured: Probes, left: Sequence[bool]) -> Probes:
     """Make the measurements after the attacks.
 
     Args:
         before: the model's predictions before the attacks.
         context: the settings of the attacks.
-        asked: the measurements before the attacks.
+        measured: the measurements before the attacks.
         left: for each of the first images, whether it withstood every attack of the report.
     """
     subject, x, y = before.subject, before.x, before.y
     # The seed is set, because the state of the generator depends on whether the attacks were run or read from a cache.
     torch.manual_seed(context.seed)
     return replace(
-        asked,
+        measured,
         left=[*left],
         batch_changes=batch_changes(subject, x),
         varying=varying(before.model, x, y) if subject.is_random else 0.0,
@@ -275,8 +259,8 @@ class _Short:
 
     def rightly(self, x: Tensor, y: Tensor) -> Tensor:
         """Tell for which images more than half of the draws are correct, bool ``[n]``."""
-        logits = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
-        right = [(each.argmax(1) == y) & each.isfinite().any(1) for each in logits]
+        draws = (in_parts(self.model, self.context.batch_size or len(x))(x) for _ in range(self.judges))
+        right = [(logits.argmax(1) == y) & logits.isfinite().any(1) for logits in draws]
         return torch.stack(right).float().mean(0) > 0.5
 
     def robust(self, name: str, among: Tensor, gradients_from: Classifier | None = None, **options: Any) -> Tensor:
@@ -324,10 +308,8 @@ class _Short:
 
         def leads(x: Tensor) -> list[float]:
             """The margins by which the model itself is right; less than 0 counts as 0."""
-            draws = torch.stack(
-                [-attack_loss(self.model(x).float(), self.y[at], "margin")[1] for _ in range(self.judges)]
-            )
-            return draws.mean(0).nan_to_num(0.0, posinf=LARGEST).clamp(0, LARGEST).tolist()
+            draws = [-attack_loss(self.model(x).float(), self.y[at], "margin")[1] for _ in range(self.judges)]
+            return torch.stack(draws).mean(0).nan_to_num(0.0, posinf=LARGEST).clamp(0, LARGEST).tolist()
 
         def make() -> dict[str, Any]:
             return {name: leads(self.attacked(at, settings, surrogate)) for name, surrogate in surrogates}
@@ -340,10 +322,10 @@ class _Short:
 def near(context: JudgeContext, x: Tensor) -> Tensor:
     """Add noise of at most half the radius to the images."""
     size = x[0].numel()
-    each = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps
+    largest = {"linf": 1.0, "l2": 1 / math.sqrt(size), "l1": 1 / size}[context.norm] * context.eps
     generator = torch.Generator().manual_seed(context.seed)
     noise = torch.rand(x.shape, generator=generator, device="cpu").to(x) - 0.5
-    return (x + each * noise).clamp(0, 1)
+    return (x + largest * noise).clamp(0, 1)
 
 
 # -- tests of the predictions -----------------------------------------------------------------------------------------
@@ -439,22 +421,21 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
     return torch.equal(after(1), after(2))
 
 
-def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing | None, float]:
-    """Compare the changes of a model's margin with the changes that its gradients predict."""
+def differences(subject: Subject, y: Tensor, *points: Tensor) -> dict[str, Any]:
+    """Compare the changes of a model's margin with those that its gradients predict; return fields of `Probes`."""
     with subject.repeating():
         if differ(_seeded(subject, points[0]), _seeded(subject, points[0])):
-            return None, 0.0
-    measured = [_differences(subject, point, y) for point in points]
-    missing = [cosine for cosine, _ in measured if isinstance(cosine, str)]
-    cosine = missing[0] if missing else min(cosine for cosine, _ in measured if not isinstance(cosine, str))
-    return cosine, max(without for _, without in measured)
+            return {"cosine": None, "without_gradient": 0.0}
+    cosines, without = zip(*(_differences(subject, point, y) for point in points), strict=True)
+    missing = [cosine for cosine in cosines if isinstance(cosine, str)]
+    return {"cosine": missing[0] if missing else min(cosines), "without_gradient": max(without)}
 
 
 def compared_gradients(subject: Subject, context: JudgeContext) -> float | Missing | None:
     """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
     some = slice(min(ONE_BY_ONE, subject.batch_size))
     x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)
-    return differences(subject, y, x, near(context, x))[0]
+    return differences(subject, y, x, near(context, x))["cosine"]
 
 
 def has_no_gradient(subject: Subject) -> bool:

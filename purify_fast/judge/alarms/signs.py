@@ -125,11 +125,6 @@ class Evidence:
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
 
     @property
-    def images(self) -> int:
-        """Return the number of all images of the evaluation."""
-        return max((row.n for row in self.rows), default=0)
-
-    @property
     def nothing_left(self) -> bool:
         """Return True if every image has fallen to an attack or to a probe, on a random model in at least one draw."""
         for row in worst_rows(self.rows) if self.rows else []:
@@ -157,12 +152,11 @@ class Evidence:
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
         """Return each attack with the share of wrong draws on its images, ``[images]``; 0 on others."""
         clean = [row.share_wrong for row in self.rows if row.kind == "clean"]
-        right = clean[0] < 1 if clean else np.ones(self.images, dtype=bool)
+        right = clean[0] < 1 if clean else np.ones(max((row.n for row in self.rows), default=0), dtype=bool)
         left, fallen = right.copy(), []
         for row in self.attacks():
             wrong = np.pad(row.share_wrong, (0, len(right) - row.n))
-            given = left if row.of_survivors else right
-            fallen.append((row, np.where(given, wrong, 0.0)))
+            fallen.append((row, np.where(left if row.of_survivors else right, wrong, 0.0)))
             left &= wrong < 1
         return fallen
 
@@ -232,20 +226,19 @@ def findings(evidence: Evidence) -> list[Finding]:
         if alarm.of_probes and (evidence.probes is None or not evidence.probes.whole):
             continue
         outcome = rule(evidence, evidence.probes) if alarm.of_probes else rule(evidence)
-        if outcome is None:
-            continue
-        advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
-        about: dict[str, Any] = {"of_answers": alarm.of_answers, "prominent": alarm.prominent, "advice": advice}
-        every.append(Finding(alarm.name, outcome.verdict, outcome.measured, outcome.row, **about))
+        if outcome is not None:
+            advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
+            more: dict[str, Any] = {"of_answers": alarm.of_answers, "prominent": alarm.prominent, "advice": advice}
+            every.append(Finding(alarm.name, *outcome[:3], **more))
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
         return every
     draws = any(row.n_eval > 1 for row in evidence.attacks())
     remark = f"but no image is left that {'is right in all draws' if draws else 'could fall'}"
-    return [
-        replace(each, verdict="noted", measured=f"{each.measured}; {remark}") if each in doubts else each
-        for each in every
-    ]
+    for place, finding in enumerate(every):
+        if finding in doubts:
+            every[place] = replace(finding, verdict="noted", measured=f"{finding.measured}; {remark}")
+    return every
 
 
 def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
@@ -322,7 +315,7 @@ def gradient_health(evidence: Evidence) -> Outcome:
     if cosine is None:
         words = f"{text}; the gradients were not compared with finite differences" if text else NOT_COUNTED
         return counted._replace(measured=words)
-    if cosine == "not finite" and any(each.nonfinite_predictions for each in evidence.rows):
+    if cosine == "not finite" and any(row.nonfinite_predictions for row in evidence.rows):
         # Predictions that are not finite are already reported by the alarm "finite predictions".
         return counted._replace(measured=text or MISSING[cosine])
     if isinstance(cosine, str):
@@ -356,12 +349,11 @@ def _of_counted(evidence: Evidence) -> Outcome:
 @Alarm("missed images", BY_BPDA)
 def missed_images(evidence: Evidence) -> Outcome:
     """Alarm if images withstand the attacks with the model's own gradients, but fall to other attacks or probes."""
-    outcomes = [each for each in (_missed_by_rows(evidence), _missed_by_report(evidence)) if each is not None]
+    outcomes = [*filter(None, [_missed_by_rows(evidence), _missed_by_report(evidence)])]
     if not outcomes:
-        text = evidence.blind() or "only attacks along the model's own gradients were tried"
-        return Outcome("not asked", text)
-    gravest = min(outcomes, key=lambda each: ("unreliable", "noted", "passed").index(each.verdict))
-    same = [each.measured for each in outcomes if each.verdict == gravest.verdict]
+        return Outcome("not asked", evidence.blind() or "only attacks along the model's own gradients were tried")
+    gravest = min(outcomes, key=lambda outcome: ("unreliable", "noted", "passed").index(outcome.verdict))
+    same = [outcome.measured for outcome in outcomes if outcome.verdict == gravest.verdict]
     return gravest._replace(measured="; ".join(same))
 
 
@@ -372,8 +364,7 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     others = {row.attack: wrong for row, wrong in fallen if not row.own_gradients}
     if not own or not others:
         return None
-    full = max(row.n for row, _ in fallen)
-    by_own = np.maximum.reduce(own)
+    full, by_own = max(row.n for row, _ in fallen), np.maximum.reduce(own)
     # On a random model, a difference of a few draws is chance. So at least half of the draws must differ.
     more = {name: wrong - by_own >= 0.5 for name, wrong in others.items()}
     count = int(np.logical_or.reduce(list(more.values())).sum())
@@ -390,9 +381,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     probes = evidence.probes
     if probes is None or not any(probes.left):
         return None
-    reasons: dict[str, list[str]] = {}
-    for name, reason in probes.absent.items():
-        reasons.setdefault(reason, []).append(name)
+    reasons = {why: [name for name, other in probes.absent.items() if other == why] for why in probes.absent.values()}
     absent = "; ".join(f"{', '.join(names)} could not be made: {reason}" for reason, names in reasons.items())
     missed = {name: len(probes.fallen(fell)) for name, fell in probes.copies.items()}
     # If it found no image, the model's gradients may be masked, so it is no evidence.
@@ -470,12 +459,10 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
 def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
     """Alarm if the predictions change after many calls, or while gradients are recorded."""
     row = "probe: the clean images again, after all attacks"
-    if probes.watched_changes:
-        share = probes.watched_changes
+    if share := probes.watched_changes:
         text = f"the logits of {100 * share:.0f} % of the images differ while gradients are recorded"
         return Outcome(_verdict(share > ROUNDED, noted=True), text, "probe: the images with gradients recorded")
-    if probes.later_changes > 0:
-        share = probes.later_changes
+    if share := probes.later_changes:
         text = f"{100 * share:.0f} % of the predictions on clean images differ from those before the attacks"
         return Outcome(_verdict(share > ROUNDED, noted=True), text, row)
     if probes.state_changed:
@@ -484,21 +471,21 @@ def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
     return Outcome("passed", "the predictions on clean images are the same as before the attacks", row)
 
 
-def signs_of_masking(asked: Probes, is_random: bool) -> list[str]:
+def signs_of_masking(probes: Probes, is_random: bool) -> list[str]:
     """Describe the signs that a model's gradients do not lead to its adversarial images; the list may be empty.
 
     Args:
-        asked: the probes' measurements before the attacks.
+        probes: the probes' measurements before the attacks.
         is_random: whether two predictions of the model on the same images differ.
     """
-    n, signs = asked.n, []
-    if _surely_above(health.MAX_ZERO, asked.without_gradient, asked.compared or n):
-        signs.append(f"{100 * asked.without_gradient:.0f} % of the images have no usable gradient")
-    elif isinstance(asked.cosine, str):
+    n, signs = probes.n, []
+    if _surely_above(health.MAX_ZERO, probes.without_gradient, probes.compared or n):
+        signs.append(f"{100 * probes.without_gradient:.0f} % of the images have no usable gradient")
+    elif isinstance(probes.cosine, str):
         signs.append("gradients are missing or not finite")
-    elif asked.cosine is not None and asked.cosine < WRONG_GRADIENTS:
-        signs.append(f"the model does not change as its gradients predict (cosine {asked.cosine:.2f})")
-    fell = [sum(each) for each in asked.copies.values()]
+    elif probes.cosine is not None and probes.cosine < WRONG_GRADIENTS:
+        signs.append(f"the model does not change as its gradients predict (cosine {probes.cosine:.2f})")
+    fell = [sum(images) for images in probes.copies.values()]
     # On a random model each further attack makes images fall by chance, so only the surrogate with most images counts.
     missed = max(fell, default=0) if is_random else sum(fell)
     if _surely_more(missed, MOST_MISSED, n):
