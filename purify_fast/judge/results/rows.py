@@ -5,6 +5,7 @@ A row can also refute a claimed robust accuracy.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -158,10 +159,6 @@ class Row:
         """How surely each image has fallen, from 0 to 1, ``[n]``: ``wrong``, or 1 for images that are not robust."""
         return (~self.robust).astype(float) if self.wrong is None else self.wrong
 
-    def correct(self) -> np.ndarray:
-        """The number of correct predictions on each image, int64 ``[n]``; from ``robust`` if there is one each."""
-        return self.robust.astype(np.int64) if self.right is None else self.right
-
     @property
     def standard_error(self) -> float:
         """The binomial standard error of the accuracy p: sqrt(p (1 - p) / n)."""
@@ -208,9 +205,9 @@ class Row:
         values = {name: value for name, value in vars(self).items() if name not in apart}
         values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
         if self.right is not None:
-            values |= {"mean": self.mean, "mean_error": self.mean_error}
-        counted = {"right": self.right, "wrong": self.wrong}
-        values |= {name: array.tolist() for name, array in counted.items() if array is not None}
+            values |= {"mean": self.mean, "mean_error": self.mean_error, "right": self.right.tolist()}
+        if self.wrong is not None:
+            values["wrong"] = self.wrong.tolist()
         return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
 
     @classmethod
@@ -221,20 +218,19 @@ class Row:
         if values.get("variant") in ("fixed", "deterministic") or values["kind"] == "authors":
             raise ValueError(f"the row {values['attack']!r} judged another model than the deployed one: evaluate again")
         derived = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to", "proved", "variant")
-        held = dict(arrays or {})
-        known = {name: value for name, value in values.items() if name not in derived}
-        known |= {"robust": np.array([c == "1" for c in values["robust"]], dtype=bool)}
         kinds = {"right": np.int64, "wrong": np.float64}
-        known |= {name: np.array(known[name], dtype=kind) for name, kind in kinds.items() if name in known}
-        known |= {name: held.pop(name, None) for name in ARRAYS}
-        return cls(**known, examples=Examples(**held) if held else None)
+        fields = {name: value for name, value in values.items() if name not in derived}
+        fields["robust"] = np.array([character == "1" for character in values["robust"]], dtype=bool)
+        fields |= {name: np.array(fields[name], dtype=kind) for name, kind in kinds.items() if name in fields}
+        rest = dict(arrays or {})
+        fields |= {name: rest.pop(name, None) for name in ARRAYS}
+        return cls(**fields, examples=Examples(**rest) if rest else None)
 
     @property
     def shown(self) -> dict[str, Any]:
         """The settings and the results of the attack that the report's page shows, without empty results."""
-        values = {name: getattr(self, name) for name in RESULTS}
-        found = {name.replace("_", " "): value for name, value in values.items() if value or name == "attacked"}
-        return self.settings | found
+        results = {name.replace("_", " "): getattr(self, name) for name in RESULTS}
+        return self.settings | {name: value for name, value in results.items() if value or name == "attacked"}
 
     def describe_health(self) -> str:
         """The shares of non-finite gradients, of zero gradients and of unmoved images, as a short text."""
@@ -285,7 +281,8 @@ class Worst(NamedTuple):
     def of_row(cls, row: Row, n: int) -> Worst:
         """The points of a row's first n images."""
         margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
-        return cls(row.share_wrong[:n], margins[:n], row.correct()[:n])
+        right = row.robust.astype(np.int64) if row.right is None else row.right
+        return cls(row.share_wrong[:n], margins[:n], right[:n])
 
     def is_worse(self, than: Worst) -> np.ndarray:
         """Tell which points are worse than other points, by the choosing draws alone, bool ``[n]``."""
@@ -299,10 +296,7 @@ class Worst(NamedTuple):
 
 def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
     """For each of the first n images, choose the worst of the points that several rows handed over."""
-    worst = Worst.of_row(rows[0], n)
-    for row in rows[1:]:
-        worst = worst.or_worse(Worst.of_row(row, n))
-    return worst
+    return functools.reduce(Worst.or_worse, [Worst.of_row(row, n) for row in rows])
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
@@ -310,35 +304,32 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
     clean = [row for row in rows if row.kind == "clean" and row.wrong is not None]
-    groups: list[tuple[str, list[Row], int]] = []
+    worst = []
     for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
         within = [row for row in attacks if row.threat == threat]
         if threat is None or len(within) > 1:
             name = "worst" if threat is None else f"worst, {threat}"
             for n in sorted({row.n for row in within}, reverse=True):
                 label = name if n == full else f"{name}, first {n}"
-                groups.append((label, [row for row in within if row.n >= n], n))
-    return [_row(*group, clean) for group in groups]
+                worst.append(_row(label, [row for row in within if row.n >= n], n, clean))
+    return worst
 
 
 def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Worst | None = None) -> None:
     """Count the images that fell to probes in the ``worst`` rows."""
+    images = np.asarray(fallen, dtype=np.int64)
     for row in rows:
         if row.kind == "worst" and row.threat is None:
-            mine = np.array([image < row.n for image in fallen], dtype=bool)
-            index = np.asarray(fallen, dtype=np.int64)[mine]
+            index = images[images < row.n]
             if points is None:
-                row.robust = row.robust.copy()
-                row.robust[index] = False
+                row.robust = row.robust & ~np.isin(np.arange(row.n), index)
             else:
-                # Copies, because the row of an attack may have the same arrays.
-                known = Worst(*(array.copy() for array in Worst.of_row(row, row.n)))
-                found = Worst(*(array[mine] for array in points))
-                worse = found.is_worse(Worst(*(array[index] for array in known)))
-                index = index[worse]
-                for array, new in zip(known, found, strict=True):
-                    array[index] = new[worse]
-                row.count(known)
+                worst = Worst.of_row(row, row.n)
+                probed = Worst(*(array.copy() for array in worst))
+                for array, new in zip(probed, points, strict=True):
+                    array[index] = new[images < row.n]
+                index = np.flatnonzero(probed.is_worse(worst))
+                row.count(worst.or_worse(probed))
             row.reliable = row.reliable or bool((row.share_wrong == 1).all())
             row.fell_to_probes = len(index)
 
@@ -351,7 +342,7 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
     # The row is reliable if the model's own gradients were usable in at least one attack, because further attacks can
     # only lower the accuracy. Transferred images say nothing about these gradients.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
-    whole = Row(
+    worst = Row(
         model=first.model,
         attack=label,
         kind="worst",
@@ -369,10 +360,10 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
         of_draws=first.of_draws,
     )
     if first.wrong is not None:
-        whole.count(by_worst_points([*clean, *group], n))
+        worst.count(by_worst_points([*clean, *group], n))
     # Missing gradients are no reason for doubt if no image was attacked, or if every image fell.
-    whole.reliable = not attacked or had_gradients or bool((whole.share_wrong == 1).all())
-    return whole
+    worst.reliable = not attacked or had_gradients or bool((worst.share_wrong == 1).all())
+    return worst
 
 
 # -- the test of a claim ----------------------------------------------------------------------------------------------
