@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ FILE = "report.json"
 def comparison(rows: Sequence[Row]) -> list[str]:
     """Return the lines of a Markdown table with a line for each attack and a column for each model."""
     models = list(dict.fromkeys(row.model for row in rows))
-    cells = {(row.attack, row.model): replace(warning(row), text=percent(row)) for row in rows}
+    cells = {(row.attack, row.model): f"{percent(row)} {warning(row)}".strip() for row in rows}
     body = [[attack, *(cells.get((attack, model), "-") for model in models)] for attack in Report([*rows]).attacks]
     return markdown_table(["attack", *models], body)
 

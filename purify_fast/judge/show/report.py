@@ -56,11 +56,9 @@ class Adversarial:
 
     def facts(self) -> dict[str, Any]:
         """The facts that ``report.json`` stores: ``about``, and a hash of all images."""
-        arrays = (torch.from_numpy(each) for each in (self.images, self.labels, self.indices))
-        return {
-            "hash": text_hash(json.dumps([digest(*arrays), self.attacks.tolist()])).hexdigest(),
-            "about": self.about,
-        }
+        arrays = map(torch.from_numpy, (self.images, self.labels, self.indices))
+        content = json.dumps([digest(*arrays), self.attacks.tolist()])
+        return {"hash": text_hash(content).hexdigest(), "about": self.about}
 
     def save(self, folder: Path) -> None:
         """Write ``adversarial.npz`` atomically."""
@@ -77,19 +75,19 @@ class Adversarial:
             raise ValueError(f"{folder} was judged by a vote, by an earlier version: evaluate a MajorityVote again")
         try:
             with np.load(folder / FILE) as arrays:
-                found = cls(**{name: arrays[name] for name in ARRAYS}, about=facts["about"])
+                adversarial = cls(**{name: arrays[name] for name in ARRAYS}, about=facts["about"])
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{folder / FILE} is damaged, or another program wrote it: {error}") from error
-        if found.facts() != facts:
+        if adversarial.facts() != facts:
             raise ValueError(f"{folder / FILE} has changed since the report was saved, or belongs to another report")
-        return found
+        return adversarial
 
 
-def gathered(found: Sequence[tuple[int, str, np.ndarray]], x: Tensor, y: Tensor, about: dict[str, Any]) -> Adversarial:
+def gathered(points: Sequence[tuple[int, str, np.ndarray]], x: Tensor, y: Tensor, about: dict[str, Any]) -> Adversarial:
     """Gather attacked images, each with its index in the data and the attack's label."""
-    indices = np.array([index for index, _, _ in found], dtype=np.int64)
-    images = np.stack([image for _, _, image in found]) if found else x[:0].cpu().numpy()
-    return Adversarial(images, y.cpu().numpy()[indices], indices, np.array([name for _, name, _ in found], str), about)
+    indices = np.array([index for index, _, _ in points], dtype=np.int64)
+    images = np.stack([image for _, _, image in points]) if points else x[:0].cpu().numpy()
+    return Adversarial(images, y.cpu().numpy()[indices], indices, np.array([name for _, name, _ in points], str), about)
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,14 @@ class CheckedAdversarial:
         draws differ from those of the report.
         """
         enough = len(self.fooled) // 2 + 1 if self.adversarial.about["random"] else len(self.fooled)
-        return bool(self.fooled.sum() >= min(enough, len(self.fooled)))
+        return bool(self.fooled.sum() >= enough)
 
     def to_text(self) -> str:
         """The result as text for a terminal."""
         verdict = "which fits the report" if self.fits else "which does not fit the report"
-        withstood, known = np.flatnonzero(~self.fooled), self.adversarial
-        lines = [f"{self.fooled.sum()} of {len(known)} adversarial images still fool the model, {verdict}"]
-        lines += [f"  classified correctly: image {known.indices[i]} ({known.attacks[i]})" for i in withstood[:NAMED]]
+        withstood, images = np.flatnonzero(~self.fooled), self.adversarial
+        lines = [f"{self.fooled.sum()} of {len(images)} adversarial images still fool the model, {verdict}"]
+        lines += [f"  classified correctly: image {images.indices[i]} ({images.attacks[i]})" for i in withstood[:NAMED]]
         return "\n".join([*lines, *([f"  and {len(withstood) - NAMED} more"] if len(withstood) > NAMED else [])])
 
 
@@ -145,16 +143,16 @@ def check_adversarial(
             images.
     """
     check_counts(batch_size=batch_size)
-    found = Adversarial.load(Path(folder))
-    about, images, labels = found.about, torch.from_numpy(found.images), torch.from_numpy(found.labels)
-    seed = about["seed"] + 1 if seed is None else seed
+    adversarial = Adversarial.load(Path(folder))
+    images, labels = torch.from_numpy(adversarial.images), torch.from_numpy(adversarial.labels)
+    seed = adversarial.about["seed"] + 1 if seed is None else seed
     Range(0).check("seed", seed)
-    if len(found) == 0:
+    if len(adversarial) == 0:
         raise ValueError(f"{folder} holds no adversarial image: no attack fooled the model, so nothing can be checked")
     with torch.random.fork_rng(), torch.no_grad(), frozen(model):
-        how: dict[str, Any] = {"batch_size": batch_size, "n_eval": about["n_eval"], "seed": seed}
-        judged = Subject(model, images, labels, **how).judge(images, "judge")
-    return CheckedAdversarial(found, judged.wrong > 0)
+        n_eval = adversarial.about["n_eval"]
+        subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
+        return CheckedAdversarial(adversarial, subject.judge(images, "judge").wrong > 0)
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -198,7 +196,10 @@ class Report:
     @property
     def model(self) -> str:
         """The name of the model, empty without rows; ValueError if the rows are of several models."""
-        return one_model(self.rows)
+        names = list(dict.fromkeys(row.model for row in self.rows))
+        if len(names) > 1:
+            raise ValueError(f"a report must have the rows of one model, got those of {', '.join(names)}")
+        return "".join(names)
 
     @property
     def attacks(self) -> list[str]:
@@ -225,10 +226,10 @@ class Report:
         Args:
             row: the row that tests it; None for the `headline`.
         """
-        row = self.headline if row is None else row
-        clean = (one for one in self.rows if one.kind == "clean")
-        claim = self.about.get("claim")
-        return None if claim is None else judge_claim(float(claim) / 100, row, next(clean, None))
+        if (claim := self.about.get("claim")) is None:
+            return None
+        clean = next((other for other in self.rows if other.kind == "clean"), None)
+        return judge_claim(float(claim) / 100, self.headline if row is None else row, clean)
 
     @property
     def lowest(self) -> dict[str | None, Row]:
@@ -243,12 +244,10 @@ class Report:
             accuracy = row.accuracy if row.wrong is None else 1 - float(row.wrong.mean())
             return accuracy, row.kind != "worst", not row.reliable
 
-        one_model(self.rows)
-        best: dict[str | None, list[Row]] = {}
-        for row in self.rows:
-            if row.is_attack or row.kind == "worst":
-                best.setdefault(row.threat, []).append(row)
-        return {threat: min(rows, key=order) for threat, rows in best.items()}
+        _ = self.model
+        rows = [row for row in self.rows if row.kind != "clean"]
+        threats = dict.fromkeys(row.threat for row in rows)
+        return {threat: min((row for row in rows if row.threat == threat), key=order) for threat in threats}
 
     @property
     def headline(self) -> Row:
@@ -263,9 +262,8 @@ class Report:
         Args:
             row: a row of this report.
         """
-        if row.kind != "worst":
-            return [row]
-        return [each for each in self.rows if each.is_attack and each.threat == row.threat and each.n >= row.n]
+        same = [other for other in self.rows if other.is_attack and other.threat == row.threat and other.n >= row.n]
+        return same if row.kind == "worst" else [row]
 
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
         """The accuracy of this report's model minus the accuracy of another model, on their common images.
@@ -282,15 +280,15 @@ class Report:
             KeyError: there is no such row, or there are several.
             ValueError: the rows have different data, or are attacks in different threat models.
         """
-        mine, theirs = self.row(row), other.row(row if other_row is None else other_row)
-        if mine.data != theirs.data:
-            raise ValueError(f"paired needs the same images, but those of {mine.model} and {theirs.model} differ")
-        within = [each.threat or report.about.get("threat") for each, report in ((mine, self), (theirs, other))]
+        first, second = self.row(row), other.row(row if other_row is None else other_row)
+        if first.data != second.data:
+            raise ValueError(f"paired needs the same images, but those of {first.model} and {second.model} differ")
+        threats = first.threat or self.about.get("threat"), second.threat or other.about.get("threat")
         # A report without a threat model is assumed to have the threat model of the other report.
-        if "clean" not in (mine.kind, theirs.kind) and None not in within and within[0] != within[1]:
-            raise ValueError(f"paired needs the same threat model, got {within[0]} and {within[1]}")
-        n = min(mine.n, theirs.n)
-        d = mine.robust[:n].astype(float) - theirs.robust[:n].astype(float)
+        if "clean" not in (first.kind, second.kind) and None not in threats and threats[0] != threats[1]:
+            raise ValueError(f"paired needs the same threat model, got {threats[0]} and {threats[1]}")
+        n = min(first.n, second.n)
+        d = first.robust[:n].astype(float) - second.robust[:n].astype(float)
         return Paired(float(d.mean()), float(d.std() / math.sqrt(n)), n)
 
     def to_json(self) -> str:
@@ -305,8 +303,8 @@ class Report:
             "curves": {self.model: self.curves} if self.curves else {},
             "rows": [row.to_dict() for row in self.rows],
         }
-        if (known := self.stored if self.adversarial is None else self.adversarial.facts()) is not None:
-            content["adversarial"] = known
+        if (facts := self.stored if self.adversarial is None else self.adversarial.facts()) is not None:
+            content["adversarial"] = facts
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -315,15 +313,13 @@ class Report:
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the report must have format {FORMAT}, got {content.get('format')!r}: evaluate again")
-        report = cls(
-            rows=[Row.from_dict(values) for values in content["rows"]],
-            findings=[Finding(**values) for values in content.get("findings", [])],
-            curves=next(iter(content.get("curves", {}).values()), {}),
-            stored=content.get("adversarial"),
-            **{name: content[name] for name in ("notes", "about") if name in content},
-        )
+        rows = [Row.from_dict(values) for values in content["rows"]]
+        findings = [Finding(**values) for values in content.get("findings", [])]
+        curves: dict[str, Any] = next(iter(content.get("curves", {}).values()), {})
+        more = {name: content[name] for name in ("notes", "about") if name in content}
+        report = cls(rows, findings=findings, curves=curves, stored=content.get("adversarial"), **more)
         # Earlier versions wrote reports on several models, whose numbers must not be taken for those of one.
-        one_model(report.rows)
+        _ = report.model
         return report
 
     def to_markdown(self) -> str:
@@ -343,9 +339,9 @@ class Report:
     def title(self) -> list[str]:
         """The known words of the title: threat model, data set, protocol, prediction rule, precision and versions."""
         changed = f", changed: {self.about['changed']}" if "changed" in self.about else ""
-        known = self.about | {"protocol": self.about.get("protocol", "") + changed}
+        values = self.about | {"protocol": self.about.get("protocol", "") + changed}
         words = {"threat": "", "dataset": "", "protocol": "protocol ", "predict": "predict ", "precision": "precision "}
-        return [word + known[what] for what, word in (words | {"version": ""}).items() if known.get(what)]
+        return [word + values[name] for name, word in (words | {"version": ""}).items() if values.get(name)]
 
     def to_text(self) -> str:
         """Return the report as text for a terminal: title and table."""
@@ -372,11 +368,3 @@ class Report:
         write_text(folder / "report.md", self.to_markdown())
         # The page is written last, because the defence may raise an error on the pictures. The other files then exist.
         write_text(folder / "report.html", self.to_html(defence))
-
-
-def one_model(rows: Sequence[Row]) -> str:
-    """Return the name of the model of all rows, empty without rows; ValueError for several models."""
-    names = list(dict.fromkeys(row.model for row in rows))
-    if len(names) > 1:
-        raise ValueError(f"a report must have the rows of one model, got those of {', '.join(names)}")
-    return "".join(names)

@@ -11,8 +11,9 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,45 +46,28 @@ SHORT = 12
 NARROWEST = 12
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table, with remarks after its main text."""
-
-    text: str = ""
-    remarks: tuple[str, ...] = ()
-    unreliable: bool = False
-
-    def written(self, unreliable: str = UNRELIABLE) -> str:
-        """The cell as text; ``unreliable`` is the word or mark for an unreliable number."""
-        remarks = ", ".join([*self.remarks, *([unreliable] if self.unreliable else [])])
-        return f"{self.text} {remarks}".strip()
-
-    def __str__(self) -> str:
-        return self.written()
+#: The head and the lines of a table; every line has the same number of cells as the head.
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-class Table(NamedTuple):
-    """A table; every line of the body has the same number of cells as the head."""
-
-    head: Sequence[str]
-    body: Sequence[Sequence[str | Cell]]
-
-
-def markdown_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]]) -> list[str]:
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table."""
-    lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(_in_markdown(cell) for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(map(in_markdown, line)) + " |" for line in (head, ["---"] * len(head), *body)]
 
 
-def _in_markdown(cell: str | Cell) -> str:
-    """Escape a cell for Markdown, in which a bar would end the column, and ``<lambda>`` would be a tag."""
-    text = cell if isinstance(cell, str) else cell.written(RED_UNRELIABLE)
-    return text.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
+def in_markdown(cell: str) -> str:
+    """Escape a cell for Markdown, in which a bar would end the column, and ``<lambda>`` would be a tag.
+
+    The word "unreliable" at the end becomes red.
+    """
+    if cell.endswith(UNRELIABLE):
+        cell = cell.removesuffix(UNRELIABLE) + RED_UNRELIABLE
+    return cell.replace("|", "\\|").replace("<lambda>", "&lt;lambda&gt;")
 
 
-def terminal_table(head: Sequence[str], body: Iterable[Sequence[str | Cell]], longest: float = math.inf) -> str:
+def terminal_table(head: Sequence[str], body: Iterable[Sequence[str]], longest: float = math.inf) -> str:
     """A table as text with columns of fixed width; wide columns are wrapped until a line has ``longest`` characters."""
-    table, lines = [[str(cell) for cell in line] for line in (head, *body)], list[str]()
+    table, lines = [head, *body], list[str]()
     width = [max(1, *map(len, column)) for column in zip(*table, strict=True)]
     while sum(width) + 2 * (len(width) - 1) > longest and max(width) > NARROWEST:
         width[width.index(max(width))] -= 1
@@ -107,11 +91,11 @@ def single_predictions(row: Row) -> str:
     return share if row.right is None else f"{share} ± {100 * row.mean_error:.1f}"
 
 
-def warning(row: Row) -> Cell:
+def warning(row: Row) -> str:
     """The warning about a row's accuracy; empty for most rows."""
-    broken = [f"{row.nonfinite_predictions} predictions not finite"] if row.nonfinite_predictions else []
-    remarks = (*broken, *(["nothing to attack"] if row.nothing_to_attack else []))
-    return Cell("", remarks, unreliable=doubtful(row))
+    broken = f"{row.nonfinite_predictions} predictions not finite" if row.nonfinite_predictions else ""
+    nothing = "nothing to attack" if row.nothing_to_attack else ""
+    return ", ".join(filter(None, [broken, nothing, UNRELIABLE if doubtful(row) else ""]))
 
 
 def doubtful(row: Row) -> bool:
@@ -120,7 +104,7 @@ def doubtful(row: Row) -> bool:
 
 
 #: The columns of the table of all rows. The function of a column makes the cell of a row.
-_CELLS: dict[str, Callable[[Row], str | Cell]] = {
+_CELLS: dict[str, Callable[[Row], str]] = {
     "model": lambda row: row.model,
     "attack": lambda row: row.attack,
     "EOT": lambda row: str(row.settings.get("eot_iter", "-")),
@@ -129,8 +113,8 @@ _CELLS: dict[str, Callable[[Row], str | Cell]] = {
     "accuracy": percent,
     "one draw": single_predictions,
     "draws": lambda row: str(row.n_eval),
-    "gradients": lambda row: row.describe_health(),
-    "": lambda row: warning(row),
+    "gradients": Row.describe_health,
+    "": warning,
     "seed": lambda row: str(row.seed),
     "s": lambda row: f"{row.seconds:.1f}",
 }
@@ -141,7 +125,7 @@ def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Tabl
     """A table with a line for each row; the column of the accuracy of a random model names its rule."""
     names = [*columns]
     head = [accuracy_named(rows) if name == "accuracy" else name for name in names]
-    return Table(head, [[_CELLS[name](row) for name in names] for row in rows])
+    return head, [[_CELLS[name](row) for name in names] for row in rows]
 
 
 def accuracy_named(rows: Sequence[Row]) -> str:
@@ -151,34 +135,29 @@ def accuracy_named(rows: Sequence[Row]) -> str:
 
 def short_table(rows: Sequence[Row]) -> Table:
     """The table of one model's rows for a terminal, without columns that have the same text in all rows."""
-    used = {"attack", "n", "accuracy", "gradients", ""}
-    used |= {"one draw"} if any(row.n_eval > 1 for row in rows) else set()
-    head, body = table_of_rows(rows, [name for name in COLUMNS if name in used])
-    return Table(["images" if name == "n" else name for name in head], body)
+    drawn = ["one draw"] if any(row.n_eval > 1 for row in rows) else []
+    head, body = table_of_rows(rows, ["attack", "n", "accuracy", *drawn, "gradients", ""])
+    return ["images" if name == "n" else name for name in head], body
 
 
 def advised_once(findings: Iterable[Finding]) -> list[Finding]:
     """The findings, each without those clauses of its advice that an earlier finding gives."""
-    given, once = set[str](), list[Finding]()
+    earlier, once = set[str](), list[Finding]()
     for finding in findings:
-        clauses = [clause for clause in finding.advice.split("; ") if clause not in given]
-        given.update(clauses)
+        clauses = [clause for clause in finding.advice.split("; ") if clause not in earlier]
+        earlier.update(clauses)
         once.append(replace(finding, advice="; ".join(clauses)))
     return once
 
 
 def table_of_findings(findings: Sequence[Finding], advised: bool = True) -> Table:
     """The table of the alarms' findings, with the advice; not ``advised``: without advice beside the headline."""
-    body: list[list[str | Cell]] = []
+    body = []
     for finding in findings:
-        doubt = finding.verdict == "unreliable"
-        verdict = Cell("", (), unreliable=True) if doubt else finding.verdict
-        advice = (
-            f". What to do: {finding.advice}" if finding.advice and (advised or not finding.beside_headline) else ""
-        )
-        measured = finding.measured + advice
-        body.append([finding.model, finding.alarm, verdict, measured, finding.row or "-"])
-    return Table(["model", "sign", "verdict", "measured", "shown by"], body)
+        advice = finding.advice if advised or not finding.beside_headline else ""
+        measured = finding.measured + (f". What to do: {advice}" if advice else "")
+        body.append([finding.model, finding.alarm, finding.verdict, measured, finding.row or "-"])
+    return ["model", "sign", "verdict", "measured", "shown by"], body
 
 
 # -- templates --------------------------------------------------------------------------------------------------------
@@ -215,12 +194,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
     of = f" of {report.about['dataset']}" if "dataset" in report.about else ""
     clean = (row for row in report.rows if row.kind == "clean")
     images = "; ".join(dict.fromkeys(f"{row.n:,}{of}, hash {row.data[:SHORT]}" for row in clean))
-    known = report.about | {"images": images}
+    values = report.about | {"images": images}
+    names = "date command images seed model processor gradients captured passes seconds peak_memory claim"
     words = {"model": "hash of the weights", "claim": "claimed, %", "peak_memory": "memory at the peak"}
     words["captured"] = "CUDA graphs"
-    names = ["date", "command", "images", "seed", "model", "processor", "gradients", "captured"]
-    names += ["passes", "seconds", "peak_memory", "claim"]
-    return [(words.get(name, name), known[name]) for name in names if known.get(name)]
+    return [(words.get(name, name), values[name]) for name in names.split() if values.get(name)]
 
 
 # -- the headline -----------------------------------------------------------------------------------------------------
@@ -259,17 +237,15 @@ def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     own = [row for row in rows if row.threat is None and CUT not in row.warnings]
     stopped = [row for row in own if row.unsearched and not row.settings.get("nearest")]
     near = [row for row in own if row.unsearched and row.settings.get("nearest")]
-    warned: dict[str, list[str]] = {}
-    for row in rows:
-        for text in (each for each in row.warnings if each != CUT):
-            warned.setdefault(text, []).append(row.attack)
+    texts = dict.fromkeys(text for row in rows for text in row.warnings if text != CUT)
+    warned = {text: [row.attack for row in rows if text in row.warnings] for text in texts}
     return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:
     """The paragraphs of a rendered template, each in a single line."""
-    text = render(template, **values)
-    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
+    parts = render(template, **values).split("\n\n")
+    return [" ".join(part.split()) for part in parts if part.strip()]
 
 
 # -- makes the HTML page of a report, which contains all of its styles, drawings and pictures --------------------------
@@ -286,22 +262,20 @@ def html_page(report: Any, defence: Classifier | None = None) -> str:
     """Make the page of a report."""
     own = [row for row in report.rows if row.threat is None]
     evidence = Evidence([row for row in own if row.kind == "clean" or row.is_attack])
-    shown = pictured_row(evidence)
-    examples = None if shown is None else shown.examples
-    pictures = [] if examples is None else picture_lines(examples, defence)
+    # The attack to which most images fell (in most draws).
+    fallen = [(row, int((wrong > 0.5).sum())) for row, wrong in evidence.fallen()]
+    drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
+    pictured: Any = max(drawable, key=itemgetter(1), default=(None, 0))[0]
+    pictures = [] if pictured is None else picture_lines(pictured.examples, defence)
     return render(
         "page.html.jinja",
         report=report,
         own=own,
-        lowest=report.lowest.get(None),
         counted=evidence.with_counted_gradients(),
-        findings=advised_once(report.findings),
         curves=[(what, _curve(points)) for what, points in report.curves.items() if len(points) > 1],
         pictures=pictures,
-        pictured=shown,
-        data_uri=data_uri,
+        pictured=pictured,
         json=functools.partial(json.dumps, ensure_ascii=False, default=str),
-        widest=max(map(len, pictures), default=3),
     )
 
 
@@ -321,13 +295,6 @@ def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 # -- attacked images --------------------------------------------------------------------------------------------------
 
 
-def pictured_row(evidence: Evidence) -> Row | None:
-    """Return the attack whose images are shown: the one to which most images fell (in most draws)."""
-    fallen = [(row, int((wrong > 0.5).sum())) for row, wrong in evidence.fallen()]
-    drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
-    return max(drawable, key=lambda pair: pair[1], default=(None, 0))[0]
-
-
 def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
     """A line of pictures for each image: clean, attacked, the amplified difference, and the defence's images."""
     clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
@@ -337,13 +304,12 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
     lines = []
     for i, label in enumerate(examples.labels.tolist()):
         shown = [(f"true class {label}", clean, before), ("attacked", attacked, after), ("difference", amplified, None)]
-        line: list[Picture] = []
+        lines.append(list[Picture]())
         for caption, images, classes in (*shown, *columns):
             guess = None if classes is None else int(classes[i])
             if guess is not None:
                 caption += f", predicted {guess}" if guess >= 0 else ", no class predicted"
-            line.append((images[i].clamp(0, 1), caption, None if guess is None else guess == label))
-        lines.append(line)
+            lines[-1].append((images[i].clamp(0, 1), caption, None if guess is None else guess == label))
     return lines
 
 
@@ -359,18 +325,16 @@ def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, li
         with defence.fixed_noise(0) if supports(defence, FixedNoise) else contextlib.nullcontext():
             return call(images.to(device)).cpu()
 
-    columns: list[tuple[str, Tensor, Tensor | None]] = []
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), frozen(defence):
         before = fixed(defence, x).argmax(1)
-        if supports(defence, Purifies):
-            samples = supports(defence, SampleLogits)
-            classes = fixed(defence.sample_logits, attacked).argmax(2) if samples else None
-            images = fixed(defence.purify, attacked)
-            images = (images if images.dim() == 5 else images[:, None])[:, :SAMPLES].float()
-            for k in range(images.shape[1]):
-                columns.append(("purified", images[:, k], None if classes is None else classes[:, k]))
-    return before, columns
+        if not supports(defence, Purifies):
+            return before, []
+        classes = fixed(defence.sample_logits, attacked).argmax(2) if supports(defence, SampleLogits) else None
+        images = fixed(defence.purify, attacked)
+    images = (images if images.dim() == 5 else images[:, None])[:, :SAMPLES].float()
+    samples = range(images.shape[1])
+    return before, [("purified", images[:, k], None if classes is None else classes[:, k]) for k in samples]
 
 
 def data_uri(image: Tensor) -> str:
