@@ -118,9 +118,9 @@ class Certify(ModelCommand):
         out = self.writes()
         (x, y, index), notes = self.chosen(data, self.seed)
         how: dict[str, Any] = {"draws": self.draws, "batch_size": self.batch_size}
-        asked: dict[str, Any] = {"sigma": sigma, "radius": self.radius or None, "alpha": self.alpha, "seed": self.seed}
-        asked |= {"choosing": self.choosing, "name": self.title(), "index": index, "seconds": self.seconds}
-        certificates = certify(model, x, y, **asked, **how, out=out)
+        options = {name: getattr(self, name) for name in ("alpha", "seed", "choosing", "seconds")} | how
+        options |= {"radius": self.radius or None, "name": self.title()}
+        certificates = certify(model, x, y, sigma=sigma, index=index, out=out, **options)
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         certificates.about.update(dataset=data.name)
         if first:

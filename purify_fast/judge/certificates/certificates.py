@@ -68,9 +68,9 @@ def boundary(threshold: float, alpha: float, most: int) -> tuple[int, ...]:
         beyond = np.append(mass[::-1].cumsum()[::-1], 0.0)
         enough = int(np.argmax(left + beyond <= spent(last, threshold, alpha)))
         least.append(start + enough)
-        left, mass = left + float(beyond[enough]), mass[:enough]
-        kept = np.flatnonzero(mass > alpha * NOTHING)
-        mass, start = mass[kept[0] :], start + int(kept[0])
+        left += float(beyond[enough])
+        kept = np.flatnonzero(mass[:enough] > alpha * NOTHING)
+        mass, start = mass[kept[0] : enough], start + int(kept[0])
     return tuple(least)
 
 
@@ -98,11 +98,11 @@ def answers(look: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray
     right, draws = look[..., 0], look[..., 1]
     most, order = max(FIRST, int(draws.max(initial=0))), np.argsort(thresholds, kind="stable")
     at, ordered = np.array(looks(most)), [float(thresholds[place]) for place in order]
-    above = np.maximum.accumulate([boundary(each, alpha, most) for each in ordered])
-    below = at - np.maximum.accumulate([boundary(1 - each, alpha, most) for each in ordered[::-1]])[::-1]
+    above = np.maximum.accumulate([boundary(p, alpha, most) for p in ordered])
+    below = at - np.maximum.accumulate([boundary(1 - p, alpha, most) for p in ordered[::-1]])[::-1]
     rank, place = order.argsort(), np.searchsorted(at, draws)
-    found = (right >= above[rank, place]).astype(np.int8) - (right <= below[rank, place]).astype(np.int8)
-    return np.where(draws > 0, found, 0).astype(np.int8)
+    answer = (right >= above[rank, place]).astype(np.int8) - (right <= below[rank, place]).astype(np.int8)
+    return np.where(draws > 0, answer, 0).astype(np.int8)
 
 
 def lower_bounds(look: Numbers, alpha: float) -> Floats:
@@ -173,8 +173,8 @@ def leads(right: Numbers, rivals: Numbers, classes: int, alpha: float) -> NDArra
     counts = torch.from_numpy(np.stack([right, rivals]).astype(np.float64))
     both = counts.sum(0)
     mixed = torch.lgamma(counts + 0.5).sum(0) - torch.lgamma(both + 1) - math.log(math.pi)
-    known = (mixed + both * math.log(2) >= math.log(classes / alpha)).numpy()
-    return np.where(known, np.sign(right - rivals), 0).astype(np.int8)
+    decided = (mixed + both * math.log(2) >= math.log(classes / alpha)).numpy()
+    return np.where(decided, np.sign(right - rivals), 0).astype(np.int8)
 
 
 # -- `Certificates`: what is proved for each image, what attacks have refuted, and the report on both ------------------
@@ -236,23 +236,20 @@ class Certificates:
         check_types(self)
         n, questions = np.size(self.right), max(1, len(self.radii))
         labels = np.full(n, -1) if self.labels is None else self.labels
-        both = np.stack([self.right, self.draws], -1)[:, None].repeat(questions, 1)
-        usual = {"index": np.arange(n), "labels": labels, "tested": np.array(labels), "decided": both}
+        counts = np.stack([self.right, self.draws], -1)[:, None].repeat(questions, 1)
+        usual = {"index": np.arange(n), "labels": labels, "tested": np.array(labels), "decided": counts}
         for name in ARRAYS:
+            shape = (n, questions, 2) if name == "decided" else (n,)
             array = np.asarray(usual[name] if getattr(self, name) is None else getattr(self, name))
-            whole = array.astype(np.int64, casting="safe", copy=False)
-            vars(self)[name] = whole.reshape((n, questions, 2) if name == "decided" else n)
+            vars(self)[name] = array.astype(np.int64, casting="safe", copy=False).reshape(shape)
         refuted = {float(at): np.asarray(fallen, dtype=np.bool_).reshape(n) for at, fallen in self.refuted.items()}
-        vars(self).update(radii=tuple(self.radii), refuted=refuted)
+        vars(self).update(sigma=float(self.sigma), alpha=float(self.alpha), radii=tuple(map(float, self.radii)))
+        vars(self).update(refuted=refuted)
         if len(np.unique(self.index)) < n or self.index.min() < 0 or self.index.max() >= LARGEST:
             raise ValueError(f"index must be another number in [0, {LARGEST}) for each image, got {self.index}")
-        # Right draws and wrong draws, of all draws and of those at the looks.
-        every = np.stack([self.right, self.draws - self.right])[..., None]
-        seen = np.stack([self.decided[..., 0], self.decided[..., 1] - self.decided[..., 0]])
-        # The draws of a test are looked at after known numbers of draws.
-        timely = not self.radii or np.isin(self.decided[..., 1], [0, *looks(MOST)]).all()
-        if not ((seen >= 0) & (seen <= every)).all() or not timely:
-            raise ValueError(f"right and draws must be counts at looks, such as {looks(MOST)[:3]}, got {self.decided}")
+        right, draws = np.moveaxis(self.decided, -1, 0)
+        if not ((right >= 0) & (right <= draws) & (draws <= self.draws[:, None])).all():
+            raise ValueError(f"right and draws must be counts of draws, got {self.decided}")
 
     def threshold(self, radius: float) -> float:
         """The probability of the class that a certificate at a radius needs: Phi(radius / sigma)."""
@@ -375,7 +372,7 @@ class Certificates:
 
     def to_json(self) -> str:
         """The certificates as JSON."""
-        accuracy = {str(each): [self.sentence(each), self.sentence(each, together=True)] for each in self.shown}
+        accuracy = {str(r): [self.sentence(r), self.sentence(r, together=True)] for r in self.shown}
         content = {"format": FORMAT, **vars(self), "accuracy": accuracy}
         return json.dumps(content, default=np.ndarray.tolist, indent=1, allow_nan=False)
 
@@ -390,13 +387,13 @@ class Certificates:
         content: Any = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the certificates must have format {FORMAT}: certify again")
-        return cls(**{one.name: content[one.name] for one in fields(cls)})
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
 
     def lines(self) -> list[tuple[str, ...]]:
         """A line of the report's table for each radius: radius, accuracy, and counts of images."""
         rows = []
         for radius in self.shown:
-            counts = [str((self.decisions(radius) == each).sum()) for each in (1, -1, 0)]
+            counts = [str((self.decisions(radius) == decision).sum()) for decision in (1, -1, 0)]
             counts.append(str(self.refuted[radius].sum()) if radius in self.refuted else "-")
             rows.append((str(radius), self.sentence(radius), self.sentence(radius, together=True), *counts))
         return rows
@@ -422,16 +419,13 @@ class Certificates:
     def _shown(self) -> dict[str, Any]:
         """Return the values that the text and the page show. A curve has its corners: radii, and the shares beyond."""
         above = [(0.0, 1.0), *((radius, self.between(radius)[1]) for radius in sorted(self.refuted))]
-        below = self._curve()
-        farthest = max([*self.shown, *(radius for radius, _ in above + below)]) or self.sigma
+        # Each certified image ends at its radius.
+        ends = [0.0, *sorted(self.radius[self.certified(0.0)].tolist())]
+        below = [*zip(ends, np.arange(len(ends) - 1, -1, -1) / len(self.draws), strict=True)]
+        farthest = max(*self.shown, *ends, *self.refuted) or self.sigma
         draws = f"{self.draws.sum():,} draws, in the median {int(np.median(self.draws)):,} for an image"
-        curves = {"above": above, "below": below, "farthest": farthest}
-        return {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown})), **curves}
-
-    def _curve(self) -> list[tuple[float, float]]:
-        """The certified accuracy over the radius: each certified image ends at its radius."""
-        ends = np.sort(self.radius[self.certified(0.0)])
-        return [*zip([0.0, *ends.tolist()], np.arange(len(ends), -1, -1) / len(self.draws), strict=True)]
+        values = {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown}))}
+        return values | {"above": above, "below": below, "farthest": farthest}
 
     def save(self, folder: str | Path) -> None:
         """Write ``certificates.html``, ``.json`` and ``.txt``, and ``log.tsv``, atomically into a folder."""

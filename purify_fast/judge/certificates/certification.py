@@ -12,9 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from tqdm import tqdm
 from ..._hashes import digest, weights_fingerprint
 from ..._places import check_folder
 from ..._settings import without_autocast
-from ..._validation import Positive, Range, check_types
+from ..._validation import Range, check_counts
 from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
@@ -42,33 +40,26 @@ from ..run.cache import RowCache
 from .certificates import LARGEST, MOST, NORMAL, Certificates, leads, looks, spent
 from .counted import Counted, DependentDrawsError, Draws
 
+#: Counts the classes of images at some places after a number of draws; the draws from `MOST` on choose a class.
+Sample = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of `certify`, by the names of its arguments; ``radii`` is empty for the largest radii."""
 
-    sigma: Positive
-    radii: tuple[Annotated[float, Range(0, below=True)], ...]
-    alpha: Annotated[float, Range(0, 0.5, above=True)]
-    draws: Annotated[int, Range(1, MOST, below=True)]
-    batch_size: Annotated[int, Range(1)]
-    seed: Annotated[int, Range(0, LARGEST, below=True)]
-    choosing: Annotated[int, Range(1)] = 1
-    seconds: Annotated[float, Range(0, above=True)] = math.inf
+def steps_of(sigma: float, radii: Sequence[float], alpha: float, draws: int, **counts: int) -> list[int]:
+    """The numbers of draws after which the counts are kept: the looks, and also all draws for a largest radius.
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        radius, n = max(self.radii, default=0.0), max(self.cuts, default=0)
-        p = NORMAL.cdf(radius / self.sigma)
-        # Right draws alone prove a probability above p if p^n is at most the alpha that may be spent.
-        if not n or p == 1 or p**n > (spent(n, p, self.alpha) if self.radii else self.alpha):
-            few = f"{self.draws} cannot prove the radius {radius} at sigma {self.sigma} and alpha {self.alpha}"
-            raise ValueError(f"draws must be more, or radius smaller: {few}")
-
-    @property
-    def cuts(self) -> list[int]:
-        """The numbers of draws after which the counts are kept: the looks, and also all draws for a largest radius."""
-        return looks(self.draws) if self.radii else sorted({*looks(self.draws), self.draws})
+    Raises:
+        ValueError: ``draws`` or another of the counts is not allowed, or even right draws alone cannot prove the
+            largest of the radii.
+    """
+    check_counts(draws=draws, **counts)
+    Range(1, MOST, below=True).check("draws", draws)
+    steps = looks(draws) if radii else sorted({*looks(draws), draws})
+    p = NORMAL.cdf(max(radii, default=0.0) / sigma)
+    # Right draws alone prove a probability above p if p^n is at most the alpha that may be spent.
+    if not steps or p == 1 or p ** steps[-1] > (spent(steps[-1], p, alpha) if radii else alpha):
+        few = f"{draws} cannot prove the radius {max(radii, default=0.0)} at sigma {sigma} and alpha {alpha}"
+        raise ValueError(f"draws must be more, or radius smaller: {few}")
+    return steps
 
 
 @whole_float32_by_default()
@@ -148,38 +139,46 @@ def certify(
     radii = () if radius is None else tuple(np.atleast_1d(radius).tolist())
     if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
-    numbers: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed, "choosing": choosing}
-    settings = Settings(sigma, radii, alpha, seconds=seconds, **numbers)
+    Range(0, LARGEST, below=True).check("seed", seed)
+    Range(0, above=True).check("seconds", seconds)
     until = time.monotonic() + seconds
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
-    n, data, cuts = len(labels), digest(images, labels), settings.cuts
-    right, drawn = np.zeros((2, n), dtype=np.int64)
+    n, data = len(labels), digest(images, labels)
     # Draws choose the class that is tested. Until then, none is tested.
     extra = choosing if y is None or not radii else 0
-    about: dict[str, Any] = {"notes": notes, "labels": None if y is None else labels.numpy()}
-    about["index"] = None if index is None else torch.as_tensor(index).cpu().numpy()
-    about["tested"] = np.full(n, -1) if extra else None
-    about["refuted"] = {0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) else {}
-    whole = Certificates(right, drawn, float(sigma), tuple(map(float, radii)), float(alpha), **about)
-    if radii and cuts[-1] < draws:
-        notes.append(f"the draws end at {cuts[-1]}, the last look within {draws} draws")
+    unknown = np.full(n, -1)
+    result = Certificates(
+        right=np.zeros(n, dtype=np.int64),
+        draws=np.zeros(n, dtype=np.int64),
+        sigma=sigma,
+        radii=radii,
+        alpha=alpha,
+        refuted={0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) else {},
+        notes=notes,
+        index=np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy(),
+        labels=unknown if y is None else labels.numpy(),
+        tested=unknown.copy() if extra else labels.numpy(),
+    )
+    steps = steps_of(result.sigma, result.radii, result.alpha, draws, batch_size=batch_size, choosing=choosing)
+    if radii and steps[-1] < draws:
+        notes.append(f"the draws end at {steps[-1]}, the last look within {draws} draws")
     with Shards(together) as shards, contextlib.ExitStack() as stack:
         notes += note_of_modes(model, name)
         generators = torch.random.fork_rng([device.index or 0] if device.type == "cuda" else [])
         for block in (generators, without_autocast(device), frozen(model), reading(model)):
             stack.enter_context(block)
         limit = BatchLimit(int(batch_size), device)
-        noisy = Draws(model, images, torch.from_numpy(whole.index), sigma=whole.sigma, seed=int(seed), limit=limit)
+        noisy = Draws(model, images, torch.from_numpy(result.index), sigma=result.sigma, seed=int(seed), limit=limit)
         if y is not None:
             check_labels("y", labels, noisy.classes)
         # A function has no weights.
         weights = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
         version, kind = f"purify_fast {__version__}, PyTorch {torch.__version__}", type(model).__name__
-        whole.about.update(name=name, predicted_by=kind, precision=noisy.precision, version=version, weights=weights)
-        whole.about.update(seed=str(int(seed)), most_draws=str(cuts[-1]), data=data)
-        same = {"images": [data, whole.index.tolist()], "model": [weights, noisy.classes]}
-        shards.check_same(same | {"certificate": [y is None, settings]})
+        result.about.update(name=name, predicted_by=kind, precision=noisy.precision, version=version, weights=weights)
+        result.about.update(seed=str(int(seed)), most_draws=str(steps[-1]), data=data)
+        same = {"images": [data, result.index.tolist()], "model": [weights, noisy.classes]}
+        shards.check_same(same | {"certificate": [y is None, sigma, radii, alpha, steps[-1], int(seed), choosing]})
         cache = RowCache(None if out is None or shards.rank > 0 else Path(out), kernels_now(device), revision)
         # Counts are found again for other images, so the model answers the same images in every call.
         some = torch.rand((ASKED, *images.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -188,65 +187,59 @@ def certify(
         counted = Counted(noisy, shards, cache)
         if shards.rank > 0:
             return Certificates.from_json(shards.follow(noisy.counts))  # type: ignore[arg-type]
-        open_ = np.ones(n, dtype=np.bool_)
-        bar = tqdm(total=n * cuts[-1], desc=f"{name}: certificates", unit="draw", disable=not progress)
+        open_, bar = np.ones(n, dtype=np.bool_), tqdm(desc=f"{name}: certificates", unit="draw", disable=not progress)
 
-        def sample(last: int) -> NDArray[np.int64]:
-            at = np.flatnonzero(open_)
+        def sample(at: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+            bar.total = bar.n + int((steps[-1] - result.draws[at]).sum())
             counts = counted.after(at, last, until)
-            if last < MOST:
-                bar.update(int((last - drawn[at]).sum()))
-                right[at], drawn[at] = counts[np.arange(len(at)), whole.tested[at]], last
+            bar.update(int((last - result.draws[at]).sum()) if last < MOST else 0)
             return counts
 
         with bar, contextlib.suppress(TimeIsOver):
-            if not radii:
-                _cohen(whole, sample, choosing, cuts)
-            else:
-                if extra:
-                    whole.tested[:] = sample(MOST + choosing)[:, :-1].argmax(1)
-                for last in cuts:
-                    at = np.flatnonzero(open_)
-                    known = _answered(whole, at, sample(last))
-                    bar.total -= int(known.sum()) * (cuts[-1] - last)
-                    open_[at[known]] = False
-        if unfinished := int((drawn[open_] < cuts[-1]).sum()):
+            _cohen(result, open_, sample, extra, steps)
+        if unfinished := int((result.draws[open_] < steps[-1]).sum()):
             notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.
-        took = counted.seconds / max(1, counted.drawn) * (drawn.sum() + extra * n)
-        whole.about.update(choosing_draws=str(extra), seconds=f"{took:.1f}")
-        shards.end(whole.to_json)
-    return whole
+        took = counted.seconds / max(1, counted.drawn) * (result.draws.sum() + extra * n)
+        result.about.update(choosing_draws=str(extra), seconds=f"{took:.1f}")
+        shards.end(result.to_json)
+    return result
 
 
-def _cohen(whole: Certificates, sample: Callable[[int], NDArray[np.int64]], n0: int, steps: Sequence[int]) -> None:
+def _cohen(result: Certificates, open_: NDArray[np.bool_], sample: Sample, n0: int, steps: Sequence[int]) -> None:
     """Run algorithm CERTIFY of Cohen et al. (section 3.2) on all images at once.
 
-    ``sample`` counts the classes of the images' draws up to a number, or from `MOST` on. The last of ``steps`` is n.
+    The n draws, which are the last of ``steps``, are counted in steps, so that a run may end after each of them and go
+    on. With radii, the draws of an image end when these are answered. ``open_`` has the images whose draws go on.
     """
-    # The last column of counts has predictions without a class.
-    counts0 = sample(MOST + n0)[:, :-1]
-    top = whole.tested[:] = counts0.argmax(1)
-    # The n other draws are counted in steps, so that a run may end after each of them and go on.
-    *_, counts = (sample(step) for step in steps)
-    right, n = counts[np.arange(len(top)), top], counts.sum(1)
-    # `Certificates` computes the lower bound of p_A from these, and the radius, or abstains.
-    whole.decided[:, 0] = np.stack([right, n], -1)
+    if n0:
+        # The last column of counts has predictions without a class.
+        counts0 = sample(np.arange(len(open_)), MOST + n0)[:, :-1]
+        result.tested[:] = counts0.argmax(1)
+    for n in steps:
+        at = np.flatnonzero(open_)
+        counts = sample(at, n)
+        result.right[at], result.draws[at] = counts[np.arange(len(at)), result.tested[at]], n
+        if result.radii:
+            open_[at] = ~_answered(result, at, counts)
+    if not result.radii:
+        # `Certificates` computes the lower bound of p_A from these, and the radius, or abstains.
+        result.decided[:, 0] = np.stack([result.right, result.draws], -1)
 
 
-def _answered(whole: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _answered(result: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Look at the draws of images at some places, whose counts by class are given. Return those that end, bool ``[n]``.
 
     An answer stays: later looks do not change it.
     """
-    now, before = np.stack([whole.right[at], whole.draws[at]], -1), whole.decided[at]
-    done = whole.answers()[at] != 0
-    whole.decided[at] = np.where(done[..., None], before, now[:, None])
-    answer = whole.answers()[at]
-    if whole.radii != (0.0,):
+    now, before = np.stack([result.right[at], result.draws[at]], -1), result.decided[at]
+    done = result.answers()[at] != 0
+    result.decided[at] = np.where(done[..., None], before, now[:, None])
+    answer = result.answers()[at]
+    if result.radii != (0.0,):
         return (answer != 0).all(1)
     # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
-    rivals = np.where(np.arange(counts.shape[1]) == whole.tested[at, None], -1, counts).max(1)
-    lead = leads(now[:, 0], rivals, counts.shape[1] - 1, whole.alpha)
-    whole.refuted[0.0][at] = lead == -1
+    rivals = np.where(np.arange(counts.shape[1]) == result.tested[at, None], -1, counts).max(1)
+    lead = leads(now[:, 0], rivals, counts.shape[1] - 1, result.alpha)
+    result.refuted[0.0][at] = lead == -1
     return (answer[:, 0] == 1) | (lead != 0)

@@ -6,9 +6,8 @@ set or more draws go on from what is there.
 
 from __future__ import annotations
 
-import itertools
 import time
-from operator import itemgetter
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from ..run.cache import RowCache
 from ..searches.model_tests import check_classes
 from .certificates import MOST
 
+Counts = NDArray[np.int64]
 #: Some images, by their places, and the first draw and the draw after the last that each of them needs.
 Job = tuple[tuple[int, ...], int, int]
 #: The sentinels of a run. A batch has all of them; a batch with fewer than four times as many rows has fewer.
@@ -53,9 +53,9 @@ class _Dtypes(TorchDispatchMode):
         self.seen = set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        self.seen |= {one.dtype for one in tree_leaves(made) if isinstance(one, Tensor) and one.is_floating_point()}
-        return made
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {t.dtype for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()}
+        return result
 
 
 class Draws:
@@ -83,16 +83,16 @@ class Draws:
             raise ValueError(f"model must draw for each image (draws_for_each_image): {self.name} does not promise it")
         self.chance = torch.Generator("cpu").manual_seed(seed)
         which = torch.randint(len(x), (SENTINELS, 1), generator=self.chance, device="cpu")
-        rows = [self._rows(one, number, 1) for number, one in enumerate(which)]
+        rows = [self._rows(place, number, 1) for number, place in enumerate(which)]
         self.rows, self.names = (torch.cat(parts) for parts in zip(*rows, strict=True))
         with _Dtypes() as dtypes:
             self.known = limit.within(lambda: torch.cat([*map(self._predict, self.rows.split(1), self.names.split(1))]))
         self.classes = self.known.shape[1]
         tf32 = precision_name(model, limit.device) == "tf32"
         #: The precisions in which the model computes, for the report.
-        self.precision = " and ".join(sorted({str(each)[6:] for each in dtypes.seen}) + ["tf32"] * tf32)
+        self.precision = " and ".join(sorted({str(dtype)[6:] for dtype in dtypes.seen}) + ["tf32"] * tf32)
         #: The rounding that a batch of another shape may cause.
-        self.strength = BFLOAT16 if tf32 or any(each.itemsize < 4 for each in dtypes.seen) else FLOAT32
+        self.strength = BFLOAT16 if tf32 or any(dtype.itemsize < 4 for dtype in dtypes.seen) else FLOAT32
         # This call finds out how many rows fit into memory.
         tried = torch.arange(self._sizes()[2], device="cpu") % SENTINELS
         limit.within(lambda: self._checked(self.rows[tried], self.names[tried]))
@@ -103,19 +103,19 @@ class Draws:
         watched = min(SENTINELS, max(1, most // 4))
         return most, watched, max(1, most - watched)
 
-    def counts(self, job: Job) -> NDArray[np.int64]:
+    def counts(self, job: Job) -> Counts:
         """Count the classes of the draws of a job, ``[n, classes + 1]``. The last column has those without a class."""
         return self.limit.within(lambda: self._counts(*job))
 
-    def _counts(self, places: tuple[int, ...], first: int, last: int) -> NDArray[np.int64]:
+    def _counts(self, places: tuple[int, ...], first: int, last: int) -> Counts:
         # Passes are full: many draws of an image, or all draws of many images.
         counts, room = [], self._sizes()[2]
         for part in torch.tensor(places, device="cpu").split(max(1, room // (last - first))):
-            each, total = max(1, room // len(part)), torch.zeros((), dtype=torch.int64, device="cpu")
-            for start in range(first, last, each):
-                logits = self._checked(*self._rows(part, start, min(each, last - start)))
-                found = logits.argmax(1).masked_fill(undecided(logits), self.classes).view(len(part), -1)
-                total = total + F.one_hot(found, self.classes + 1).sum(1).cpu()
+            size, total = max(1, room // len(part)), torch.zeros((), dtype=torch.int64, device="cpu")
+            for start in range(first, last, size):
+                logits = self._checked(*self._rows(part, start, min(size, last - start)))
+                classes = logits.argmax(1).masked_fill(undecided(logits), self.classes).view(len(part), -1)
+                total = total + F.one_hot(classes, self.classes + 1).sum(1).cpu()
             counts.append(total.numpy())
         return np.concatenate(counts)
 
@@ -134,7 +134,7 @@ class Draws:
         noisy, names = torch.cat([noisy, self.rows[watched]]), torch.cat([names, self.names[watched]])
         order = torch.randperm(len(noisy), generator=self.chance, device="cpu")
         passes = zip(noisy[order].split(most), names[order].split(most), strict=True)
-        logits = torch.cat([check_classes(self._predict(*one), self.classes) for one in passes])[order.argsort()]
+        logits = torch.cat([check_classes(self._predict(*rows), self.classes) for rows in passes])[order.argsort()]
         got = self.known.clone()
         got[watched] = logits[-count:].to(got)
         if changed := int(apart(self.known, got, self.strength, together=True).sum()):
@@ -178,22 +178,22 @@ class Counted:
         self.marks = [int(digest(*pair)[:15], 16) for pair in zip(noisy.x, noisy.index, strict=True)]
         self.known = {mark: dict.fromkeys((0, MOST), np.zeros(noisy.classes + 1, np.int64)) for mark in self.marks}
 
-    def after(self, places: NDArray[np.int64], last: int, until: float) -> NDArray[np.int64]:
+    def after(self, places: NDArray[np.int64], last: int, until: float) -> Counts:
         """Count the classes of the images at some places after ``last`` draws, ``[n, classes + 1]``.
 
         The last column counts predictions without a class. `TimeIsOver` is raised before draws that would begin later
         than ``until``, a time of `time.monotonic`.
         """
-        known = {place: self.known[self.marks[place]] for place in places.tolist()}
-        while missing := [place for place in known if last not in known[place]]:
-            firsts = [max(number for number in known[place] if number < last) for place in missing]
+        counts = {place: self.known[self.marks[place]] for place in places.tolist()}
+        while missing := [place for place in counts if last not in counts[place]]:
+            firsts = [max(number for number in counts[place] if number < last) for place in missing]
             some = [place for place, first in zip(missing, firsts, strict=True) if first == firsts[0]]
             # Each process draws for some of the images, in a number of passes.
             fit = max(1, PASSES * self.noisy.limit.most // (last - firsts[0]))
             size = min(fit, -(-len(some) // self.shards.world))
             starts = range(0, len(some), size)[: self.shards.world]
             self._next_part([(tuple(some[start : start + size]), firsts[0], last) for start in starts], until)
-        return np.array([each[last] for each in known.values()], np.int64).reshape(-1, self.noisy.classes + 1)
+        return np.array([known[last] for known in counts.values()], np.int64).reshape(-1, self.noisy.classes + 1)
 
     def _next_part(self, jobs: list[Job], until: float) -> None:
         """Read the next part of the table, or make it of the jobs if it is not kept."""
@@ -205,8 +205,8 @@ class Counted:
             marks = np.array([self.marks[place] for places, *_ in jobs for place in places])
             new = np.concatenate(self.shards.share(jobs, self.noisy.counts))  # type: ignore[arg-type]
             total = new + [self.known[mark][first] for mark in marks.tolist()]
-            at, kinds = total.nonzero()
-            rows = np.stack([marks[at], np.full_like(at, last), kinds, total[at, kinds]], -1)
+            at, classes = total.nonzero()
+            rows = np.stack([marks[at], np.full_like(at, last), classes, total[at, classes]], -1)
             seconds = time.perf_counter() - began
             return {"rows": torch.from_numpy(rows), "draws": len(marks) * (last - first), "seconds": seconds}
 
@@ -214,9 +214,9 @@ class Counted:
         part = self.cache.values(self.cache.key(named, self.noisy.model), make)
         self.parts, self.drawn = self.parts + 1, self.drawn + part["draws"]
         self.seconds += part["seconds"]
-        for (mark, last), rows in itertools.groupby(part["rows"].tolist(), itemgetter(0, 1)):
+        totals = defaultdict[tuple[int, int], Counts](lambda: np.zeros(self.noisy.classes + 1, np.int64))
+        for mark, last, number, count in part["rows"].tolist():
+            totals[mark, last][number] = count
+        for (mark, last), total in totals.items():
             # A folder may have counts of other images. Counts that are known stay, whatever another batch rounded.
-            if mark in self.known and last not in self.known[mark]:
-                total = self.known[mark][last] = np.zeros(self.noisy.classes + 1, np.int64)
-                for *_, kind, count in rows:
-                    total[kind] = count
+            self.known.get(mark, {}).setdefault(last, total)

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..._hashes import digest, weights_fingerprint
+from ..._tensors import per_image
 from ...defences.modes import MajorityVote, NoisyEnsemble
 from ..request.preparation import collect
 from ..run.attack_run import Shards
 from ..runner import evaluate
 from ..show.report import Report
-from .certificates import Certificates
-from .certification import Settings, certify
+from .certificates import LARGEST, Certificates
+from .certification import certify, steps_of
 
 #: An attacked image is moved towards the image until its distance is this share below the radius, against rounding.
 INSIDE = 1e-6
@@ -69,25 +70,28 @@ def refute(
         TypeError: a setting is one that this function sets itself.
     """
     sigma, alpha, about = certificates.sigma, certificates.alpha, certificates.about
-    asked: dict[str, Any] = {"seed": int(about["seed"]), "name": f"{about['name']}, smoothed with sigma {sigma:g}"}
-    asked |= ({} if "attacks" in settings else {"protocol": "strong"}) | settings
+    settings.setdefault("seed", int(about["seed"]))
+    settings.setdefault("name", f"{about['name']}, smoothed with sigma {sigma:g}")
+    if "attacks" not in settings:
+        settings.setdefault("protocol", "strong")
     images, labels, _ = collect(x, y)
-    Settings(sigma, (0.0,), alpha, draws=draws, batch_size=batch_size, seed=asked["seed"])
+    steps_of(sigma, (0.0,), alpha, draws, batch_size=batch_size)
     same = isinstance(model, nn.Module) and weights_fingerprint(model) == about["weights"]
     if not same or digest(images.cpu(), labels.cpu()) != about["data"]:
         raise ValueError("model, x and y must be the module, images and labels of the certificates, got others")
-    smoothed = _Smoothed(model, sigma, samples=1, clamp=False).eval()
-    report = evaluate(MajorityVote(smoothed, votes), images, labels, eps=radius, norm="l2", n_eval=1, **asked)
-    together = "config" not in asked or asked["config"].together
+    majority = MajorityVote(_Smoothed(model, sigma, samples=1, clamp=False).eval(), votes)
+    report = evaluate(majority, images, labels, eps=radius, norm="l2", n_eval=1, **settings)
+    together = "config" not in settings or settings["config"].together
     with Shards(together) as shards:
         # Only the first process has the attacked images.
         number, points = shards.from_first(lambda: _points(report, images.cpu(), radius))
     wrong = np.zeros(len(labels), dtype=bool)
     if len(points):
         # Other draws than those of the certificates. An image may have several points, of which each may err.
-        how: dict[str, Any] = {"seed": (asked["seed"] + 1) % 2**31, "alpha": alpha / int(np.bincount(number).max())}
-        how |= {"progress": asked.get("progress", True), "together": together, "draws": draws, "batch_size": batch_size}
-        judged = certify(model, points, labels[number], sigma=sigma, radius=0.0, name="attacked images", **how)
+        how: Any = {"draws": draws, "batch_size": batch_size, "together": together, "name": "attacked images"}
+        how |= {"seed": (settings["seed"] + 1) % LARGEST, "progress": settings.get("progress", True)}
+        alpha /= int(np.bincount(number).max())
+        judged = certify(model, points, labels[number], sigma=sigma, radius=0.0, alpha=alpha, **how)
         wrong[number[judged.refuted[0.0]]] = True
     about = about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}
     return replace(certificates, refuted={**certificates.refuted, float(radius): wrong}, about=about), report
@@ -95,10 +99,10 @@ def refute(
 
 def _points(report: Report, x: Tensor, radius: float) -> tuple[NDArray[np.int64], Tensor]:
     """The images that are misclassified clean and the attacked images that fell, and their numbers before them."""
-    found: Any = report.adversarial
-    wrong = np.flatnonzero(~next(row for row in report.rows if row.kind == "clean").robust)
-    number = np.concatenate([wrong, found.indices])
-    moved = torch.cat([x[wrong], torch.from_numpy(found.images)]).double() - x[number].double()
+    adversarial: Any = report.adversarial
+    wrong = np.flatnonzero(~report.rows[0].robust)
+    number = np.concatenate([wrong, adversarial.indices])
+    moved = torch.cat([x[wrong], torch.from_numpy(adversarial.images)]).double() - x[number].double()
     # An attack of a list may have a larger ball of its own.
-    length = moved.flatten(1).norm(dim=1).clamp(min=radius * (1 - INSIDE)).view(-1, 1, 1, 1)
-    return number, (x[number] + moved * (radius * (1 - INSIDE) / length)).float()
+    shrink = radius * (1 - INSIDE) / moved.flatten(1).norm(dim=1).clamp(min=radius * (1 - INSIDE))
+    return number, (x[number] + moved * per_image(shrink, moved)).float()
