@@ -93,9 +93,8 @@ class Carso(Defence):
         check_counts(**sizes)
         statistics = normalization(mean, std, self.image_shape[0])
         if decoder is not None:
-            start, h, w = decoder[0]
-            layer_list = [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in decoder[1]]
-            plan: Plan = ((start, h, w), layer_list)
+            (channels, h, w), parts = decoder
+            plan: Plan = (channels, h, w), [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in parts]
         elif version == "v1":
             plan = decoder_plan_v1(self.image_shape[0], latent_dim + cond_dim)
         else:
@@ -145,8 +144,8 @@ class Carso(Defence):
         if z is None and (packed := self._packed_decoder()) is not None:
             seed, ids = self.noise(len(x), x.device)
             # In the memory format of the classifier, so that no copy lies between decoder and classifier.
-            layout = {"channels_last": self.classifier_uses_channels_last}
-            return packed(condition, seed, ids.expand(len(x)), draws * self.samples, **layout)
+            count, layout = draws * self.samples, self.classifier_uses_channels_last
+            return packed(condition, seed, ids.expand(len(x)), count, channels_last=layout)
         if z is None:
             z = self.prior_latents(len(x), draws * self.samples, x.device)
         return torch.sigmoid(self.decode(z.expand(x.shape[0], -1, -1), condition))

@@ -216,8 +216,9 @@ class DiffusionPurifier(Defence):
 
     def _one_step(self, t_star: float | tuple[float, ...]) -> Process:
         """The settings with which the image that is predicted at t* is the purified image."""
-        one = {"solver": "one_shot", "steps": None, "eta": 0.0, "variance": "small", "guidance": None}
-        return replace(self.process, t_star=t_star, **one)  # type: ignore[arg-type]
+        return replace(
+            self.process, t_star=t_star, solver="one_shot", steps=None, eta=0.0, variance="small", guidance=None
+        )
 
     def one_shot(self, sigma: float) -> WithAggregation:
         """Make a deterministic model that denoises and classifies images with Gaussian noise, in a single step.
