@@ -48,6 +48,8 @@ class Range:
 
     def check(self, name: str, value: Any) -> None:
         """Raise a ValueError if ``value`` is outside the range or NaN; ``name`` is its name in the message."""
+        if value is None:
+            raise ValueError(f"{name} must be a number, got None")
         high_enough = value > self.low if self.above else value >= self.low
         if high_enough and (value < self.high if self.below else value <= self.high):
             return

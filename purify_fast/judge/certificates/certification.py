@@ -140,6 +140,8 @@ def certify(
     if not radii and radius is not None:
         raise ValueError("radius must be a number or at least one number, got none")
     Range(0, LARGEST, below=True).check("seed", seed)
+    # A fraction is refused. Unlike a count, the seed may be 0.
+    check_counts(seed=seed or 1)
     Range(0, above=True).check("seconds", seconds)
     until = time.monotonic() + seconds
     images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
