@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.context import Ball
 from purify_fast.judge.searches.apgd import checkpoints
-from purify_fast.judge.searches.engine import judge as judging, row_batches as engine_rows
-from purify_fast.judge.searches.engine.judge import Judge
-from purify_fast.judge.searches.engine.row_batches import ActiveSet
+from purify_fast.judge.searches.engine import row_batches as engine_rows, row_batches as judging
+from purify_fast.judge.searches.engine.row_batches import ActiveSet, Judge
 
 
 def test_checkpoints():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from purify_fast.attacks import GradientHealth, apgd, fab_t, pgd, square, stadv
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.judge.searches.engine import judge, row_batches
+from purify_fast.judge.searches.engine import row_batches, row_batches as judge
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 

@@ -14,8 +14,7 @@ from purify_fast.attacks.losses import margin
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.run.progress import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import nearest_borders
-from purify_fast.judge.searches.engine.judge import Judge
-from purify_fast.judge.searches.engine.row_batches import ActiveSet
+from purify_fast.judge.searches.engine.row_batches import ActiveSet, Judge
 from purify_fast.judge.searches.judge_context import JudgeContext
 from purify_fast.models.classifiers import SmallCNN
 

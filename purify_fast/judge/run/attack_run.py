@@ -27,7 +27,7 @@ from ..request.config import USUAL_BATCH
 from ..request.deadline import Subject
 from ..request.naming import AttackSpec, check_adversarial
 from ..results.rows import CUT
-from ..searches.engine.judge import Judge
+from ..searches.engine.row_batches import Judge
 from ..searches.judge_context import JudgeContext
 from .stopping import NearestRule, StoppingRule
 

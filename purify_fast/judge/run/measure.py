@@ -20,7 +20,7 @@ from ...protocols import Classifier
 from ..request.deadline import Judgement, Subject
 from ..request.naming import AttackSpec, row_name, threat_name
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
-from ..searches.engine.judge import has_fallen
+from ..searches.engine.row_batches import has_fallen
 from ..searches.judge_context import JudgeContext
 from .attack_run import AttackedBatch, AttackRun, Shards
 from .cache import RowCache

@@ -20,8 +20,7 @@ from ...attacks.objective import Gradient, Objective, ObjectiveStep
 from ...ops.hyperplane_projection import hyperplane_projection
 from ...speed.graphs.step_loop import State, Steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
-from .engine.judge import has_fallen
-from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
+from .engine.row_batches import ActiveSet, Rows, RowSearch, has_fallen, waves
 from .judge_context import JudgeContext
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean

@@ -31,9 +31,7 @@ from ...ops.philox import Stream, philox, philox_key
 from ...ops.square_proposal import PLACES, TINY, signs
 from ...speed.graphs.step_loop import State, Steps, begin_steps
 from .engine.engine_attack import EngineAttack
-from .engine.judge import bucket, repeated_to, takes_every_size
-from .engine.pace import PaceMonitor, some_of
-from .engine.row_batches import ActiveSet, take_rows
+from .engine.row_batches import ActiveSet, PaceMonitor, bucket, repeated_to, some_of, take_rows, takes_every_size
 from .judge_context import JudgeContext
 
 #: The number of queries in the authors' code.

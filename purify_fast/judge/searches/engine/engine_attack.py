@@ -17,9 +17,7 @@ from ....attacks.objective import Objective
 from ....attacks.shared_draws import drawn_once_per_call
 from ....protocols import Classifier
 from ..judge_context import JudgeContext
-from .judge import Judge
-from .pace import FEWEST_STEPS
-from .row_batches import ActiveSet
+from .row_batches import FEWEST_STEPS, ActiveSet, Judge
 
 #: The number of wrong classes that AutoAttack's targeted attacks try.
 USUAL_TARGETS = 9
