@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from purify_fast import data, zoo
 from purify_fast.attacks import stadv
-from purify_fast.judge.searches.stadv import flow_loss, warp
+from purify_fast.judge.searches.search_functions import flow_loss, warp
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,9 @@ class Flows:
     """Remembers what is warped by what."""
 
     def __init__(self, monkeypatch):
-        module = importlib.import_module("purify_fast.judge.searches.stadv")  # the package's attribute is the function
+        module = importlib.import_module(
+            "purify_fast.judge.searches.search_functions"
+        )  # the package's attribute is the function
         self.seen: list[torch.Tensor] = []
         original = module.warp
         monkeypatch.setattr(module, "warp", lambda x, flow: self.seen.append(flow.detach()) or original(x, flow))
