@@ -30,11 +30,19 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.reading import reading
 from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
-from .request.attack_lists import SEARCHES, protocol_attacks, without_early_stops
 from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
 from .request.deadline import DrawsUnderAttack, Subject, device_of
 from .request.fingerprint import state_digest
-from .request.naming import AttackFunction, AttackSpec, feasible, row_name, threat_name
+from .request.naming import (
+    SEARCHES,
+    AttackFunction,
+    AttackSpec,
+    feasible,
+    protocol_attacks,
+    row_name,
+    threat_name,
+    without_early_stops,
+)
 from .request.preparation import collect, facts, note_of_modes, read_attacks, warn_of_probabilities
 from .results.rows import CUT, Row, worst_rows
 from .run.attack_run import Shards
