@@ -43,7 +43,7 @@ from purify_fast.data import load_dataset, to_float
 from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.judge.request import deadline as evaluated
-from purify_fast.judge.request.naming import protocol_attacks
+from purify_fast.judge.request.preparation import protocol_attacks
 from purify_fast.judge.searches.engine.row_batches import Judge, has_fallen
 from purify_fast.judge.searches.original_autoattack import implementation
 from purify_fast.judge.show.text import markdown_table

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from ..judge.certificates.certification import certify as certify
     from ..judge.certificates.refute import refute as refute
     from ..judge.request.config import EvaluateConfig as EvaluateConfig
-    from ..judge.request.naming import AttackSpec as AttackSpec, as_attack as as_attack, lee_kim_2023 as lee_kim_2023
+    from ..judge.request.preparation import (
+        AttackSpec as AttackSpec,
+        as_attack as as_attack,
+        lee_kim_2023 as lee_kim_2023,
+    )
     from ..judge.results.rows import Examples as Examples, Paired as Paired, Row as Row
     from ..judge.runner import evaluate as evaluate
     from ..judge.show.report import (

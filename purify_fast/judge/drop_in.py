@@ -37,8 +37,7 @@ from ..protocols import Classifier
 from ..speed.precision import whole_float32_by_default
 from .request.config import EvaluateConfig
 from .request.deadline import device_of
-from .request.naming import AttackSpec
-from .request.preparation import collect
+from .request.preparation import AttackSpec, collect
 from .runner import evaluate
 from .searches.apgd import APGD
 from .searches.fab import FABT

@@ -33,17 +33,21 @@ from .alarms.signs import signs_of_masking
 from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
 from .request.deadline import DrawsUnderAttack, Subject, device_of
 from .request.fingerprint import state_digest
-from .request.naming import (
+from .request.preparation import (
     SEARCHES,
     AttackFunction,
     AttackSpec,
+    collect,
+    facts,
     feasible,
+    note_of_modes,
     protocol_attacks,
+    read_attacks,
     row_name,
     threat_name,
+    warn_of_probabilities,
     without_early_stops,
 )
-from .request.preparation import collect, facts, note_of_modes, read_attacks, warn_of_probabilities
 from .results.rows import CUT, Row, worst_rows
 from .run.attack_run import Shards
 from .run.cache import RowCache

@@ -14,7 +14,7 @@ from torch import nn
 from purify_fast.attacks import APGD, PGD, Attack, AttackResult
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import AttackSpec, as_attack
-from purify_fast.judge.request.naming import check_adversarial
+from purify_fast.judge.request.preparation import check_adversarial
 
 EPS = 0.02
 QUIET = {"eps": EPS}

@@ -16,7 +16,7 @@ from purify_fast.attacks import APGD, PGD, OriginalAutoAttack, checkpointed_step
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, EvaluateConfig
-from purify_fast.judge.request.naming import protocol_attacks, without_early_stops
+from purify_fast.judge.request.preparation import protocol_attacks, without_early_stops
 from purify_fast.judge.searches.model_tests import HEADS
 from purify_fast.judge.surrogates.copies import surrogates
 

@@ -2,30 +2,544 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import logging
+import math
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..._validation import Count, NormName, Range, check_types
 from ..._version import __version__
-from ...attacks import Attack
+from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
-from ...attacks.base import ThreatModel
+from ...attacks.base import InBall, ThreatModel
+from ...attacks.losses import ApgdLoss, usable_loss
+from ...defences.modes import WithFixedNoise, WithoutNoise
 from ...model_state import used_modules
 from ...ops.dispatch.records import processor
-from ...protocols import Classifier
+from ...ops.pgd_step import pgd_step
+from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnAttacks, SampleLogits, is_purifier, supports
 from ...training.batches import as_tensor, check_channels, check_range
-from .config import EvaluateConfig
+from ..searches.apgd import APGD
+from ..searches.engine.engine_attack import EngineAttack
+from ..searches.fab import FABT
+from ..searches.model_tests import HEADS, AttackersHead
+from ..searches.square import Square
+from ..surrogates.copies import in_order
+from .config import EvaluateConfig, ProtocolName
 from .deadline import Subject, precision_name
-from .naming import AttackFunction, AttackSpec, as_specs, ball_name
+
+AttackFunction = Callable[[Classifier, Tensor, Tensor], Tensor]
+#: The allowed rounding error of a float32 value in [0, 1]: two additions of numbers up to 2 cause less.
+BALL_SLACK = 2.0**-21
+LEE_KIM = "PGD-200 ce + EOT (Lee & Kim 2023)"
+
+
+# -- a user's functions as attacks ------------------------------------------------------------------------------------
+
+
+def as_attack(
+    function: AttackFunction,
+    *,
+    name: str | None = None,
+    eps: float | None = None,
+    norm: NormName | None = None,
+    revision: str | None = None,
+    uses_gradients: bool = False,
+) -> FunctionAttack:
+    """Make an attack from a function, for `evaluate` or an `AttackSpec`.
+
+    Args:
+        function: a function ``(model, x, y) -> x_adv``. ``model`` is a module from images to logits, in evaluation
+            mode. ``x`` are float32 images ``[B, C, H, W]`` in [0, 1], and ``y`` int64 labels ``[B]``, on the model's
+            device. Gradients are enabled. The result must have the same shape and dtype, in [0, 1] and in the ball.
+        name: name of the attack in the report; None takes the function's name.
+        eps: radius of the ball in image units. None takes the evaluation's radius.
+        norm: norm of the ball, "linf", "l2" or "l1"; a norm needs an eps beside it. None takes the evaluation's norm.
+        revision: a name for the function's version, with which results are cached; choose another name after a change.
+            None: no caching. Functions with the same module and name, such as lambdas, need different revisions.
+        uses_gradients: whether the function follows gradients of the model. If it does not, and images fall to it that
+            withstood the attacks with gradients, the report takes this as a sign that the gradients mislead.
+
+    Raises:
+        TypeError: function is not callable.
+        ValueError: the ball is not allowed.
+    """
+    if isinstance(function, type) or not callable(function):
+        text = "an attack must be an object of purify_fast.attacks, such as PGD(), an AttackSpec, or a function "
+        raise TypeError(f"{text}(model, x, y) -> x_adv, got {function!r}")
+    name = getattr(function, "__name__", type(function).__name__) if name is None else name
+    return FunctionAttack(
+        function=function, row_name=name, eps=eps, norm=norm, own_revision=revision, uses_gradients=uses_gradients
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionAttack(InBall):
+    """An attack that calls a function; `as_attack` makes it."""
+
+    kind: ClassVar[str] = "function"
+
+    function: AttackFunction
+    row_name: str
+    own_revision: str | None = None
+    uses_gradients: bool = False  # type: ignore[misc]  # the function of each attack decides
+
+    def name(self, context: AttackContext) -> str:
+        return self.row_name
+
+    def draws(self, context: AttackContext) -> int:
+        """Return 1, because only the function itself can average over draws."""
+        return 1
+
+    def settings(self, context: AttackContext) -> dict[str, Any]:
+        return self.threat_model(context)._asdict()
+
+    def revision(self) -> str | None:
+        return self.own_revision
+
+    def identity(self) -> list[str]:
+        """Return the module and the name of the function, or of the class of a callable object."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        named = function if inspect.isroutine(function) else type(function)
+        return [str(named.__module__), named.__qualname__]
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        """Call the function on a batch, and check its result."""
+        threat = self.threat_model(context)
+        # `frozen` restores modes and gradient flags, which the function may change.
+        with torch.enable_grad(), frozen(target):
+            images = self.function(target, x.clone(), y.clone())
+        check_adversarial(self.row_name, images, x, threat)
+        # Because of rounding, values may be slightly outside of the ball or of [0, 1], so the images are projected.
+        inside = pgd_step(images.detach(), torch.zeros_like(x), x, 0.0, threat.eps, norm=threat.norm)
+        return AttackResult(inside)
+
+
+def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel) -> None:
+    """Refuse attacked images that are not allowed; x are the clean images in [0, 1]."""
+    if not isinstance(images, Tensor) or (images.shape, images.dtype, images.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(f"the attack {name!r} must return {x.dtype} images {list(x.shape)} on {x.device}")
+    images, order = images.detach(), {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
+    if len(images) == 0:
+        return
+    # The condition is negated so that NaN is refused too.
+    if not bool(((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).all()):
+        low, high = float(images.amin()), float(images.amax())
+        raise ValueError(f"the attack {name!r} returned values from {low:.6g} to {high:.6g}: all must be in [0, 1]")
+    if order is None:
+        return
+    lengths = torch.linalg.vector_norm((images - x).flatten(1).double(), ord=order, dim=1)
+    # The allowance for rounding is the norm of an image in which every value is the allowed rounding error.
+    allowed = threat.eps * (1 + 1e-5) + BALL_SLACK * x.shape[1:].numel() ** (1 / order)
+    if (length := float(lengths.amax())) > allowed:
+        raise ValueError(
+            f"the attack {name!r} left the ball: it changed image {int(lengths.argmax())} of the batch by "
+            f"{length:.6g} in the norm {threat.norm}, which is {length - threat.eps:.3g} more than the allowed eps = "
+            f"{threat.eps:.6g}"
+        )
+
+
+# -- an attack of an evaluation ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack of an evaluation, which makes a row of the report: the attack, its images, and its name.
+
+    Args:
+        attack: an attack of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).
+        through: another model that the attack follows. Only the evaluated model judges, in every case. An attack such
+            as `purify_fast.attacks.APGD`, whose ``follows_gradients`` is True, takes its gradients from the other
+            model, and the evaluated model checks every success during the search. Any other attack, such as
+            `purify_fast.attacks.PGD`, attacks the other model as a whole, and the evaluated model judges the result.
+        label: the name of the row; None makes a name from the other fields. Another threat model is added to it.
+        max_images: the attack gets only the first images, up to this number. With None, it gets all images.
+        survivors_only: whether the attack gets only images that withstood all earlier attacks in this threat model. All
+            other images count as fallen in this row.
+        seed: a number that is added to the evaluation's seed for this attack, for another random start.
+        until: a share of all images. The attack begins with the smallest margins, and stops when at most this share of
+            all images can still fall, at 95 % confidence. With None, or on a random model, every image is attacked.
+        nearest: the most images to attack: those with the smallest margins after the earlier attacks. They are attacked
+            in groups, and another group follows only while a search has lowered a margin by as much as the next image
+            would need (`purify_fast.judge.run.stopping`). A random model has no groups. None: all images.
+        published: the publication of this attack, if its rule for a robust image differs; the report then says so.
+
+    Raises:
+        ValueError: an option that is not allowed.
+        TypeError: attack is not an attack, or through is not a model.
+    """
+
+    attack: Attack
+    through: Classifier | None = None
+    label: str | None = None
+    max_images: Count | None = None
+    survivors_only: bool = False
+    seed: Annotated[int, Range(0)] = 0
+    until: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
+    nearest: Count | None = None
+    published: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attack, Attack):
+            # Users may give a function, although the field is an attack.
+            object.__setattr__(self, "attack", as_attack(self.attack))
+        if self.through is not None and (isinstance(self.through, type) or not callable(self.through)):
+            raise TypeError(f"through must be a model, a function from images to logits, got {self.through!r}")
+        check_types(self)
+
+
+def as_specs(attacks: Sequence[Any]) -> list[AttackSpec]:
+    """Make an `AttackSpec` from each attack or function of a list; TypeError for anything else."""
+    if isinstance(attacks, (str, Attack, AttackSpec)) or not isinstance(attacks, Sequence):
+        raise TypeError(f"attacks must be a list, got {attacks!r}: give a single attack as [attack]")
+    return [attack if isinstance(attack, AttackSpec) else AttackSpec(attack) for attack in attacks]
+
+
+def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
+    """The PGD + EOT of Lee & Kim, "Robust evaluation of diffusion-based adversarial purification", ICCV 2023.
+
+    The attack is in L-inf, with the full gradient, without a random start. It takes 200 steps of length 0.007 at eps =
+    8/255 (in proportion at another eps), by the sign of the mean gradient over 20 draws. Two things differ from the
+    paper. The attack returns the best iterate, not the last. And an image counts as robust only if all ``n_eval``
+    predictions are correct. The field ``mean`` of the row is the accuracy of single predictions.
+
+    Args:
+        eps: radius in image units.
+        leave: whether the attack of an image ends once all 20 draws of a step are wrong (`LeavingPGD`).
+
+    Raises:
+        ValueError: eps is below 0 or above 1.
+    """
+    check_eps(eps, "linf")
+    kind, label = (LeavingPGD, f"{LEE_KIM}, left when 20 draws are wrong") if leave else (PGD, LEE_KIM)
+    attack = kind(steps=200, alpha=0.007 * eps / (8 / 255), eot_iter=20, random_start=False, eps=eps, norm="linf")
+    return AttackSpec(attack, label=label, published="Lee & Kim 2023")
+
+
+# -- selects the attacks that a model allows, and names the rows of the report: one row for each attack ----------------
 
 logger = logging.getLogger("purify_fast")
+
+_NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1", "flow": "flow"}
+
+
+def feasible(
+    specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
+) -> tuple[list[AttackSpec], list[str]]:
+    """Select the attacks that this model allows, without duplicates, and make notes on the others."""
+    notes: list[str] = []
+    plan: list[AttackSpec] = []
+    for spec in specs:
+        if spec.max_images is not None and spec.max_images >= len(subject.y):
+            # The limit excludes no image, so it is removed. The name of the row then does not mention it.
+            spec = dataclasses.replace(spec, max_images=None)
+        rand = spec.attack.kind == "autoattack" and getattr(spec.attack, "version", "") == "rand"
+        if rand and not subject.is_random:
+            notes.append(f"{name}: {row_name(spec, context)} was left out: the model is deterministic")
+            continue
+        # An attack that is already in the plan would find nothing new.
+        if spec not in plan and not any(_repeats(spec, other, context) for other in plan):
+            plan.append(spec)
+    if specs and not plan:
+        notes.append(f"{name}: no attack ran, so this report does not say how robust the model is")
+        logger.warning(notes[-1])
+    names = [row_name(spec, context) for spec in plan]
+    double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
+    if double:
+        raise ValueError(f"attacks must have different labels, got twice {', '.join(double)}: AttackSpec(label=...)")
+    return plan, notes
+
+
+def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> bool:
+    """Return True if an attack repeats an earlier attack on the same or more images, after "margin" replaced losses."""
+    losses: list[Any] = [getattr(attack, "loss", "margin") for attack in (spec.attack, earlier.attack)]
+    if all(usable_loss(loss, context.num_classes) == loss for loss in losses):
+        return False
+    if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
+        return False
+    attacks = [_as_it_runs(attack, context) for attack in (spec.attack, earlier.attack)]
+    spec = dataclasses.replace(spec, until=None, nearest=None, survivors_only=earlier.survivors_only, attack=attacks[0])
+    return spec == dataclasses.replace(earlier, attack=attacks[1])
+
+
+def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
+    """The attack with the options with which it runs on this model."""
+    own = {field.name for field in dataclasses.fields(attack)}
+    options = {option: value for option, value in attack.resolved_for(context)._asdict().items() if option in own}
+    if "give_up" in own:
+        options["give_up"] = attack.may_end_early(context)
+    return dataclasses.replace(attack, **options)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def ball_name(norm: str, eps: float) -> str:
+    """A threat model in words, such as ``L-inf 8/255``."""
+    return f"{_NORMS[norm]} {short(eps)}"
+
+
+def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
+    """The attack's threat model in words; None if it is the threat model of the report."""
+    norm, eps = spec.attack.threat_model(context)
+    if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
+        return None
+    return ball_name(norm, eps)
+
+
+def row_name(spec: AttackSpec, context: AttackContext) -> str:
+    """The name of the attack's row in the report."""
+    threat, name = threat_name(spec, context), spec.label
+    if name is None:
+        # The name of another model is its class, or the name of a function.
+        through = getattr(spec.through, "__name__", type(spec.through).__name__)
+        name = spec.attack.name(context) + ("" if spec.through is None else f" through {through}")
+        name += "" if spec.nearest is None else f", {spec.nearest} nearest"
+        name += "" if spec.max_images is None else f", first {spec.max_images}"
+    return name + (f", {threat}" if threat is not None and threat not in name else "")
+
+
+def short(eps: float) -> str:
+    """Write a radius as a short decimal or as a multiple of 1/255, such as 0.5 or 8/255."""
+    if float(f"{eps:.2g}") == eps:
+        return f"{eps:.2g}"
+    levels = 255 * eps
+    return f"{levels:.0f}/255" if math.isclose(levels, round(levels), rel_tol=1e-5) else f"{eps:.3g}"
+
+
+# -- attack lists ------------------------------------------------------------------------------------------------------
+
+#: The names that a model may give in place of an `AttackSpec`, because what trains does not import what judges.
+MAKERS: dict[Any, Callable[..., AttackSpec]] = {"AttackSpec": AttackSpec, "lee_kim_2023": lee_kim_2023}
+
+
+def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None:
+    """Return the attacks that the protocol "strong" adds for a model; None if the model has none of its own."""
+    if not supports(model, OwnAttacks):
+        return None
+    attacks = cast(OwnAttacks, model).strong_attacks(norm, eps)
+    return as_specs(
+        [MAKERS[item[0]](**item[1]) if type(item) is tuple and item[0] in MAKERS else item for item in attacks]
+    )
+
+
+# -- attack lists ------------------------------------------------------------------------------------------------------
+
+#: Steps of the first attack of "fast" and "standard". Most images fall within the first few steps.
+FIRST_STEPS = 10
+#: Steps of the targeted attack of "fast" on many images. With 100 steps only 1 more image in 500 fell, and the attack
+#: took a fifth longer.
+FAST_STEPS = 60
+#: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
+#: namely at most this share of all images.
+FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
+#: The images with the smallest margins decide the accuracy, so they are attacked again, at most so many of them, and in
+#: groups (`NearestRule`). NEAREST: for FAB-T of "standard", RANDOM_NEAREST: the same on a random model, without groups.
+#: FEWEST_NEAREST: for the slower attacks, and for "fast".
+NEAREST, RANDOM_NEAREST, FEWEST_NEAREST = 20, 24, 10
+#: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
+SHORT_QUERIES = 1000
+#: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
+RAND_DRAWS = 20
+#: The name of the attack of "official" on a random model with fixed noise, or with its noise off.
+AUTO = "AutoAttack standard through the model"
+#: The attacks along the gradients of a surrogate.
+TRANSFER = APGD(loss="dlr_targeted", precision="float32")
+SHORT_TRANSFER = APGD(loss="margin", steps=20, precision="float32")
+#: The long attacks of "fast" on a random model, along the gradients of this number of surrogates.
+FAST_TRANSFER = APGD(loss="margin_targeted", steps=50, n_target_classes=4, precision="float32")
+QUICK_TRANSFERS = 2
+#: Further random starts of "strong", each in its own row: it shows how many images still fall to the last.
+RESTARTS = 2
+
+
+def protocol_attacks(
+    name: ProtocolName, subject: Subject, ball: ThreatModel, base: Classifier | None = None, steps: int | None = None
+) -> list[AttackSpec]:
+    """The attacks of a protocol, in their order."""
+    attacks = PROTOCOLS[name](subject, ball)
+    if steps is not None and name in SEARCHES:
+        attacks = [_shortened(spec, steps) for spec in attacks]
+    if base is not None:
+        attacks.append(_left(PGD(), "transfer from the base", through=base))
+    return attacks
+
+
+def _shortened(spec: AttackSpec, steps: int) -> AttackSpec:
+    attack = spec.attack
+    if isinstance(attack, APGD) and attack.steps is not None and attack.steps > max(steps, FIRST_STEPS):
+        return replace(spec, attack=replace(attack, steps=steps))
+    return spec
+
+
+def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpec:
+    """Specify an attack on the images that withstood all earlier attacks."""
+    return AttackSpec(attack, label=label, survivors_only=True, **options)
+
+
+def _nearest(attack: Attack, images: int = FEWEST_NEAREST) -> AttackSpec:
+    """Specify an attack on the few images with the smallest margins, from another random start."""
+    return _left(attack, nearest=images, seed=1)
+
+
+def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    first = _left(APGD(loss="margin", steps=FIRST_STEPS))
+    if subject.is_random:
+        return [first, _left(APGD(loss="margin_targeted", steps=50, n_target_classes=4, give_up=True))]
+    return [
+        first,
+        _left(APGD(loss="margin_targeted", steps=FAST_STEPS, give_up=True), until=FAST_SHARE),
+        _nearest(APGD(loss="dlr_targeted", give_up=True)),
+        _nearest(APGD(steps=30, restarts=10)),
+        _nearest(Square(n_queries=SHORT_QUERIES, give_up=True)),
+    ]
+
+
+def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    losses: tuple[ApgdLoss, ...] = ("margin_targeted", "ce", "dlr_targeted")
+    searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
+    return [
+        _left(APGD(loss="margin", steps=FIRST_STEPS)),
+        *(_left(attack, until=STANDARD_SHARE) for attack in searches),
+        *_without_noise(subject, ball),
+        *_slow(subject.is_random),
+    ]
+
+
+def _slow(random: bool) -> list[AttackSpec]:
+    """Specify the attacks of `_standard` on the nearest images. On a random model they run to the end."""
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=not random)
+    again = APGD(steps=50, precision="float32", restarts=20, give_up=not random)
+    fab, square = FABT(n_target_classes=None, give_up=not random), Square(give_up=True)
+    if random:
+        return [_nearest(FABT(give_up=True), RANDOM_NEAREST), *map(_nearest, (every, again, fab, square))]
+    return [_nearest(fab, NEAREST), *map(_nearest, (every, again, square))]
+
+
+def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    """Specify, for a random model, an attack with the gradients of the model without noise."""
+    if not (subject.is_random and supports(subject.base_model, DeterministicMode)):
+        return []
+    return [_transferred(*pair) for pair in subject.surrogates(ball)[0] if isinstance(pair[1], WithoutNoise)]
+
+
+def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    losses: tuple[ApgdLoss, ...] = ("ce", "dlr")
+    predictions = -(-RAND_DRAWS // subject.votes)
+    return [_left(APGD(loss=loss, eot_iter=predictions, give_up=True)) for loss in losses]
+
+
+def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    # In contrast to other protocols, every attack here gets all remaining images, and takes all of its steps.
+    attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
+    every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
+    attacks.append(_left(every, "APGD-T margin, every target, float32"))
+    attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
+    attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
+    attacks += _through_heads(subject)
+    attacks += [_transferred(*pair) for pair in subject.surrogates(ball)[0]]
+    attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
+    again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
+    for i in range(RESTARTS):
+        attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
+    return attacks
+
+
+def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
+    """Return the attacks that the model's class defines, or Lee and Kim's PGD for other random purifiers."""
+    model = subject.base_model
+    own = strong_attacks(model, ball.norm, ball.eps)
+    if own is not None:
+        return own
+    # A purifier with several samples is attacked with other aggregations of the samples instead.
+    bare = is_purifier(model) and not supports(model, SampleLogits)
+    return [lee_kim_2023(ball.eps, leave=True)] if bare and subject.is_random and ball.norm == "linf" else []
+
+
+def without_early_stops(
+    attacks: Sequence[AttackSpec], subject: Subject, ball: ThreatModel, order: Sequence[str], quick: bool = False
+) -> list[AttackSpec]:
+    """Give every attack all remaining images and all of its steps, and add attacks with the gradients of surrogates.
+
+    The surrogates come in the ``order`` of their names. On a random model each has a short attack first, so that few
+    images are left for the long ones. With ``quick``, only the first of them have a long attack.
+    """
+    surrogates = in_order(subject.surrogates(ball)[0], order)
+    joined = [_transferred(*pair) for pair in surrogates]
+    if subject.is_random:
+        long = [_transferred(*pair, FAST_TRANSFER) for pair in surrogates[:QUICK_TRANSFERS]] if quick else joined
+        joined = [*(_transferred(*pair, SHORT_TRANSFER) for pair in surrogates), *long]
+    labels = {spec.label for spec in joined}
+    own = [_without_early_stop(spec) for spec in attacks if spec.label not in labels]
+    at = next((i for i, spec in enumerate(own) if isinstance(spec.attack, (FABT, Square))), len(own))
+    return [*own[:at], *joined, *own[at:]]
+
+
+def _without_early_stop(spec: AttackSpec) -> AttackSpec:
+    attack = spec.attack
+    if isinstance(attack, EngineAttack):
+        attack = replace(attack, give_up=False)
+    return replace(spec, attack=attack, until=None, nearest=None)
+
+
+def _through_heads(subject: Subject) -> list[AttackSpec]:
+    """Specify attacks along the gradients of other combinations of the samples; the defence itself judges them."""
+    if not supports(subject.base_model, SampleLogits):
+        return []
+    model, attack = cast(SampleLogits, subject.base_model), APGD(loss="dlr_targeted")
+    with torch.no_grad():
+        samples = model.sample_logits(subject.sample_images()[:1]).shape[1]
+    if samples == 1:
+        # With a single sample all aggregations are about the same.
+        return []
+    return [_left(attack, f"APGD-T through the samples' {head}", through=AttackersHead(model, head)) for head in HEADS]
+
+
+def _transferred(name: str, surrogate: Classifier, attack: APGD = TRANSFER) -> AttackSpec:
+    kind = f"APGD-{attack.steps}" if attack is SHORT_TRANSFER else "APGD-T"
+    return _left(attack, f"{kind} by the gradients of {name}", through=surrogate)
+
+
+def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
+    from ..searches.original_autoattack import OriginalAutoAttack
+
+    model, standard = subject.base_model, OriginalAutoAttack()
+    if not subject.is_random:
+        return [AttackSpec(standard)]
+    # The version standard is only for models without randomness.
+    through: list[AttackSpec] = []
+    if supports(model, FixedNoise):
+        through = [AttackSpec(standard, through=WithFixedNoise(model, subject.seed), label=f"{AUTO}, fixed noise")]
+    elif supports(model, DeterministicMode):
+        through = [AttackSpec(standard, through=WithoutNoise(model), label=f"{AUTO}, noise off")]
+    return [*through, AttackSpec(OriginalAutoAttack(version="rand"))]
+
+
+#: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.
+SEARCHES = ("fast", "standard", "rand", "strong")
+#: The protocols by name.
+PROTOCOLS: dict[str, Callable[[Subject, ThreatModel], list[AttackSpec]]] = {
+    "fast": _fast,
+    "standard": _standard,
+    "rand": _rand,
+    "strong": _strong,
+    "official": _official,
+}
+
+
+# -- prepares an evaluation: checks its arguments, and tells facts and notes that are known before the attacks ---------
 
 #: The allowed dtypes of labels.
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

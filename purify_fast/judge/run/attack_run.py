@@ -25,7 +25,7 @@ from ...ops import attack_loss
 from ...protocols import Classifier
 from ..request.config import USUAL_BATCH
 from ..request.deadline import Subject
-from ..request.naming import AttackSpec, check_adversarial
+from ..request.preparation import AttackSpec, check_adversarial
 from ..results.rows import CUT
 from ..searches.engine.row_batches import Judge
 from ..searches.judge_context import JudgeContext

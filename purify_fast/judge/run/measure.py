@@ -18,7 +18,7 @@ from ...attacks import frozen
 from ...defences.modes import WithAggregation
 from ...protocols import Classifier
 from ..request.deadline import Judgement, Subject
-from ..request.naming import AttackSpec, row_name, threat_name
+from ..request.preparation import AttackSpec, row_name, threat_name
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.row_batches import has_fallen
 from ..searches.judge_context import JudgeContext

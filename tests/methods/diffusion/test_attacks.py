@@ -12,7 +12,7 @@ from purify_fast.attacks import APGD, BpdaModel, LeavingPGD
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.evaluation import lee_kim_2023
 from purify_fast.judge.request.deadline import Subject
-from purify_fast.judge.request.naming import LEE_KIM, PROTOCOLS, protocol_attacks, strong_attacks
+from purify_fast.judge.request.preparation import LEE_KIM, PROTOCOLS, protocol_attacks, strong_attacks
 from purify_fast.judge.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process
 from purify_fast.methods.diffusion.attacks import LOW, LowFrequencyGradient, low_frequencies
