@@ -51,8 +51,7 @@ from .request.preparation import (
 from .results.rows import CUT, Row, worst_rows
 from .run.attack_run import Shards
 from .run.cache import RowCache
-from .run.measure import Measure, Standing, settings_of
-from .run.progress import Progress
+from .run.measure import Measure, Progress, Standing, settings_of
 from .searches.judge_context import JudgeContext
 from .searches.model_tests import check_leaves_images
 from .show.report import Report, gathered

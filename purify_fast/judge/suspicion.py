@@ -16,8 +16,7 @@ from ..attacks.context import TimeIsOver
 from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
 from .alarms.signs import Evidence, findings, signs_of_masking
 from .results.rows import Worst, count_fallen
-from .run.measure import Measure
-from .run.progress import counted_model
+from .run.measure import Measure, counted_model
 from .show.report import Report
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from purify_fast import frozen_copy
 from purify_fast.attacks import pgd
 from purify_fast.defences import Defence
-from purify_fast.judge.run.progress import Progress, counted_model
+from purify_fast.judge.run.measure import Progress, counted_model
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import InferenceCopy
 from purify_fast.speed.agreement import nearly_as_exact
