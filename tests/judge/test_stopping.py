@@ -8,8 +8,8 @@ from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, PGD, Square
 from purify_fast.evaluation import AttackSpec
-from purify_fast.judge.run import stopping
-from purify_fast.judge.run.stopping import NearestRule, StoppingRule, nearest_first
+from purify_fast.judge.run import attack_run as stopping
+from purify_fast.judge.run.attack_run import NearestRule, StoppingRule, nearest_first
 
 
 def test_the_bound_is_the_exact_one_for_images_of_which_none_fell():

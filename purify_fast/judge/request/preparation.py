@@ -173,7 +173,7 @@ class AttackSpec:
             all images can still fall, at 95 % confidence. With None, or on a random model, every image is attacked.
         nearest: the most images to attack: those with the smallest margins after the earlier attacks. They are attacked
             in groups, and another group follows only while a search has lowered a margin by as much as the next image
-            would need (`purify_fast.judge.run.stopping`). A random model has no groups. None: all images.
+            would need (`purify_fast.judge.run.attack_run`). A random model has no groups. None: all images.
         published: the publication of this attack, if its rule for a robust image differs; the report then says so.
 
     Raises:

@@ -24,9 +24,18 @@ from ..request.preparation import AttackSpec, row_name, threat_name
 from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.row_batches import has_fallen
 from ..searches.judge_context import JudgeContext
-from .attack_run import AttackedBatch, AttackRun, Shards
+from .attack_run import (
+    GROUP,
+    REVISION as STOPPING,
+    AttackedBatch,
+    AttackRun,
+    NearestRule,
+    Shards,
+    StoppingRule,
+    by_margin,
+    nearest_first,
+)
 from .cache import RowCache
-from .stopping import GROUP, REVISION as STOPPING, NearestRule, StoppingRule, by_margin, nearest_first
 
 #: The shortest time between two lines of a log, and the time of the first line, in seconds.
 LINE_EVERY, FIRST_LINE = 30.0, 10.0
