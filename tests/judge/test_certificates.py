@@ -34,7 +34,7 @@ from purify_fast.judge.certificates.certificates import (
     most_wrong,
     spent,
 )
-from purify_fast.judge.certificates.counted import DependentDrawsError, Draws
+from purify_fast.judge.certificates.certification import DependentDrawsError, Draws
 from purify_fast.ops.philox import Stream, philox, philox_key
 
 NORMAL = NormalDist()
