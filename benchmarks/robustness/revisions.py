@@ -18,7 +18,7 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.request.preparation import AttackSpec, protocol_attacks
 from purify_fast.judge.run import attack_run as stopping
-from purify_fast.methods.diffusion.attacks import strong_attacks
+from purify_fast.methods.diffusion.defence import strong_attacks
 
 #: The versions of the rule for random models, of the probes of random models, of the draws of models that promise
 #: other draws for each image, and of the surrogates. Increase a number if results change by it.

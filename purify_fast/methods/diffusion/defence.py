@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..._settings import dtype_of
 from ..._validation import check_counts, check_literal
+from ...attacks import APGD
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.modes import WithAggregation
@@ -255,7 +256,6 @@ class DiffusionPurifier(Defence):
     def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
         """Return attacks for purifiers by diffusion, as pairs of the name and the arguments of what makes them."""
         # Only an evaluation needs these attacks.
-        from .attacks import strong_attacks
 
         return strong_attacks(self, norm, eps)
 
@@ -295,3 +295,46 @@ class DiffusionPurifier(Defence):
         return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)
 
     save = save_defence
+
+
+# -- the attacks that the protocol "strong" adds for a purifier by diffusion -------------------------------------------
+
+#: The highest frequency in the filtered gradient, in each direction, as a share of the image's highest frequency.
+KEPT = 0.25
+#: Number of draws over which a step averages the gradient.
+DRAWS = 20
+LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
+
+
+def strong_attacks(defence: nn.Module, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
+    """Return the attacks for a purifier in a ball, as pairs that the evaluation makes into an `AttackSpec`."""
+    low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
+    own = ("AttackSpec", {"attack": low, "label": LOW, "through": LowFrequencyGradient(defence)})
+    # The length of a step of Lee and Kim's attack is for L-inf.
+    return [("lee_kim_2023", {"eps": eps, "leave": True}), own] if norm == "linf" else [own]
+
+
+def low_frequencies(image: Tensor) -> Tensor:
+    """Remove the high frequencies of images. The result has the same shape and dtype."""
+    height, width = image.shape[-2:]
+    wide = torch.promote_types(image.dtype, torch.float32)
+    rows = torch.fft.fftfreq(height, device=image.device).abs() <= KEPT / 2
+    columns = torch.fft.rfftfreq(width, device=image.device) <= KEPT / 2
+    kept = torch.fft.rfft2(image.to(wide)) * (rows[:, None] & columns)
+    return torch.fft.irfft2(kept, s=(height, width)).to(image.dtype)
+
+
+class LowFrequencyGradient(nn.Module):
+    """A model whose gradient with respect to the images has only low frequencies."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.kept = model, KEPT
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the model's logits, ``[B, classes]``."""
+        seen = x.view_as(x)
+        if seen.requires_grad:
+            seen.register_hook(low_frequencies)
+        return self.model(seen)

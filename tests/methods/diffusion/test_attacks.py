@@ -15,7 +15,7 @@ from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.request.preparation import LEE_KIM, PROTOCOLS, protocol_attacks, strong_attacks
 from purify_fast.judge.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process
-from purify_fast.methods.diffusion.attacks import LOW, LowFrequencyGradient, low_frequencies
+from purify_fast.methods.diffusion.defence import LOW, LowFrequencyGradient, low_frequencies
 
 SHAPE = (1, 8, 8)
 QUIET = {"eps": 0.1, "progress": False, "batch_size": 4}
