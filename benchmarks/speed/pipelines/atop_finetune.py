@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, DeepFillGenerator, PatchDiscriminator
-from purify_fast.methods.atop.deepfill_training import patch_depth
 from purify_fast.methods.atop.generators import GatedConv
-from purify_fast.methods.atop.task import hinge
+from purify_fast.methods.atop.task import hinge, patch_depth
 from purify_fast.ops import use_backend
 from purify_fast.ops.contextual_attention import key_validity
 from purify_fast.training import Batch

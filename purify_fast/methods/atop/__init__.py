@@ -8,9 +8,8 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .config import AtopConfig as AtopConfig
-    from .deepfill_training import PatchDiscriminator as PatchDiscriminator
     from .defence import Atop as Atop, PurifierAdapter as PurifierAdapter
     from .generators import DeepFillGenerator as DeepFillGenerator, SmallGenerator as SmallGenerator
-    from .task import AtopTask as AtopTask
+    from .task import AtopTask as AtopTask, PatchDiscriminator as PatchDiscriminator
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

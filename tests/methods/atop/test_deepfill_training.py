@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.parametrizations import spectral_norm
 
-from purify_fast.methods.atop.deepfill_training import PatchDiscriminator, SpectralConv, patch_depth
+from purify_fast.methods.atop.task import PatchDiscriminator, SpectralConv, patch_depth
 
 
 @pytest.fixture(scope="module")
