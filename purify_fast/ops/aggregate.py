@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import check_floating
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal
-from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
+from .dispatch.gradient import cpu_kernel, define_backward, differentiable, needs_gradient, saves
 from .dispatch.registry import define_op, wide
 
 #: The methods that have a kernel. The kernels identify them by index.

@@ -32,9 +32,8 @@ from torch.nn import functional as F
 
 from .._settings import without_autocast
 from .._tensors import check_floating, check_form, last_channels
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, uniform, wide_dtype
-from .dispatch.gradient import cpu_kernel, differentiable, may_save, needs_gradient
+from .dispatch.gradient import cpu_kernel, define_backward, differentiable, may_save, needs_gradient
 from .dispatch.registry import define_op, wide
 
 _SMALLEST_NORM = 1e-4

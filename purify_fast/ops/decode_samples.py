@@ -25,9 +25,8 @@ from .._settings import without_autocast
 from .._tensors import check_form, memory_format
 from ..kernels import decoder_sizes as tiles
 from ._streams import default_stream
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, stream
-from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op, wide
 from .philox import Stream, philox
 

@@ -30,9 +30,8 @@ from torch import Tensor
 from .._settings import without_autocast
 from .._tensors import check_floating, check_form, last_channels, memory_format, per_image
 from ._streams import default_stream
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
-from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op
 from .philox import DISTRIBUTIONS, Stream, drawn
 

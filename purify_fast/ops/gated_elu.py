@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import check_floating, last_channels
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal
-from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op, wide
 
 

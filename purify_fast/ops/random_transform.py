@@ -20,9 +20,8 @@ from torch import Tensor
 from .._settings import without_autocast
 from .._tensors import FLOATING, check_floating, memory_format
 from ._streams import default_stream
-from .dispatch.backward import define_backward
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
-from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op, wide
 from .philox import Stream, philox
 

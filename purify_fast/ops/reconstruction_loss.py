@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._tensors import check_floating, per_image
-from .dispatch.backward import define_backward
 from .dispatch.examples import IMAGES, examples, normal, uniform
-from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
+from .dispatch.gradient import SCALED_ROWS, cpu_kernel, define_backward, differentiable, needs_gradient, saves
 from .dispatch.registry import define_op, forced_backends, wide
 
 

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_floating, last_channels, per_image
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal
-from .dispatch.gradient import SCALED_ROWS, cpu_kernel, differentiable, needs_gradient, saves
+from .dispatch.gradient import SCALED_ROWS, cpu_kernel, define_backward, differentiable, needs_gradient, saves
 from .dispatch.registry import define_op, wide
 
 KINDS = ("abs_cosine", "cosine", "angular", "l2")

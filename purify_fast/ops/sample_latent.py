@@ -17,9 +17,8 @@ from torch import Tensor
 
 from .._tensors import check_alike
 from ._streams import default_stream
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, normal, stream
-from .dispatch.gradient import cpu_kernel, differentiable, needs_gradient, saves
+from .dispatch.gradient import cpu_kernel, define_backward, differentiable, needs_gradient, saves
 from .dispatch.registry import define_op, wide
 from .philox import Stream, philox
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_floating, check_one_device, last_channels, memory_format
-from .dispatch.backward import define_backward
 from .dispatch.examples import ROWS, examples, laid_out, normal
-from .dispatch.gradient import differentiable, needs_gradient
+from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op
 from .random_transform import on_pixels
 

@@ -7,6 +7,7 @@ accesses. On a CPU it is not, so some ops have `cpu_kernel`s that save values, f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from ... import _library
-from .registry import Op, forced_backends, use_backend
+from .example_tensors import tensors
+from .examples import Example, normal, properties_of
+from .registry import Op, define_op, forced_backends, use_backend
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -116,3 +119,44 @@ def may_save(x: Tensor) -> bool:
 def saves(backward: Op, x: Tensor, variant: str = "") -> bool:
     """Return True if CPU kernels compute an op and its ``backward``, the first saving numbers for the second."""
     return may_save(x) and not backward.uses_reference(x.device, x.numel(), variant)
+
+
+# -- registers the backward of an op -----------------------------------------------------------------------------------
+
+
+def define_backward(
+    op: Op,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable = lambda grad, x, *_: x.new_empty(x.shape),
+    size: Callable[..., int] = lambda _, x, *__: x.numel(),
+    saved: Callable[[tuple, tuple], tuple] = lambda inputs, outputs: inputs,
+    constants: int = 0,
+    changes: dict[str, Any] | None = None,
+    **flags: Any,
+) -> Op:
+    """Register the backward of an op. ``saved`` makes the arguments that follow the gradients.
+
+    ``flags`` are the arguments ``cpu``, ``cuda`` and ``in_graphs`` that differ from those of the op.
+    """
+
+    def derived(example: Example) -> Example:
+        def make(dtype: torch.dtype, seed: int) -> tuple:
+            inputs = example.make(dtype, seed)
+            outputs = tensors(op.reference(*inputs))
+            changing = enumerate(outputs[: len(outputs) - constants])
+            grads = [torch.empty_like(one).copy_(normal(seed + 500 + i, *one.shape)) for i, one in changing]
+            return *grads, *saved(inputs, outputs)
+
+        return replace(example, make=make, **properties_of(example.setting, changes or {}))
+
+    return define_op(
+        f"{op.name}_backward",
+        schema,
+        reference=reference,
+        fake=fake,
+        examples=[derived(example) for example in op.examples],
+        size=size,
+        **op.smallest | {"in_graphs": op.in_graphs} | flags,
+    )
