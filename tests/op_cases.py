@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from purify_fast.kernels.decoder_sizes import Geometry
 from purify_fast.ops.decode_samples import pack
-from purify_fast.ops.dispatch.example_tensors import tensors
+from purify_fast.ops.dispatch.examples import tensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

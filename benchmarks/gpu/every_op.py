@@ -8,7 +8,7 @@ import math
 import torch
 
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch.example_tensors import tensors, to
+from purify_fast.ops.dispatch.examples import tensors, to
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from torch._functorch import config as functorch_config
 
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import records
-from purify_fast.ops.dispatch.example_tensors import tensors
+from purify_fast.ops.dispatch.examples import tensors
 
 from .op_cases import Case
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu import every_op
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch import example_tensors
+from purify_fast.ops.dispatch import examples as example_tensors
 
 
 def leaves(arguments) -> list[Tensor]:

@@ -4,7 +4,7 @@ from benchmarks.gpu import gpu_sections
 from benchmarks.pages import gpu_tables
 from benchmarks.speed import limits, sheets
 from benchmarks.speed.op_cases import registry
-from purify_fast.ops.dispatch.example_tensors import tensors
+from purify_fast.ops.dispatch.examples import tensors
 
 
 def test_formulas_count_bytes_as_tensors_do():

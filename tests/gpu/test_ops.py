@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.speed.op_cases import Case, registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch import example_tensors
+from purify_fast.ops.dispatch import examples as example_tensors
 from purify_fast.ops.dispatch.verify import deviation
 
 pytestmark = pytest.mark.gpu

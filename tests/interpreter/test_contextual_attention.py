@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from purify_fast.kernels import contextual_attention as kernel
-from purify_fast.ops.dispatch.example_tensors import double
+from purify_fast.ops.dispatch.examples import double
 
 op = import_module("purify_fast.ops.contextual_attention")
 #: samples, height, width; a thread has four keys where the width is a multiple of four, and there is more than one row

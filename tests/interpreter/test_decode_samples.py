@@ -8,7 +8,7 @@ import torch
 from purify_fast.kernels import decode_samples as kernel
 from purify_fast.kernels.decoder_sizes import Geometry, Layer
 from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, decoder_plan_v1, published_decoder
-from purify_fast.ops.dispatch.example_tensors import double
+from purify_fast.ops.dispatch.examples import double
 
 op = import_module("purify_fast.ops.decode_samples")
 SEED = torch.tensor([2**40 + 5])

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from purify_fast.ops import REGISTRY
-from purify_fast.ops.dispatch.example_tensors import tensors
-from purify_fast.ops.dispatch.examples import Example
+from purify_fast.ops.dispatch.examples import Example, tensors
 from purify_fast.ops.dispatch.verify import DTYPES
 
 #: The ops with a Triton kernel.

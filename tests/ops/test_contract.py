@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from purify_fast import _library, ops
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch.example_tensors import tensors, tile
+from purify_fast.ops.dispatch.examples import tensors, tile
 from purify_fast.ops.dispatch.registry import Op
 
 NHWC = torch.channels_last

@@ -11,7 +11,7 @@ from op_cases import DTYPES
 
 from purify_fast import ops
 from purify_fast.ops import aggregate, use_backend
-from purify_fast.ops.dispatch.example_tensors import tensors
+from purify_fast.ops.dispatch.examples import tensors
 from purify_fast.ops.dispatch.gradient import SAVING_KERNELS
 from purify_fast.ops.dispatch.registry import Op
 

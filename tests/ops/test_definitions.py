@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch.example_tensors import double, tensors
-from purify_fast.ops.dispatch.examples import ROWS, Example
+from purify_fast.ops.dispatch.examples import ROWS, Example, double, tensors
 from purify_fast.ops.dispatch.verify import compare
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from op_table import FUNCTIONS
 
 from purify_fast.ops import REGISTRY, use_backend
-from purify_fast.ops.dispatch.example_tensors import tensors
+from purify_fast.ops.dispatch.examples import tensors
 from purify_fast.ops.dispatch.registry import Op
 
 

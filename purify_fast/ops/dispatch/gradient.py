@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from ... import _library
-from .example_tensors import tensors
-from .examples import Example, normal, properties_of
+from .examples import Example, normal, properties_of, tensors
 from .registry import Op, define_op, forced_backends, use_backend
 
 

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from ..._validation import in_one_line
 from . import records
 from .choices import forget_choices
-from .example_tensors import tile, to
-from .examples import Example
+from .examples import Example, tile, to
 from .registry import REGISTRY, Op
 from .verify import verdict_of
 

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from ..._validation import in_one_line
 from . import records
-from .example_tensors import double, tensors, to
-from .examples import Example
+from .examples import Example, double, tensors, to
 from .op import Definition
 
 logger = logging.getLogger("purify_fast")
