@@ -24,11 +24,10 @@ from torch.nn import Parameter, functional as F
 from .._settings import without_autocast
 from .._tensors import check_form, memory_format
 from ..kernels import decoder_sizes as tiles
-from ._streams import default_stream
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op, wide
-from .philox import Stream, philox
+from .philox import Stream, default_stream, philox
 
 
 def _pack(weight: Tensor, columns: int) -> Tensor:

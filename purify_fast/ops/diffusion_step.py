@@ -29,11 +29,10 @@ from torch import Tensor
 
 from .._settings import without_autocast
 from .._tensors import check_floating, check_form, last_channels, memory_format, per_image
-from ._streams import default_stream
 from .dispatch.examples import ROWS, examples, laid_out, normal, stream, wide_dtype
 from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op
-from .philox import DISTRIBUTIONS, Stream, drawn
+from .philox import DISTRIBUTIONS, Stream, default_stream, drawn
 
 #: The names of the coefficients in order. In the formulas they are P, Q, c, A, B, s, lo and hi.
 COEFFICIENTS = ("of_state", "of_prediction", "clip", "image", "state", "noise", "log_low", "log_high")

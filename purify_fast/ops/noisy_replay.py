@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_alike, check_floating, check_form, per_image, per_sample
-from ._streams import default_stream
 from .dispatch.examples import IMAGES, ROWS, examples, stream, uniform, wide_dtype
 from .dispatch.registry import define_op, wide
-from .philox import Stream, philox
+from .philox import Stream, default_stream, philox
 
 
 def reference(

@@ -179,3 +179,19 @@ def philox(
         if isinstance(value, int) and value >= 2**63:
             raise ValueError(f"{name} must be below 2^63, got {value}")
     return OP(seed, sample_ids, numel, int(stream), DISTRIBUTIONS.index(distribution), draws, first_draw)
+
+
+# -- the random stream of a call: the given seed and ids, or new ones --------------------------------------------------
+
+
+def default_stream(
+    seed: Tensor | None, sample_ids: Tensor | None, batch: int, **others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Replace a missing seed by a new one from PyTorch's generator, and missing ids by 0 to B - 1; check given ones."""
+    device = next(iter(others.values())).device
+    if seed is None:
+        seed = torch.randint(2**62, (1,), device=device)
+    if sample_ids is None:
+        sample_ids = torch.arange(batch, device=device)
+    check_stream(seed, sample_ids, batch, **others)
+    return seed, sample_ids

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from .._settings import without_autocast
 from .._tensors import FLOATING, check_floating, memory_format
-from ._streams import default_stream
 from .dispatch.examples import LAYOUTS, ROWS, examples, laid_out, stream, uniform
 from .dispatch.gradient import define_backward, differentiable, needs_gradient
 from .dispatch.registry import define_op, wide
-from .philox import Stream, philox
+from .philox import Stream, default_stream, philox
 
 #: The owner of a block is stored as one byte.
 MOST_PASSES = 255

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from .._tensors import check_alike
-from ._streams import default_stream
 from .dispatch.examples import ROWS, examples, normal, stream
 from .dispatch.gradient import cpu_kernel, define_backward, differentiable, needs_gradient, saves
 from .dispatch.registry import define_op, wide
-from .philox import Stream, philox
+from .philox import Stream, default_stream, philox
 
 
 def _noise(mu: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:

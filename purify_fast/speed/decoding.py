@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from .._settings import without_autocast
 from ..kernels.decoder_sizes import Geometry, Layer
 from ..ops import REGISTRY
-from ..ops._streams import default_stream
 from ..ops.decode_samples import decode_prior, latents as prior, pack
+from ..ops.philox import default_stream
 from .folding.arithmetic import fold, foldable, hooked
 
 _NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
