@@ -12,7 +12,7 @@ from .bpda import BpdaModel as BpdaModel
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
 from .context import AttackContext as AttackContext
 from .functions import LeavingPGD as LeavingPGD, fgsm as fgsm, pgd as pgd
-from .health import GradientHealth as GradientHealth
+from .objective import GradientHealth as GradientHealth
 from .pgd import FGSM as FGSM, PGD as PGD
 
 # The searches that only a judge runs are imported when they are first used, so a training does not import them.

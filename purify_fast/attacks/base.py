@@ -23,7 +23,7 @@ from .losses import usable_loss
 from .objective import Objective, better_of
 
 if TYPE_CHECKING:
-    from .health import GradientHealth
+    from .objective import GradientHealth
 
 #: For a direct call: torch.compile ends its graph before the call, and compiles what the call runs. It cannot trace how
 #: the call makes an attack and its context.
@@ -288,7 +288,7 @@ def worst_of_runs(
     model, x, y = batch
     health, most = None, context.max_forward_batch
     if context.counts_health:
-        from .health import GradientHealth
+        from .objective import GradientHealth
 
         health = GradientHealth()
     _, draws, loss, _ = attack.resolved_for(context)

@@ -19,7 +19,7 @@ from .objective import Objective
 from .pgd import PGD
 
 if TYPE_CHECKING:
-    from .health import GradientHealth
+    from .objective import GradientHealth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from .losses import Loss
 from .objective import Objective, ObjectiveStep, Search, count_faults, keep_better
 
 if TYPE_CHECKING:
-    from .health import GradientHealth
+    from .objective import GradientHealth
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ...attacks import health
+from ...attacks import objective as health
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ..results.rows import Row, worst_rows
 from .probes import STEPS, Missing, Probes

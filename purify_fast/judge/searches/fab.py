@@ -15,8 +15,7 @@ from torch import Tensor
 from ..._tensors import per_image
 from ..._validation import Count
 from ...attacks.context import AttackContext, Ball, keeping, projected
-from ...attacks.health import FAULTS, faults
-from ...attacks.objective import Gradient, Objective, ObjectiveStep
+from ...attacks.objective import FAULTS, Gradient, Objective, ObjectiveStep, faults
 from ...ops.hyperplane_projection import hyperplane_projection
 from ...speed.graphs.step_loop import State, Steps
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times

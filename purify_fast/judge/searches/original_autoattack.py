@@ -23,8 +23,7 @@ from ..._validation import Count
 from ...attacks.attacked_model import frozen
 from ...attacks.base import AttackResult, InBall, Resolved
 from ...attacks.context import AttackContext, ball_around, projected
-from ...attacks.health import GradientHealth
-from ...attacks.objective import Objective
+from ...attacks.objective import GradientHealth, Objective
 from ...protocols import Classifier
 from .judge_context import JudgeContext
 from .model_tests import SAMPLE, check_model

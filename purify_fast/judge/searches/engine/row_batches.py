@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ...._compiler import section
 from ....attacks.attacked_model import logits_of
 from ....attacks.context import Ball, sample_in_ball
-from ....attacks.health import FAULTS, GradientHealth
-from ....attacks.objective import Objective, better_of
+from ....attacks.objective import FAULTS, GradientHealth, Objective, better_of
 from ....protocols import Classifier
 from ....speed.graphs.step_loop import State, StepFunction, Steps, begin_steps
 from ....speed.watch import FEWEST_WEIGHTS, matrix_weights
