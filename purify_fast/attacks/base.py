@@ -19,8 +19,7 @@ from ..speed.reading import reading
 from .arguments import check_eps, check_images
 from .attacked_model import first_output, frozen
 from .context import AttackContext, Ball, Radius, ball_around, chosen_seed, keeping
-from .losses import usable_loss
-from .objective import Objective, better_of
+from .objective import Objective, better_of, usable_loss
 
 if TYPE_CHECKING:
     from .objective import GradientHealth

@@ -14,8 +14,7 @@ from ..speed.graphs.step_loop import State, eager_steps
 from .arguments import check_labels
 from .base import untraced
 from .context import AttackContext, Ball, LossFunction, Radius, chosen_seed, keeping
-from .losses import LOSSES, Loss
-from .objective import Objective
+from .objective import LOSSES, Loss, Objective
 from .pgd import PGD
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .base import AttackResult, InBall, times, worst_of_runs
 from .context import AttackContext, Ball, keeping, normal_in_ball, sample_in_ball
-from .losses import Loss
-from .objective import Objective, ObjectiveStep, Search, count_faults, keep_better
+from .objective import Loss, Objective, ObjectiveStep, Search, count_faults, keep_better
 
 if TYPE_CHECKING:
     from .objective import GradientHealth

@@ -10,8 +10,7 @@ from torch import nn
 
 from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
 from purify_fast.attacks.context import AttackContext, Ball
-from purify_fast.attacks.losses import margin
-from purify_fast.attacks.objective import Objective
+from purify_fast.attacks.objective import Objective, margin
 from purify_fast.judge.run.measure import Progress, counted_model
 from purify_fast.judge.searches.engine.engine_attack import nearest_borders
 from purify_fast.judge.searches.engine.row_batches import ActiveSet, Judge

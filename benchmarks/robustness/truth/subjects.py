@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from purify_fast._hashes import weights_fingerprint
-from purify_fast.attacks.losses import margin
+from purify_fast.attacks.objective import margin
 from purify_fast.data import load_dataset, to_float
 
 from ... import RESULTS

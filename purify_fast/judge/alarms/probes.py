@@ -19,7 +19,7 @@ from torch import Tensor
 from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
-from ...attacks.losses import margin, usable_loss
+from ...attacks.objective import margin, usable_loss
 from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.agreement import BFLOAT16, apart, differ

@@ -22,7 +22,7 @@ from ..._version import __version__
 from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
 from ...attacks.base import InBall, ThreatModel
-from ...attacks.losses import ApgdLoss, usable_loss
+from ...attacks.objective import ApgdLoss, usable_loss
 from ...defences.modes import WithFixedNoise, WithoutNoise
 from ...model_state import used_modules
 from ...ops.dispatch.records import processor

@@ -18,8 +18,18 @@ from ..._tensors import per_image
 from ..._validation import Count, Share
 from ...attacks.base import Resolved, times
 from ...attacks.context import AttackContext, Ball, keeping, projected
-from ...attacks.losses import FEWEST_CLASSES, TARGETED, ApgdLoss, check_classes
-from ...attacks.objective import Objective, ObjectiveStep, Search, better_of, count_faults, keep_better
+from ...attacks.objective import (
+    FEWEST_CLASSES,
+    TARGETED,
+    ApgdLoss,
+    Objective,
+    ObjectiveStep,
+    Search,
+    better_of,
+    check_classes,
+    count_faults,
+    keep_better,
+)
 from ...ops.apgd_step import apgd_step
 from ...speed.graphs.step_loop import State
 from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
@@ -50,7 +60,7 @@ class APGD(EngineAttack):
         steps: number of gradient steps of a run. None takes the evaluation's number, or 100 without an evaluation.
         n_target_classes: number of target classes of a targeted loss, each with a run of its own: the classes with the
             nearest decision boundaries, by the model's linear approximation at the image. None takes all wrong classes.
-        loss: a name of `purify_fast.attacks.losses.LOSSES`, or of `TARGETED` for a targeted attack. If the model has
+        loss: a name of `purify_fast.attacks.objective.LOSSES`, or of `TARGETED` for a targeted attack. If the model has
             too few classes, "margin" replaces "dlr" (fewer than 3) and "dlr_targeted" (fewer than 4).
         rho: a checkpoint halves an image's step size if at most this share of the steps since the last checkpoint
             raised the loss.

@@ -14,8 +14,7 @@ from ...attacks.arguments import check_eps, check_images
 from ...attacks.base import Attack, AttackResult, ThreatModel, times, untraced, worst_of_runs
 from ...attacks.context import AttackContext, Ball, LossFunction, Radius, chosen_seed, keeping, sample_in_ball
 from ...attacks.functions import goal
-from ...attacks.losses import ApgdLoss, Loss
-from ...attacks.objective import Gradient, GradientHealth, Objective, ObjectiveStep, Search
+from ...attacks.objective import ApgdLoss, Gradient, GradientHealth, Loss, Objective, ObjectiveStep, Search
 from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, begin_steps
 from .apgd import APGD
