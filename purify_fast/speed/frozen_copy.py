@@ -23,8 +23,7 @@ from .draws import same_draws
 from .eager_mode import eager
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
-from .precision import fast_bfloat16, float32_products
-from .products import is_dense
+from .precision import fast_bfloat16, float32_products, is_dense
 from .watch import FEWEST_WEIGHTS, Watch, matrix_weights, tensors_of
 
 

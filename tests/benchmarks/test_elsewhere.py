@@ -12,7 +12,7 @@ from benchmarks import RESULTS
 from benchmarks.speed import elsewhere, sheets
 from benchmarks.speed.elsewhere import architectures, measuring, small_networks
 from benchmarks.speed.elsewhere.loops import PKG_RESOURCES
-from purify_fast.speed.products import PER_VALUE, PRODUCTS
+from purify_fast.speed.precision import PER_VALUE, PRODUCTS
 
 #: These rows need no further package.
 OWN = [name for name, row in elsewhere.registry().items() if not row.package]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from purify_fast.speed.products import PER_VALUE, PRODUCTS, is_dense
+from purify_fast.speed.precision import PER_VALUE, PRODUCTS, is_dense
 
 
 def test_dense_products_of_the_batch_and_per_computed_value_decide_but_not_the_number_of_weights():

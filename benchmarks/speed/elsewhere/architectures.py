@@ -1,6 +1,6 @@
 """Measure frozen copies of twenty networks: the dtype that "auto" chooses, and the time of an attack's gradient.
 
-The rows show whether the rule of `purify_fast.speed.products` separates the networks that are faster in bfloat16.
+The rows show whether the rule of `purify_fast.speed.precision` separates the networks that are faster in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from purify_fast import frozen_copy
 from purify_fast.speed.folding.inference_copy import DTYPES
-from purify_fast.speed.products import PER_VALUE, PRODUCTS, Counter
+from purify_fast.speed.precision import PER_VALUE, PRODUCTS, Counter
 
 from .. import sheets, timing
 
