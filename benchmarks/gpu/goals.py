@@ -24,7 +24,7 @@ from torch import Tensor
 from purify_fast import frozen_copy
 from purify_fast.attacks import pgd
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs import step_graphs
+from purify_fast.speed.graphs import graphed_loop as step_graphs
 from purify_fast.speed.precision import float32_products, raced_convolutions
 
 from .. import RESULTS

@@ -31,7 +31,7 @@ from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops.dispatch import tuning, verify
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.graphs.step_graphs import CudaCapture, StepGraphs
+from purify_fast.speed.graphs.graphed_loop import CudaCapture, StepGraphs
 from purify_fast.speed.precision import float32_products
 
 from .. import RESULTS

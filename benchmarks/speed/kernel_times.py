@@ -14,7 +14,7 @@ import torch
 
 from purify_fast.ops.dispatch import tuning
 from purify_fast.speed import retain_freed_memory
-from purify_fast.speed.graphs.step_graphs import CudaCapture
+from purify_fast.speed.graphs.graphed_loop import CudaCapture
 
 from .. import options
 from . import sheets

@@ -11,7 +11,7 @@ from .._validation import GradientPrecision
 from ..protocols import Classifier, CountsImages, SampleLogits, is_purifier, supports
 from ..speed.followed import is_frozen_copy
 from ..speed.frozen_copy import COMPARED, auto_dtype, copy_or_model, same_answers
-from ..speed.graphs.step_graphs import remember
+from ..speed.graphs.graphed_loop import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 
 #: The numbers of kept copies and wrappers: an evaluation attacks several variants of one model, one after the other.

@@ -177,7 +177,7 @@ def evaluate(
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> JudgeContext:
     # An evaluation only hands these to the attacks, which take fast copies and captured steps from them.
     from ..attacks.gradient_copy import Copies
-    from ..speed.graphs.step_graphs import StepGraphs
+    from ..speed.graphs.graphed_loop import StepGraphs
 
     draws, share, votes, most = 5, 1.0, subject.votes, config.max_forward_batch
     # "fast" ends the search of an image at a point that counts as fallen, and does not look for a worse one.

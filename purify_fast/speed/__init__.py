@@ -5,7 +5,7 @@ import sys
 
 from .folding.batchnorm import fold_batchnorm
 from .folding.inference_copy import InferenceCopy
-from .graphs.step_graphs import StepGraphs
+from .graphs.graphed_loop import StepGraphs
 
 __all__ = ["InferenceCopy", "StepGraphs", "fold_batchnorm", "retain_freed_memory"]
 

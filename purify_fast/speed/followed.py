@@ -16,7 +16,7 @@ from .snapshot import Snapshot
 from .watch import tensors_of
 
 if TYPE_CHECKING:
-    from .graphs.step_graphs import StepGraphs
+    from .graphs.graphed_loop import StepGraphs
 
 
 def is_frozen_copy(model: object) -> bool:

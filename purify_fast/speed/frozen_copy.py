@@ -80,7 +80,7 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
         ValueError: x is no batch of images, the dtype is not allowed, or the noise of a defence is fixed or off.
     """
     # An attack on a CPU needs none of what makes graphs.
-    from .graphs.step_graphs import StepGraphs
+    from .graphs.graphed_loop import StepGraphs
 
     if not getattr(model, "noise_is_fresh", True) or getattr(model, "_noise_ids", None) is not None:
         raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise, deterministic, noise_ids")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..attacks.context import LossFunction, Radius
     from ..protocols import Classifier
-    from ..speed.graphs.step_graphs import StepGraphs
+    from ..speed.graphs.graphed_loop import StepGraphs
     from .task import Batch
 
 #: The objectives of a classifier's adversarial training besides cross-entropy.

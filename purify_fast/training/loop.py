@@ -26,7 +26,7 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._process import processes
 from .._settings import refuse_divided
-from ..speed.graphs.step_graphs import StepGraphs
+from ..speed.graphs.graphed_loop import StepGraphs
 from ..speed.precision import fast_bfloat16, float32_products, raced_convolutions, whole_float32_by_default
 from .bank import AdversarialBank, BankConfig
 from .config import FitConfig

@@ -22,7 +22,7 @@ from .schedules import DelayUnit, RunLength
 
 if TYPE_CHECKING:
     from ..speed.frozen_copy import AttackedCopy
-    from ..speed.graphs.step_graphs import StepGraphs
+    from ..speed.graphs.graphed_loop import StepGraphs
 
 logger = logging.getLogger("purify_fast")
 

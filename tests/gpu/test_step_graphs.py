@@ -13,7 +13,7 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.folding.inference_copy import InferenceCopy
-from purify_fast.speed.graphs import step_graphs
+from purify_fast.speed.graphs import graphed_loop as step_graphs
 from purify_fast.training.loop import train_step
 
 pytestmark = pytest.mark.gpu

@@ -372,7 +372,7 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
         made.append(StepGraphs(mode, rerun, cudnn_benchmark))
         return made[-1]
 
-    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.StepGraphs", graphs)
+    monkeypatch.setattr("purify_fast.speed.graphs.graphed_loop.StepGraphs", graphs)
     torch.manual_seed(0)
     model, x = SmallCNN(width=4).eval(), torch.rand(12, 1, 16, 16)
     y = model(x).argmax(1)

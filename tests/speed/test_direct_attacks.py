@@ -15,8 +15,7 @@ from purify_fast import Atop
 from purify_fast.attacks import pgd, square
 from purify_fast.methods.atop import SmallGenerator
 from purify_fast.speed import StepGraphs
-from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS
-from purify_fast.speed.graphs.step_graphs import leave_no_trace
+from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS, leave_no_trace
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from small_runs import same
 from torch import Tensor, nn
 
 from purify_fast.model_state import identity_key
-from purify_fast.speed.graphs import graphed_loop, step_graphs
-from purify_fast.speed.graphs.step_graphs import StepGraphs
+from purify_fast.speed.graphs import graphed_loop, graphed_loop as step_graphs
+from purify_fast.speed.graphs.graphed_loop import StepGraphs
 from purify_fast.speed.graphs.step_loop import State, Steps, begin_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +93,7 @@ def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun, mo
 def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, monkeypatch):
     # the stand-in's replay would hold the model, as no CUDA graph does
     monkeypatch.setattr(rerun, "record", lambda run, device: run if run() else lambda: None)
-    monkeypatch.setattr("purify_fast.speed.graphs.step_graphs.nearly_as_exact", lambda *args: True)
+    monkeypatch.setattr("purify_fast.speed.graphs.graphed_loop.nearly_as_exact", lambda *args: True)
     models = [Scale() for _ in range(4)]
     gone = [weakref.ref(model) for model in models]
     graphs.mode = "auto"

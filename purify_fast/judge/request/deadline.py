@@ -72,7 +72,7 @@ class Deadline:
     def ask(self, images: Passes = NONE) -> None:
         """Raise `TimeIsOver` if the time is over, or would be over after passes that take as long as the last such."""
         # An evaluation without a limit of time needs none of what makes graphs.
-        from ...speed.graphs.step_graphs import is_tracing
+        from ...speed.graphs.graphed_loop import is_tracing
 
         if self.until == math.inf or is_tracing():
             # The end of a trial or a capture by an error would be taken as its failure.
