@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._classifier import Classifier
-from .._compiler import outside_graphs
+from .._library import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
 from ..speed.reading import reading
 from .arguments import check_eps, check_images

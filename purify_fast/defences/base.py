@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._compiler import ends_graphs, is_compiled, outside_graphs
+from .._library import ends_graphs, is_compiled, outside_graphs
 from .._settings import dtype_of, first_tensor
 from .._tensors import check_floating
 from ..models.representation import Representation, count_classes

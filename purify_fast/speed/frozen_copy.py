@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .._compiler import ends_graphs, is_compiled, outside_graphs
+from .._library import ends_graphs, is_compiled, outside_graphs
 from .._modules import hold, release
 from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..._compiler import section
+from ..._library import section
 from ..._settings import first_tensor, without_autocast
 from ...models.layers import Normalize
 from ...models.representation import without_recorders

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as modules
 
-from ..._compiler import in_one_graph
+from ..._library import in_one_graph
 from ..._validation import in_one_line
 from ..agreement import nearly_as_exact
 from ..draws import host_generators, same_draws

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..._compiler import section
+from ..._library import section
 from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
 from ...model_state import identity_key
 from ...ops.dispatch.registry import forced_backends

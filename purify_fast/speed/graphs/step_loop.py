@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..._compiler import section
+from ..._library import section
 
 State = dict[str, Tensor]
 

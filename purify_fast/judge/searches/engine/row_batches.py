@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...._compiler import section
+from ...._library import section
 from ....attacks.attacked_model import logits_of
 from ....attacks.context import Ball, sample_in_ball
 from ....attacks.objective import FAULTS, GradientHealth, Objective, better_of
