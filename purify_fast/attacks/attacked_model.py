@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .._classifier import Classifier, SharesDraws, supports
 from .._modules import hold, may_hide_modules, modules_of, release
 from .._tensors import repeat_batch
+from ..protocols import Classifier, SharesDraws, supports
 from .arguments import INSTEAD_OF_PROBABILITIES, are_probabilities, check_labels, checked_logits
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from .._classifier import Classifier
 from .._library import outside_graphs
 from .._validation import Count, GradientPrecision, Norm, NormName, check_types, read_norm
+from ..protocols import Classifier
 from ..speed.reading import reading
 from .arguments import check_eps, check_images
 from .attacked_model import first_output, frozen

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from .._classifier import Classifier
 from .._tensors import per_sample
 from .._validation import GradientPrecision, Norm, NormName, check_counts, read_norm
 from ..ops.pgd_step import NORMS, clamped, per_pixel, pgd_step
 from ..ops.philox import DISTRIBUTIONS, OP as DRAW, Stream, philox, philox_key
+from ..protocols import Classifier
 from .arguments import can_read, check_eps, check_tensor, largest_distance
 
 #: A radius in image units: a number for all images, or ``[B]``, a number for each image. In "linf" also a tensor that

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._classifier import Classifier
 from .._validation import Count, NormName, check_literal
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, eager_steps
 from .arguments import check_labels
 from .base import untraced

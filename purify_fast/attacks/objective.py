@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .._classifier import Classifier, SharesDraws, supports
 from .._tensors import per_image
 from ..ops.attack_loss import FEWEST_CLASSES as FEWEST_CLASSES, KINDS, OP
+from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.step_loop import State
 from .attacked_model import gradient_to, logits_of, logits_of_draws
 from .context import LossFunction

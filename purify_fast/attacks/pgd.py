@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._classifier import Classifier
 from .._tensors import per_sample
 from .._validation import AtLeast0, Count, GradientPrecision, Norm, Range
 from ..ops.pgd_step import NORMS, OP as STEP, per_pixel, pgd_step
+from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
 from .arguments import check_tensor
 from .base import AttackResult, InBall, times, worst_of_runs
