@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 from .._validation import AtLeast0, Count, Positive, Range
 from ..judge.request.config import ProtocolName
 from .command import RUN_FILE, number, read_run_file, values, write_run_file
-from .evaluate import LoadOptions, ModelCommand
-from .saved_models import zoo_name
+from .evaluate import LoadOptions, ModelCommand, zoo_name
 
 if TYPE_CHECKING:
     from ..data import DataSet

@@ -11,7 +11,7 @@ from ..methods.discovery import METHODS
 from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand, values, words_of, write_run_file
-from .saved_models import accuracy_text, is_named, named_classifier, trained_classifier
+from .evaluate import accuracy_text, is_named, named_classifier, trained_classifier
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from purify_fast.cli.evaluate import Evaluate
-from purify_fast.cli.saved_models import is_named
+from purify_fast.cli.evaluate import Evaluate, is_named
 
 MINE = """
 import beside
