@@ -102,7 +102,7 @@ def accuracy_text(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, most:
     import torch
 
     from ..data import to_float
-    from ..models.representation import evaluation_mode
+    from ..models.layers import evaluation_mode
 
     if len(y) > most:
         # The images of a folder are sorted by class.

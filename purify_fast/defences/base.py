@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._library import ends_graphs, is_compiled, outside_graphs
 from .._settings import dtype_of, first_tensor
 from .._tensors import check_floating
-from ..models.representation import Representation, count_classes
+from ..models.layers import Representation, count_classes
 from ..ops.aggregate import aggregate
 from ..speed.layout import autocast_to, convert_to_channels_last
 from .stochastic import StochasticDefence, majority

@@ -8,5 +8,5 @@ from .classifiers import (
     WideResNet as WideResNet,
     build_classifier as build_classifier,
 )
-from .representation import Representation as Representation
+from .layers import Representation as Representation
 from .unet import UNet as UNet

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .._settings import first_tensor
-from ..models.representation import evaluation_mode
+from ..models.layers import evaluation_mode
 from .watch import CONVOLUTIONS
 
 

@@ -17,7 +17,7 @@ from .._lazy import __version__
 from .._settings import torch_defaults
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
-from ..models.representation import evaluation_mode
+from ..models.layers import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.frozen_copy import AttackedCopy
 from ..speed.layout import autocast_to

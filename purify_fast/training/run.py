@@ -26,7 +26,7 @@ from .._lazy import __version__
 from .._process import processes
 from .._sealed import read_sealed, write_sealed
 from ..data import crop_flip, to_float
-from ..models.representation import evaluation_mode
+from ..models.layers import evaluation_mode
 from ..speed.agreement import FLOAT32, apart, differ
 from ..speed.draws import same_draws
 from ..speed.memory import peak_so_far

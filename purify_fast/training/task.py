@@ -15,7 +15,7 @@ from .._settings import first_tensor
 from .._tensors import check_one_device
 from .._validation import Precision
 from ..attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
-from ..models.representation import count_classes, evaluation_mode
+from ..models.layers import count_classes, evaluation_mode
 from ..speed.layout import autocast_to
 from .optimizers import Lookahead
 from .schedules import DelayUnit, RunLength

@@ -8,7 +8,7 @@ from torchvision.models import resnet18
 
 from purify_fast import Carso
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.models.representation import Representation
+from purify_fast.models.layers import Representation
 
 
 def small_resnet():

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import resnet18
 
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.models.representation import Representation
+from purify_fast.models.layers import Representation
 from purify_fast.speed.folding.batchnorm import fold_batchnorm
 from purify_fast.speed.folding.inference_copy import InferenceCopy
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..._hashes import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
-from ...models.representation import Representation
+from ...models.layers import Representation
 from ...ops.noisy_replay import noisy_replay
 from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance

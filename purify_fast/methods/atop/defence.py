@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..._settings import dtype_of, first_tensor
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence, refuse_wrapped
-from ...models.representation import evaluation_mode
+from ...models.layers import evaluation_mode
 from ...ops.random_transform import random_transform
 from ...ops.stitch import stitch
 from ..saving import description, rebuilt, save_defence

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ..._settings import dtype_of
 from ..._validation import check_counts, check_literal
 from ...defences.base import Defence
-from ...models.layers import normalization
-from ...models.representation import Representation
+from ...models.layers import Representation, normalization
 from ...ops.decode_samples import latents
 from ...speed.decoding import PackedDecoder, kernel_decodes
 from ...speed.watch import Watch

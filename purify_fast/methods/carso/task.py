@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ..._process import processes
 from ...defences.stochastic import with_samples
-from ...models.representation import evaluation_mode
+from ...models.layers import evaluation_mode
 from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..._settings import first_tensor
 from ...models.foreign import load_weights
-from ...models.representation import evaluation_mode
+from ...models.layers import evaluation_mode
 from ...models.unet import TimeLayer, UNet
 from ...training.run import save_model
 from ..saving import description, rebuilt

@@ -12,8 +12,7 @@ from torch.autograd import forward_ad
 
 from ..._library import section
 from ..._settings import first_tensor, without_autocast
-from ...models.layers import Normalize
-from ...models.representation import without_recorders
+from ...models.layers import Normalize, without_recorders
 from ...ops.dispatch.gradient import transformed
 from ..copying import deep_copy, freeze
 from ..draws import same_draws
