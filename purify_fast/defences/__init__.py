@@ -1,8 +1,7 @@
 """Base classes of defences, which control random draws, aggregate predictions, and freeze the classifier."""
 
 from .base import Defence
-from .modes import MajorityVote, NoisyEnsemble, WithAggregation, WithFixedNoise, WithoutNoise
-from .stochastic import StochasticDefence
+from .stochastic import MajorityVote, NoisyEnsemble, StochasticDefence, WithAggregation, WithFixedNoise, WithoutNoise
 
 __all__ = [
     "Defence",

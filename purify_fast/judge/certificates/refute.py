@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..._hashes import digest, weights_fingerprint
 from ..._tensors import per_image
-from ...defences.modes import MajorityVote, NoisyEnsemble
+from ...defences.stochastic import MajorityVote, NoisyEnsemble
 from ..request.preparation import collect
 from ..run.attack_run import Shards
 from ..runner import evaluate

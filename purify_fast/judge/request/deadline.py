@@ -19,8 +19,7 @@ from ...attacks.attacked_model import logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
 from ...attacks.shared_draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
-from ...defences.modes import MajorityVote
-from ...defences.stochastic import undecided
+from ...defences.stochastic import MajorityVote, undecided
 from ...ops import attack_loss
 from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_each_image, supports
 from ...speed.agreement import FLOAT32, apart, differ

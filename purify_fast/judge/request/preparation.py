@@ -23,7 +23,7 @@ from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, fro
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
 from ...attacks.base import InBall, ThreatModel
 from ...attacks.objective import ApgdLoss, usable_loss
-from ...defences.modes import WithFixedNoise, WithoutNoise
+from ...defences.stochastic import WithFixedNoise, WithoutNoise
 from ...model_state import used_modules
 from ...ops.dispatch.records import processor
 from ...ops.pgd_step import pgd_step

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..._hashes import digest
 from ...attacks import frozen
-from ...defences.modes import WithAggregation
+from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, Passes, SharesDraws, supports
 from ..request.deadline import Deadline, Judgement, Subject
 from ..request.preparation import AttackSpec, row_name, threat_name

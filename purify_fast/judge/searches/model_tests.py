@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..._validation import check_literal
 from ...attacks.arguments import checked_logits
 from ...attacks.attacked_model import WritesToItsInput, logits_of
-from ...defences.modes import WithAggregation
+from ...defences.stochastic import WithAggregation
 from ...ops.aggregate import aggregate
 from ...protocols import Classifier, SampleLogits, supports
 from ...speed.agreement import differ

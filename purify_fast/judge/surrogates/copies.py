@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ...attacks import BpdaModel, frozen
 from ...attacks.base import ThreatModel
 from ...attacks.context import ball_around, normal_in_ball
-from ...defences.modes import WithFixedNoise, WithoutNoise
-from ...defences.stochastic import with_samples
+from ...defences.stochastic import WithFixedNoise, WithoutNoise, with_samples
 from ...model_state import attributes
 from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
 from ...speed.agreement import FLOAT32

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from ...defences.modes import WithAggregation as WithAggregation
+    from ...defences.stochastic import WithAggregation as WithAggregation
     from ...speed.decoding import PackedDecoder as PackedDecoder
     from .config import CarsoConfig as CarsoConfig
     from .defence import Carso as Carso

@@ -29,7 +29,7 @@ from ..._validation import check_counts, check_literal
 from ...attacks import APGD
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
-from ...defences.modes import WithAggregation
+from ...defences.stochastic import WithAggregation
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.draws import same_draws
 from ..saving import save_defence
