@@ -31,8 +31,3 @@ def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callabl
         return value
 
     return sorted(homes), find, lambda: sorted({*vars(module), *homes})
-
-
-# -- the package's version ---------------------------------------------------------------------------------------------
-
-__version__ = "0.1.0"

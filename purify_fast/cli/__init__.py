@@ -15,9 +15,9 @@ from typing import Annotated, Any, Union
 import tyro
 
 from .._files import folder_lock
-from .._lazy import __version__
 from .._memory import ran_out_of_memory
 from .._places import usable_device
+from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
 from .command import Command, DataCommand, cli, parse
 

@@ -15,9 +15,9 @@ import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from .._files import write_text
-from .._lazy import __version__
 from .._places import usable_device
 from .._validation import check_types
+from .._version import __version__
 
 if TYPE_CHECKING:
     from typing_extensions import Self

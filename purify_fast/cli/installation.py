@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from .. import _library
-from .._lazy import __version__
 from .._templates import render
+from .._version import __version__
 from ..judge.show.text import terminal_table
 from ..ops import REGISTRY
 from ..ops.dispatch import records

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._hashes import structure_fingerprint
-from .._lazy import __version__
 from .._settings import torch_defaults
+from .._version import __version__
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier
 from ..models.layers import evaluation_mode

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from .._files import write_text
 from .._hashes import text_hash
-from .._lazy import __version__
 from .._process import processes
 from .._sealed import read_sealed, write_sealed
+from .._version import __version__
 from ..data import crop_flip, to_float
 from ..models.layers import evaluation_mode
 from ..speed.agreement import FLOAT32, apart, differ

@@ -19,8 +19,8 @@ from pathlib import Path
 from torch import nn
 
 from .._files import atomic
-from .._lazy import __version__
 from .._templates import render
+from .._version import __version__
 from ..methods.loading import load_defence
 from ..ops.dispatch.records import folder as cache_folder
 from ..training import load_classifier

@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..._hashes import digest, weights_fingerprint
-from ..._lazy import __version__
 from ..._places import check_folder
 from ..._settings import without_autocast
 from ..._validation import Range, check_counts
+from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
 from ...attacks.attacked_model import logits_of

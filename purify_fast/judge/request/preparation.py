@@ -17,8 +17,8 @@ from typing import Annotated, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..._lazy import __version__
 from ..._validation import Count, NormName, Range, check_types
+from ..._version import __version__
 from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
 from ...attacks.base import InBall, ThreatModel

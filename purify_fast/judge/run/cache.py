@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ... import _library
 from ..._hashes import text_hash
-from ..._lazy import __version__
 from ..._sealed import read_sealed, write_sealed
+from ..._version import __version__
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import Classifier
 from ...speed.precision import fast_bfloat16, float32_settings
