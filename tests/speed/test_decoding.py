@@ -119,7 +119,7 @@ def test_layers_with_hooks_run(inputs):
     [
         ({"samples": 0}, "draws must be at least 1, got 0"),
         ({"decoder": Own()}, "latent_dim must be given for this decoder, and be at least 1, got -10"),
-        ({"seed": 7}, "seed must .* got the number 7"),
+        ({"seed": 7}, "seed must .* got 7: write torch.tensor"),
     ],
 )
 def test_refusals(change, message):

@@ -17,7 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -72,17 +72,26 @@ def forced_backends() -> tuple[Backend, ...]:
     return _forced.names
 
 
+def numel_of_first(x: torch.Tensor, *_: Any) -> int:
+    """Return the number of elements of a call whose first argument has them."""
+    return x.numel()
+
+
 class Op(Definition):
     """A registered op. Calling it chooses the backend that computes the call, and runs this backend."""
 
     def __call__(self, *args, variant: str = ""):
         """Choose the backend for these arguments, of which the first is a tensor, and run it."""
-        plain = self.uses_reference(args[0].device, self.size(*args), variant)
-        return (self.reference if plain else self.handle)(*args)
+        # Every eager call runs these lines, so they must be fast.
+        size = args[0].numel() if self.size is numel_of_first else self.size(*args)
+        ready = not _forced.names and not torch.compiler.is_compiling()
+        smallest = self.chosen.get((args[0].device, variant)) if ready else None
+        if smallest is None:
+            smallest = math.inf if self.backend_for(args[0].device, size, variant) == "reference" else 0
+        return (self.reference if size < smallest else self.handle)(*args)
 
     def uses_reference(self, device: torch.device, size: int, variant: str = "") -> bool:
         """Return True if the public function should call the reference directly for a number of elements."""
-        # Every eager call runs these lines, so they must be fast.
         forced = _forced.names or torch.compiler.is_compiling()
         smallest = None if forced else self.chosen.get((device, variant))
         return self.backend_for(device, size, variant) == "reference" if smallest is None else size < smallest
@@ -160,7 +169,7 @@ def define_op(
     cpu: int | Sizes | None = 0,
     cuda: int | Sizes | None = 0,
     in_graphs: Mapping[str, Iterable[str]] | None = None,
-    size: Callable[..., int] = lambda x, *_: x.numel(),
+    size: Callable[..., int] = numel_of_first,
 ) -> Op:
     """Register the op ``purify_fast::name``, with the kernels that are found by its name.
 
