@@ -40,7 +40,7 @@ class Certify(ModelCommand):
         batch_size: Largest number of noisy images in a forward pass.
         seed: Seed of the noise, the attacks and the choice of images.
         seconds: Time after which no further draws begin. The report says how many images are unfinished, and the same
-            command goes on with them. The attacks have no limit.
+            command goes on with them. They replace no finished certificates. The attacks have no limit.
     """
 
     called: ClassVar[str] = "certify"

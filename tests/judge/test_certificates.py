@@ -26,6 +26,7 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import Certificates, certify, read_log, refute
 from purify_fast.judge.certificates.certificates import (
     MOST,
+    UNFINISHED,
     answers,
     boundary,
     leads,
@@ -267,13 +268,44 @@ def test_two_processes_share_and_keep_the_draws(tmp_path, digits):
         torch.set_num_threads(1)
         late = certify(*digits, seconds=1e-9, **QUIET)
         assert late.notes == ["50 of 50 images are unfinished after 1e-09 seconds"] and not late.draws.any()
-        assert (late.tested == -1).all() and (late.predicted == -1).all()
+        assert (late.tested == -1).all() and (late.predicted == UNFINISHED).all()
         made = certify(*digits, out=tmp_path / "kept", draws=300, **QUIET)
         return counts(made), made.predicted.tolist(), made.radius.tolist()
 
     made = certify(*digits, draws=300, **QUIET)
     assert results_of(tmp_path, 2, work) == [(counts(made), made.predicted.tolist(), made.radius.tolist())] * 2
     assert counts(certify(*digits, out=tmp_path / "kept", draws=300, **QUIET)) == counts(made)
+
+
+def test_unfinished_images_are_no_abstentions(tmp_path):
+    x, y = margins(0.4, 0.6, 1.0), torch.tensor([1, 1, 1])
+    late, whole = certify(Halves(), x, y, draws=500, seconds=1e-9, **QUIET), certify(Halves(), x, y, draws=500, **QUIET)
+    assert (late.predicted == UNFINISHED).all() and late.unfinished == 3 and not whole.unfinished
+    for report in (late.to_text(), late.to_html()):
+        assert "abstains on 0" in report and "Unfinished: the draws of 3 images" in report and "0.000" not in report
+    for question in (lambda: late.acr, lambda: late.accuracy_at([0.0])):
+        with pytest.raises(ValueError, match="finish"):
+            question()
+    line = late.summary([0.25])
+    assert (line["images"], line["L2 0.25"], line["ACR"], line["p_A 50 %"]) == ("3, 3 unfinished", "-", "-", "-")
+    assert late.sentence(0.0) == "at least 0.0 %" and late.decisions(0.0).tolist() == [0, 0, 0]
+    late.save(tmp_path)
+    assert not len(read_log(tmp_path / "log.tsv")["idx"])
+    whole.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="has finished certificates, which 3 unfinished would replace"):
+        late.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 4
+
+
+def test_what_is_proved_of_an_unfinished_image_stays():
+    """The first image is finished. The second is certified at the smaller radius, and its draws go on."""
+    decided = np.array([[[100, 100], [200, 200]], [[100, 100], [0, 0]]])
+    some = Certificates(np.array([200, 90]), np.array([200, 125]), 0.5, (0.25, 0.5), 0.001, decided=decided)
+    assert some.unfinished == 1 and some.predicted.tolist() == [-1, UNFINISHED]
+    assert some.decisions(0.25).tolist() == [1, 1] and some.decisions(0.5).tolist() == [1, 0]
+    assert some.log["idx"].tolist() == [0] and some.sentence(0.25) == "at least 100.0 %"
+    assert Certificates.from_json(some.to_json()).unfinished == 1
 
 
 # -- models whose draws would depend on each other ---------------------------------------------------------------------
@@ -563,6 +595,33 @@ def test_the_curves_begin_with_all_images_and_step_where_one_ends():
     np.testing.assert_allclose(drawn["above"], [(0, 1), (0.25, upper)])
 
 
+def test_nothing_is_told_about_a_radius_that_was_not_asked():
+    """An attack may refute at a larger radius. That is no question about certificates."""
+    right = np.array([1000, 0])
+    some = Certificates(right, np.full(2, 1000), 0.5, (0.25,), 0.001, refuted={0.5: right == 0})
+    for ask in (some.certified, some.decisions, some.between, some.at_least, some.sentence):
+        with pytest.raises(ValueError, match=r"radius must be at most 0.25, the largest that certify got, got 0.5"):
+            ask(0.5)
+    for radius in (0.5, 0.1):
+        with pytest.raises(ValueError, match="radii that certify got"):
+            some.accuracy_at([0.25, radius])
+    assert some.accuracy_at([0.25]) == 0.5 == some.between(0.1)[0]
+    line = some.summary([0.1, 0.25, 0.5])
+    assert [line[f"L2 {radius}"] for radius in (0.1, 0.25, 0.5)] == ["-", "50.00", "-"]
+    assert some._shown()["above"] == [(0.0, 1.0), (0.5, 0.5)] and not some.contradictions(0.5).size
+    some.refuted[0.25] = right > 0
+    assert some.contradictions(0.25).tolist() == [0] == some.contradictions(0.5).tolist()
+
+
+def test_a_report_names_no_attack_that_was_not_made():
+    x, y = margins(0.45, -0.45), torch.tensor([1, 1])
+    without, labeled = (certify(Halves(), x, labels, radius=0.0, **QUIET) for labels in (None, y))
+    assert not without.refuted and without.sentence(0.0) == "at least 100.0 %"
+    assert labeled.refuted[0.0].tolist() == [False, True] and labeled.sentence(0.0) == "between 50.0 and 50.0 %"
+    words = (" ".join(report.split()) for report in (labeled.to_text(), labeled.to_html(), without.to_text()))
+    assert not any(re.search("an attack found|by attacks|attacked from", report) for report in words)
+
+
 def test_bounds_are_rounded_outwards():
     """Shares between two decimals: a lower bound is rounded down, and an upper bound up."""
     for good, n in ((9_996, 10_000), (41_055, 100_000), (2, 3), (1, 3), (299_999, 300_000)):
@@ -649,6 +708,16 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     assert made.refuted.keys() == {0.25} and json.loads(made.to_json()) == json.loads(saved)
     assert cli.main([*words, "--one-shot"]) == 2
     assert "--one-shot needs a model with a method one_shot(sigma)" in capsys.readouterr().err
+
+
+def test_the_command_replaces_no_finished_certificates(tmp_path, capsys):
+    words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--images", "4", "--out", str(tmp_path)]
+    assert cli.main([*words, "--draws", "100"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    assert cli.main([*words, "--draws", "200", "--seconds", "1e-9"]) == 2
+    assert "has finished certificates, which 4 unfinished would replace" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_the_command_takes_a_part_of_the_data_set(tmp_path, capsys):

@@ -121,11 +121,6 @@ def lower_bounds(look: Numbers, alpha: float) -> Floats:
     return np.where(look[..., 0] > 0, p * (1 - EXACT), 0.0)
 
 
-def distances(probabilities: Floats) -> Floats:
-    """The radii that probabilities prove with a sigma of 1: the inverse of the normal distribution function."""
-    return np.asarray(torch.special.ndtri(torch.from_numpy(np.asarray(probabilities, dtype=np.float64))).numpy())
-
-
 def _log_beta(a: Floats, b: Floats, x: Floats) -> tuple[Floats, Floats]:
     """The logarithm of the regularized incomplete beta function at x in (0, 1), and its derivative by x.
 
@@ -186,9 +181,11 @@ NORMAL = NormalDist()
 #: The columns of a log, in the format of Cohen et al.'s code (locuslab/smoothing): the index in the data set; the
 #: label, -1 if it is unknown; the proved class, -1 where the classifier abstains; its L2 radius, also of a wrong class;
 #: 1 if it is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws
-#: with this class, and the draws that count.
+#: with this class, and the draws that count. An unfinished image has no line.
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "tested", "right", "draws")
 PUBLIC = 6
+#: The values of `Certificates.predicted` that are no class.
+ABSTAINS, UNFINISHED = -1, -2
 #: The arrays of whole numbers. `decided` is ``[N, questions, 2]``, and the others are ``[N]``.
 ARRAYS = ("right", "draws", "index", "labels", "tested", "decided")
 
@@ -203,16 +200,16 @@ class Certificates:
         sigma: standard deviation of the noise, in image units.
         radii: the L2 radii in image units about which was asked; empty if each image has its largest radius.
         alpha: the largest probability of a wrong certificate, for each image and all its radii together.
-        refuted: by radius, the images for which an attack has found an image within this L2 distance where another
-            class is more frequent than the label, bool ``[N]``. It is proved with the same probability.
+        refuted: by radius, the images whose label is less frequent than another class at the image itself, or at an
+            attacked image within this L2 distance, bool ``[N]``. It is proved with the same probability.
         about: facts, such as ``name``, ``precision``, ``predicted_by``, ``version``, ``seed`` and ``seconds``.
         notes: remarks, each a sentence.
         index: the images' indices in their data set, int64 ``[N]``. None: 0 to N - 1.
         labels: the labels, int64 ``[N]``; -1 for an unknown label. None: all are unknown.
         tested: the class of which the draws are counted, int64 ``[N]``. None: the labels.
         decided: the draws with the tested class and the draws at the look that counts, int64 ``[N, questions, 2]``: for
-            each of `radii`, the look that answered, or the last; for the largest radius, the look after all draws.
-            None: all draws were counted in a single look.
+            each of `radii`, the look that answered, or the last; for the largest radius, the look after all draws. It
+            has 0 draws where the image is unfinished. None: all draws were counted in a single look.
 
     Raises:
         ValueError: a setting is not allowed, or the counts are none of so many draws.
@@ -263,7 +260,8 @@ class Certificates:
         """The largest radius that is proved for the tested class, float64 ``[N]``; below 0 if there is none."""
         if self.radii:
             return np.asarray(np.where(self.answers() == 1, self.radii, -np.inf).max(1))
-        return self.sigma * distances(lower_bounds(self.decided[:, 0], self.alpha))
+        bounds = torch.from_numpy(lower_bounds(self.decided[:, 0], self.alpha))
+        return np.asarray(self.sigma * torch.special.ndtri(bounds).numpy())
 
     def _held(self) -> Floats:
         """The largest radius that is proved for the label, or for the tested class of an unknown label."""
@@ -276,8 +274,17 @@ class Certificates:
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """The class that the smoothed classifier is proved to predict, int64 ``[N]``; -1 where it abstains."""
-        return np.where(self.reached() >= 0, self.tested, -1)
+        """The class that the smoothed classifier is proved to predict, int64 ``[N]``; -1 where it abstains.
+
+        -2 is an unfinished image: its draws ended before all its answers, because the time was over.
+        """
+        finished = (self.decided[..., 1] > 0).all(1)
+        return np.where(finished, np.where(self.reached() >= 0, self.tested, ABSTAINS), UNFINISHED)
+
+    @property
+    def unfinished(self) -> int:
+        """The number of unfinished images."""
+        return int((self.predicted == UNFINISHED).sum())
 
     @property
     def radius(self) -> Floats:
@@ -289,7 +296,13 @@ class Certificates:
         return np.maximum(self._held(), 0.0)
 
     def certified(self, radius: float) -> NDArray[np.bool_]:
-        """The images that are certified at a radius, bool ``[N]``."""
+        """The images that are certified at a radius, bool ``[N]``.
+
+        Raises:
+            ValueError: the radius is above all of `radii`.
+        """
+        if self.radii and not radius <= max(self.radii):
+            raise ValueError(f"radius must be at most {max(self.radii)}, the largest that certify got, got {radius}")
         return np.asarray(self._held() >= radius)
 
     def decisions(self, radius: float) -> NDArray[np.int8]:
@@ -306,23 +319,36 @@ class Certificates:
 
     @property
     def log(self) -> dict[str, NDArray[Any]]:
-        """The columns of `COLUMNS`, each ``[N]``. An image's time is its share of all draws."""
+        """The columns of `COLUMNS`, for each finished image. An image's time is its share of all draws."""
         draws, reached = self.draws + int(self.about.get("choosing_draws", 0)), np.maximum(self.reached(), 0.0)
         seconds = float(self.about.get("seconds", 0)) * draws / max(1, draws.sum())
         correct = ((self.predicted == self.labels) & (self.labels >= 0)).astype(int)
         public = (self.index, self.labels, self.predicted, reached, correct, seconds)
-        return dict(zip(COLUMNS, (*public, self.tested, self.right, self.draws), strict=True))
+        columns = zip(COLUMNS, (*public, self.tested, self.right, self.draws), strict=True)
+        return {name: column[self.predicted != UNFINISHED] for name, column in columns}
 
     @property
     def acr(self) -> float:
-        """The average certified radius: the mean of `radius`. It needs the largest radii, and all labels."""
-        if self.radii or (self.labels < 0).any():
-            raise ValueError(f"acr needs labels, and the largest radii: certify without radius, got radii {self.radii}")
+        """The average certified radius: the mean of `radius`. It needs all labels and all largest radii."""
+        if self.radii or self.unfinished or (self.labels < 0).any():
+            raise ValueError("acr needs labels, and the largest radii: certify without radius, and finish all images")
         return float(self.radius.mean())
 
     def accuracy_at(self, radii: Sequence[float]) -> Floats:
-        """The certified accuracy at radii: the shares of images with the right class and at least this radius."""
+        """The certified accuracy at radii: the shares of images with the right class and at least this radius.
+
+        `between` has the lower bound at another radius, and for unfinished images.
+
+        Raises:
+            ValueError: a radius is none of `radii`, or an image is unfinished.
+        """
+        if unknown := self._unknown(radii):
+            raise ValueError(f"accuracy_at needs finished images, and radii that certify got, which {unknown} are not")
         return np.array([self.certified(radius).mean() for radius in radii])
+
+    def _unknown(self, radii: Sequence[float]) -> list[float]:
+        """The radii about which some image has no answer."""
+        return [radius for radius in radii if self.unfinished or (self.radii and radius not in self.radii)]
 
     @property
     def shown(self) -> tuple[float, ...]:
@@ -330,16 +356,20 @@ class Certificates:
         steps = int(max(1, self.radius.max() / self.sigma))
         return self.radii or tuple(step * self.sigma for step in range(steps + 1))
 
+    def _fell(self) -> Floats:
+        """The smallest radius at which each image is refuted, float64 ``[N]``; infinity if there is none."""
+        fell = [np.where(refuted, radius, np.inf) for radius, refuted in self.refuted.items()]
+        return np.min([np.full(len(self.draws), np.inf), *fell], axis=0)
+
     def _numbers(self, radius: float) -> tuple[int, int, int]:
         """The numbers of images that are certified, that are so for all images together, and that are not refuted."""
-        fallen = np.any([refuted for tried, refuted in self.refuted.items() if tried <= radius], axis=0)
-        n, good = len(self.draws), int(self.certified(radius).sum())
-        return good, max(0, good - most_wrong(n, self.alpha)), n - int(fallen.sum())
+        good = int(self.certified(radius).sum())
+        return good, max(0, good - most_wrong(len(self.draws), self.alpha)), int((self._fell() > radius).sum())
 
     def between(self, radius: float) -> tuple[float, float]:
         """The robust accuracy of the smoothed classifier at a radius, from below and from above, in [0, 1].
 
-        Below: the share of certified images. Above: the share that no attack within the radius has refuted.
+        Below: the share of certified images. Above: the share that is not refuted within the radius.
         """
         low, _, high = self._numbers(radius)
         return low / len(self.draws), high / len(self.draws)
@@ -355,8 +385,7 @@ class Certificates:
 
     def contradictions(self, radius: float) -> NDArray[np.int64]:
         """The places of images that are certified and refuted at a radius up to this one: one of both is wrong."""
-        both = [self.certified(tried) & refuted for tried, refuted in self.refuted.items() if tried <= radius]
-        return np.flatnonzero(np.any(both, axis=0))
+        return np.flatnonzero(self._fell() <= np.minimum(self._held(), radius))
 
     def sentence(self, radius: float, together: bool = False) -> str:
         """The robust accuracy at a radius in words, such as ``between 41.0 and 47.0 %``, rounded outwards.
@@ -367,8 +396,8 @@ class Certificates:
         # Whole numbers are divided exactly. The last zero of two decimals is left out.
         parts = (10_000 * (sure if together else low) // n, -(-10_000 * high // n))
         least, most = (f"{part // 100}.{part % 100:02}".removesuffix("0") for part in parts)
-        attacked = not together and any(tried <= radius for tried in self.refuted)
-        return f"between {least} and {most} %" if attacked else f"at least {least} %"
+        bounded = not together and any(tried <= radius for tried in self.refuted)
+        return f"between {least} and {most} %" if bounded else f"at least {least} %"
 
     def to_json(self) -> str:
         """The certificates as JSON."""
@@ -399,12 +428,14 @@ class Certificates:
         return rows
 
     def summary(self, radii: Sequence[float]) -> dict[str, str]:
-        """The line of a table of the certified accuracy at some radii, by its columns."""
+        """The line of a table of the certified accuracy at some radii, by its columns. A dash: it is not known."""
         n, parts = len(self.draws), ["-"] * 4
-        if not self.radii and (self.labels >= 0).all():
+        images = f"{n}, {self.unfinished} unfinished" if self.unfinished else str(n)
+        if not self.radii and not self.unfinished and (self.labels >= 0).all():
             parts = [f"{value:.3f}" for value in (self.acr, *np.quantile(self.probability, [0.25, 0.5, 0.75]))]
-        row = {"model": self.about.get("name", "a model"), "sigma": str(self.sigma), "images": str(n)}
-        row |= {f"L2 {radius:g}": f"{10_000 * self._numbers(radius)[0] // n / 100:.2f}" for radius in radii}
+        row = {"model": self.about.get("name", "a model"), "sigma": str(self.sigma), "images": images}
+        shares = {r: "-" if self._unknown([r]) else f"{10_000 * self._numbers(r)[0] // n / 100:.2f}" for r in radii}
+        row |= {f"L2 {radius:g}": share for radius, share in shares.items()}
         row |= dict(zip(("ACR", "p_A 25 %", "p_A 50 %", "p_A 75 %"), parts, strict=True))
         return row | {"draws": f"{self.draws.sum():,}", "seconds": self.about.get("seconds", "-")}
 
@@ -418,28 +449,35 @@ class Certificates:
 
     def _shown(self) -> dict[str, Any]:
         """Return the values that the text and the page show. A curve has its corners: radii, and the shares beyond."""
-        above = [(0.0, 1.0), *((radius, self.between(radius)[1]) for radius in sorted(self.refuted))]
+        n, fell = len(self.draws), self._fell()
+        above = [(0.0, 1.0), *((radius, (fell > radius).mean()) for radius in sorted(self.refuted))]
         # Each certified image ends at its radius.
         ends = [0.0, *sorted(self.radius[self.certified(0.0)].tolist())]
-        below = [*zip(ends, np.arange(len(ends) - 1, -1, -1) / len(self.draws), strict=True)]
+        below = [*zip(ends, np.arange(len(ends) - 1, -1, -1) / n, strict=True)]
         farthest = max(*self.shown, *ends, *self.refuted) or self.sigma
         draws = f"{self.draws.sum():,} draws, in the median {int(np.median(self.draws)):,} for an image"
-        values = {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown}))}
-        return values | {"above": above, "below": below, "farthest": farthest}
+        curves = {"above": above, "below": below, "farthest": farthest}
+        return {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown})), **curves}
 
     def save(self, folder: str | Path) -> None:
-        """Write ``certificates.html``, ``.json`` and ``.txt``, and ``log.tsv``, atomically into a folder."""
+        """Write ``certificates.html``, ``.json`` and ``.txt``, and ``log.tsv``, atomically into a folder.
+
+        Raises:
+            ValueError: there are unfinished images, and the folder has certificates of which all are finished.
+        """
         folder = Path(folder)
         check_folder("folder", folder)
+        path = folder / "certificates.json"
+        if self.unfinished and path.exists() and not self.from_json(path.read_text(encoding="utf-8")).unfinished:
+            raise ValueError(f"{folder} has finished certificates, which {self.unfinished} unfinished would replace")
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
-        write_text(folder / "certificates.json", self.to_json())
+        write_text(path, self.to_json())
         write_text(folder / "certificates.txt", self.to_text() + "\n")
         write_text(folder / "certificates.html", self.to_html())
         # Radii have all digits of float64.
         log: dict[str, Any] = {name: map(str, column.tolist()) for name, column in self.log.items()}
         log["time"] = (f"{s // 3600:.0f}:{s % 3600 // 60:02.0f}:{s % 60:09.6f}" for s in self.log["time"].tolist())
-        lines = [COLUMNS, *zip(*log.values(), strict=True)]
-        write_text(folder / "log.tsv", "\n".join(map("\t".join, lines)) + "\n")
+        write_text(folder / "log.tsv", "\n".join(map("\t".join, [COLUMNS, *zip(*log.values(), strict=True)])) + "\n")
 
 
 def read_log(path: str | Path) -> dict[str, NDArray[Any]]:
@@ -449,12 +487,13 @@ def read_log(path: str | Path) -> dict[str, NDArray[Any]]:
         ValueError: the file has other columns, or a value that is not allowed.
     """
     head, *lines = (line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines())
-    if tuple(head) not in (COLUMNS, COLUMNS[:PUBLIC]) or any(len(line) != len(head) for line in lines) or not lines:
+    if tuple(head) not in (COLUMNS, COLUMNS[:PUBLIC]) or any(len(line) != len(head) for line in lines):
         raise ValueError(f"{path} must have lines with the columns {', '.join(COLUMNS)}, or the first {PUBLIC}")
     kinds: dict[str, Any] = {"radius": float, "time": _seconds}
-    columns = zip(head, *lines, strict=True)
     try:
-        return {name: np.array([*map(kinds.get(name, int), column)]) for name, *column in columns}
+        return {
+            name: np.array([*map(kinds.get(name, int), column)]) for name, *column in zip(head, *lines, strict=True)
+        }
     except ValueError as error:
         raise ValueError(f"{path} has a value that is not allowed: {error}") from error
 

@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,19 +187,20 @@ class Counted:
         shards: the processes that draw.
         cache: keeps the parts of the table. A part has rows of an image's mark, a number of draws, a class and its
             count among all draws so far, int64 ``[M, 4]``; the draws of the part; and the seconds that they took.
+        until: the time of `time.monotonic` after which no draws begin.
     """
 
-    def __init__(self, noisy: Draws, shards: Shards, cache: RowCache):
-        self.noisy, self.shards, self.cache, self.parts, self.drawn, self.seconds = noisy, shards, cache, 0, 0, 0.0
+    def __init__(self, noisy: Draws, shards: Shards, cache: RowCache, until: float):
+        self.noisy, self.shards, self.cache, self.until = noisy, shards, cache, until
+        self.parts, self.drawn, self.seconds = 0, 0, 0.0
         # Another image with the same index has other counts. 60 bits fit into int64.
         self.marks = [int(digest(*pair)[:15], 16) for pair in zip(noisy.x, noisy.index, strict=True)]
         self.known = {mark: dict.fromkeys((0, MOST), np.zeros(noisy.classes + 1, np.int64)) for mark in self.marks}
 
-    def after(self, places: NDArray[np.int64], last: int, until: float) -> Counts:
+    def after(self, places: NDArray[np.int64], last: int) -> Counts:
         """Count the classes of the images at some places after ``last`` draws, ``[n, classes + 1]``.
 
-        The last column counts predictions without a class. `TimeIsOver` is raised before draws that would begin later
-        than ``until``, a time of `time.monotonic`.
+        The last column counts predictions without a class. `TimeIsOver` is raised before draws that begin too late.
         """
         counts = {place: self.known[self.marks[place]] for place in places.tolist()}
         while missing := [place for place in counts if last not in counts[place]]:
@@ -209,14 +210,14 @@ class Counted:
             fit = max(1, PASSES * self.noisy.limit.most // (last - firsts[0]))
             size = min(fit, -(-len(some) // self.shards.world))
             starts = range(0, len(some), size)[: self.shards.world]
-            self._next_part([(tuple(some[start : start + size]), firsts[0], last) for start in starts], until)
+            self._next_part([(tuple(some[start : start + size]), firsts[0], last) for start in starts])
         return np.array([known[last] for known in counts.values()], np.int64).reshape(-1, self.noisy.classes + 1)
 
-    def _next_part(self, jobs: list[Job], until: float) -> None:
+    def _next_part(self, jobs: list[Job]) -> None:
         """Read the next part of the table, or make it of the jobs if it is not kept."""
 
         def make() -> dict[str, Any]:
-            if time.monotonic() >= until:
+            if time.monotonic() >= self.until:
                 raise TimeIsOver
             began, (_, first, last) = time.perf_counter(), jobs[0]
             marks = np.array([self.marks[place] for places, *_ in jobs for place in places])
@@ -240,9 +241,6 @@ class Counted:
 
 
 # -- certifies images by randomized smoothing (Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918) -----------------
-
-#: Counts the classes of images at some places after a number of draws; the draws from `MOST` on choose a class.
-Sample = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
 
 
 def steps_of(sigma: float, radii: Sequence[float], alpha: float, draws: int, **counts: int) -> list[int]:
@@ -350,18 +348,18 @@ def certify(
     n, data = len(labels), digest(images, labels)
     # Draws choose the class that is tested. Until then, none is tested.
     extra = choosing if y is None or not radii else 0
-    unknown = np.full(n, -1)
     result = Certificates(
         right=np.zeros(n, dtype=np.int64),
         draws=np.zeros(n, dtype=np.int64),
         sigma=sigma,
         radii=radii,
         alpha=alpha,
-        refuted={0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) else {},
+        refuted={0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) and y is not None else {},
         notes=notes,
         index=np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy(),
-        labels=unknown if y is None else labels.numpy(),
-        tested=unknown.copy() if extra else labels.numpy(),
+        labels=np.full(n, -1) if y is None else labels.numpy(),
+        tested=np.full(n, -1) if extra else labels.numpy(),
+        decided=np.zeros((n, max(1, len(radii)), 2), dtype=np.int64),
     )
     steps = steps_of(result.sigma, result.radii, result.alpha, draws, batch_size=batch_size, choosing=choosing)
     if radii and steps[-1] < draws:
@@ -387,21 +385,14 @@ def certify(
         some = torch.rand((ASKED, *images.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
         cache.register(name, model, some.to(device))
         stack.push(lambda kind, *_: cache.remove_written() if kind is DependentDrawsError else None)
-        counted = Counted(noisy, shards, cache)
+        counted = Counted(noisy, shards, cache, until)
         if shards.rank > 0:
             return Certificates.from_json(shards.follow(noisy.counts))  # type: ignore[arg-type]
-        open_, bar = np.ones(n, dtype=np.bool_), tqdm(desc=f"{name}: certificates", unit="draw", disable=not progress)
-
-        def sample(at: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-            bar.total = bar.n + int((steps[-1] - result.draws[at]).sum())
-            counts = counted.after(at, last, until)
-            bar.update(int((last - result.draws[at]).sum()) if last < MOST else 0)
-            return counts
-
-        with bar, contextlib.suppress(TimeIsOver):
-            _cohen(result, open_, sample, extra, steps)
-        if unfinished := int((result.draws[open_] < steps[-1]).sum()):
-            notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
+        bar = stack.enter_context(tqdm(desc=f"{name}: certificates", unit="draw", disable=not progress))
+        with contextlib.suppress(TimeIsOver):
+            _cohen(result, counted, extra, steps, bar)
+        if result.unfinished:
+            notes.append(f"{result.unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.
         took = counted.seconds / max(1, counted.drawn) * (result.draws.sum() + extra * n)
         result.about.update(choosing_draws=str(extra), seconds=f"{took:.1f}")
@@ -409,40 +400,49 @@ def certify(
     return result
 
 
-def _cohen(result: Certificates, open_: NDArray[np.bool_], sample: Sample, n0: int, steps: Sequence[int]) -> None:
+def _cohen(result: Certificates, counted: Counted, n0: int, steps: Sequence[int], bar: tqdm[Any]) -> None:
     """Run algorithm CERTIFY of Cohen et al. (section 3.2) on all images at once.
 
     The n draws, which are the last of ``steps``, are counted in steps, so that a run may end after each of them and go
-    on. With radii, the draws of an image end when these are answered. ``open_`` has the images whose draws go on.
+    on. With radii, the draws of an image end when these are answered.
     """
+    at = np.arange(len(result.draws))
     if n0:
         # The last column of counts has predictions without a class.
-        counts0 = sample(np.arange(len(open_)), MOST + n0)[:, :-1]
+        counts0 = counted.after(at, MOST + n0)[:, :-1]
         result.tested[:] = counts0.argmax(1)
     for n in steps:
-        at = np.flatnonzero(open_)
-        counts = sample(at, n)
+        bar.total = bar.n + int((steps[-1] - result.draws[at]).sum())
+        counts = counted.after(at, n)
+        bar.update(int((n - result.draws[at]).sum()))
         result.right[at], result.draws[at] = counts[np.arange(len(at)), result.tested[at]], n
         if result.radii:
-            open_[at] = ~_answered(result, at, counts)
-    if not result.radii:
-        # `Certificates` computes the lower bound of p_A from these, and the radius, or abstains.
-        result.decided[:, 0] = np.stack([result.right, result.draws], -1)
+            at = at[_stay_open(result, at, counts)]
+    # All draws are used up. `Certificates` computes the lower bound of p_A, and the radius, or abstains.
+    _count(result, np.arange(len(result.draws)))
 
 
-def _answered(result: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Look at the draws of images at some places, whose counts by class are given. Return those that end, bool ``[n]``.
+def _count(result: Certificates, at: NDArray[np.int64]) -> None:
+    """Let the draws so far of images at some places count for each question without an answer."""
+    now, before = np.stack([result.right[at], result.draws[at]], -1)[:, None], result.decided[at]
+    result.decided[at] = np.where(before[..., 1:] > 0, before, now)
+
+
+def _stay_open(result: Certificates, at: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Look at the draws of images at some places, with their counts by class. Return those that go on, bool ``[n]``.
 
     An answer stays: later looks do not change it.
     """
-    now, before = np.stack([result.right[at], result.draws[at]], -1), result.decided[at]
-    done = result.answers()[at] != 0
-    result.decided[at] = np.where(done[..., None], before, now[:, None])
+    _count(result, at)
     answer = result.answers()[at]
-    if result.radii != (0.0,):
-        return (answer != 0).all(1)
-    # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
-    rivals = np.where(np.arange(counts.shape[1]) == result.tested[at, None], -1, counts).max(1)
-    lead = leads(now[:, 0], rivals, counts.shape[1] - 1, result.alpha)
-    result.refuted[0.0][at] = lead == -1
-    return (answer[:, 0] == 1) | (lead != 0)
+    go_on = (answer == 0).any(1)
+    if result.radii == (0.0,):
+        # Radius 0 alone asks which class is the most frequent, which may have less than half of the draws.
+        rivals = np.where(np.arange(counts.shape[1]) == result.tested[at, None], -1, counts).max(1)
+        lead = leads(result.right[at], rivals, counts.shape[1] - 1, result.alpha)
+        if result.refuted:
+            result.refuted[0.0][at] = lead == -1
+        go_on = (answer[:, 0] != 1) & (lead == 0)
+    # A look without an answer does not count while draws go on.
+    result.decided[at] = np.where((go_on[:, None] & (answer == 0))[..., None], 0, result.decided[at])
+    return go_on

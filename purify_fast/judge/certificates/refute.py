@@ -70,10 +70,8 @@ def refute(
         TypeError: a setting is one that this function sets itself.
     """
     sigma, alpha, about = certificates.sigma, certificates.alpha, certificates.about
-    settings.setdefault("seed", int(about["seed"]))
-    settings.setdefault("name", f"{about['name']}, smoothed with sigma {sigma:g}")
-    if "attacks" not in settings:
-        settings.setdefault("protocol", "strong")
+    usual: dict[str, Any] = {"seed": int(about["seed"]), "name": f"{about['name']}, smoothed with sigma {sigma:g}"}
+    settings = usual | ({} if "attacks" in settings else {"protocol": "strong"}) | settings
     images, labels, _ = collect(x, y)
     steps_of(sigma, (0.0,), alpha, draws, batch_size=batch_size)
     same = isinstance(model, nn.Module) and weights_fingerprint(model) == about["weights"]
