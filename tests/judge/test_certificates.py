@@ -280,7 +280,7 @@ def test_two_processes_share_and_keep_the_draws(tmp_path, digits):
 def test_unfinished_images_are_no_abstentions(tmp_path):
     x, y = margins(0.4, 0.6, 1.0), torch.tensor([1, 1, 1])
     late, whole = certify(Halves(), x, y, draws=500, seconds=1e-9, **QUIET), certify(Halves(), x, y, draws=500, **QUIET)
-    assert (late.predicted == UNFINISHED).all() and late.unfinished == 3 and not whole.unfinished
+    assert (late.predicted == UNFINISHED).all() and late.unfinished.all() and not whole.unfinished.any()
     for report in (late.to_text(), late.to_html()):
         assert "abstains on 0" in report and "Unfinished: the draws of 3 images" in report and "0.000" not in report
     for question in (lambda: late.acr, lambda: late.accuracy_at([0.0])):
@@ -302,10 +302,10 @@ def test_what_is_proved_of_an_unfinished_image_stays():
     """The first image is finished. The second is certified at the smaller radius, and its draws go on."""
     decided = np.array([[[100, 100], [200, 200]], [[100, 100], [0, 0]]])
     some = Certificates(np.array([200, 90]), np.array([200, 125]), 0.5, (0.25, 0.5), 0.001, decided=decided)
-    assert some.unfinished == 1 and some.predicted.tolist() == [-1, UNFINISHED]
+    assert some.unfinished.tolist() == [False, True] and some.predicted.tolist() == [-1, UNFINISHED]
     assert some.decisions(0.25).tolist() == [1, 1] and some.decisions(0.5).tolist() == [1, 0]
     assert some.log["idx"].tolist() == [0] and some.sentence(0.25) == "at least 100.0 %"
-    assert Certificates.from_json(some.to_json()).unfinished == 1
+    assert Certificates.from_json(some.to_json()).unfinished.tolist() == [False, True]
 
 
 # -- models whose draws would depend on each other ---------------------------------------------------------------------

@@ -278,13 +278,12 @@ class Certificates:
 
         -2 is an unfinished image: its draws ended before all its answers, because the time was over.
         """
-        finished = (self.decided[..., 1] > 0).all(1)
-        return np.where(finished, np.where(self.reached() >= 0, self.tested, ABSTAINS), UNFINISHED)
+        return np.where(self.unfinished, UNFINISHED, np.where(self.reached() >= 0, self.tested, ABSTAINS))
 
     @property
-    def unfinished(self) -> int:
-        """The number of unfinished images."""
-        return int((self.predicted == UNFINISHED).sum())
+    def unfinished(self) -> NDArray[np.bool_]:
+        """The images with a question for which no look counts, bool ``[N]``."""
+        return np.asarray((self.decided[..., 1] == 0).any(1))
 
     @property
     def radius(self) -> Floats:
@@ -325,12 +324,12 @@ class Certificates:
         correct = ((self.predicted == self.labels) & (self.labels >= 0)).astype(int)
         public = (self.index, self.labels, self.predicted, reached, correct, seconds)
         columns = zip(COLUMNS, (*public, self.tested, self.right, self.draws), strict=True)
-        return {name: column[self.predicted != UNFINISHED] for name, column in columns}
+        return {name: column[~self.unfinished] for name, column in columns}
 
     @property
     def acr(self) -> float:
         """The average certified radius: the mean of `radius`. It needs all labels and all largest radii."""
-        if self.radii or self.unfinished or (self.labels < 0).any():
+        if self.radii or (self.unfinished | (self.labels < 0)).any():
             raise ValueError("acr needs labels, and the largest radii: certify without radius, and finish all images")
         return float(self.radius.mean())
 
@@ -348,7 +347,7 @@ class Certificates:
 
     def _unknown(self, radii: Sequence[float]) -> list[float]:
         """The radii about which some image has no answer."""
-        return [radius for radius in radii if self.unfinished or (self.radii and radius not in self.radii)]
+        return [radius for radius in radii if self.unfinished.any() or radius not in (self.radii or radii)]
 
     @property
     def shown(self) -> tuple[float, ...]:
@@ -422,7 +421,8 @@ class Certificates:
         """A line of the report's table for each radius: radius, accuracy, and counts of images."""
         rows = []
         for radius in self.shown:
-            counts = [str((self.decisions(radius) == decision).sum()) for decision in (1, -1, 0)]
+            decisions = self.decisions(radius)
+            counts = [str((decisions == decision).sum()) for decision in (1, -1, 0)]
             counts.append(str(self.refuted[radius].sum()) if radius in self.refuted else "-")
             rows.append((str(radius), self.sentence(radius), self.sentence(radius, together=True), *counts))
         return rows
@@ -430,8 +430,8 @@ class Certificates:
     def summary(self, radii: Sequence[float]) -> dict[str, str]:
         """The line of a table of the certified accuracy at some radii, by its columns. A dash: it is not known."""
         n, parts = len(self.draws), ["-"] * 4
-        images = f"{n}, {self.unfinished} unfinished" if self.unfinished else str(n)
-        if not self.radii and not self.unfinished and (self.labels >= 0).all():
+        images = str(n) + f", {self.unfinished.sum()} unfinished" * bool(self.unfinished.any())
+        if not self.radii and not (self.unfinished | (self.labels < 0)).any():
             parts = [f"{value:.3f}" for value in (self.acr, *np.quantile(self.probability, [0.25, 0.5, 0.75]))]
         row = {"model": self.about.get("name", "a model"), "sigma": str(self.sigma), "images": images}
         shares = {r: "-" if self._unknown([r]) else f"{10_000 * self._numbers(r)[0] // n / 100:.2f}" for r in radii}
@@ -468,8 +468,9 @@ class Certificates:
         folder = Path(folder)
         check_folder("folder", folder)
         path = folder / "certificates.json"
-        if self.unfinished and path.exists() and not self.from_json(path.read_text(encoding="utf-8")).unfinished:
-            raise ValueError(f"{folder} has finished certificates, which {self.unfinished} unfinished would replace")
+        number = self.unfinished.sum()
+        if number and path.exists() and not self.from_json(path.read_text(encoding="utf-8")).unfinished.any():
+            raise ValueError(f"{folder} has finished certificates, which {number} unfinished would replace")
         self.about.setdefault("date", datetime.now().astimezone().isoformat(" ", "minutes"))
         write_text(path, self.to_json())
         write_text(folder / "certificates.txt", self.to_text() + "\n")

@@ -391,8 +391,8 @@ def certify(
         bar = stack.enter_context(tqdm(desc=f"{name}: certificates", unit="draw", disable=not progress))
         with contextlib.suppress(TimeIsOver):
             _cohen(result, counted, extra, steps, bar)
-        if result.unfinished:
-            notes.append(f"{result.unfinished} of {n} images are unfinished after {seconds} seconds")
+        if unfinished := result.unfinished.sum():
+            notes.append(f"{unfinished} of {n} images are unfinished after {seconds} seconds")
         # Draws of earlier runs took time too.
         took = counted.seconds / max(1, counted.drawn) * (result.draws.sum() + extra * n)
         result.about.update(choosing_draws=str(extra), seconds=f"{took:.1f}")
