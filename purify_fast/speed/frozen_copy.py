@@ -17,7 +17,7 @@ from .._modules import hold, release
 from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
 from ..protocols import Purifies, supports
-from .agreement import BFLOAT16, FLOAT32, same_direction
+from .agreement import BFLOAT16, FLOAT32, apart, same_direction
 from .copying import deep_copy, freeze
 from .draws import same_draws
 from .eager_mode import eager
@@ -389,13 +389,12 @@ def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
         return False
     strength = FLOAT32 if dtype == torch.float32 else BFLOAT16
     for mine, theirs in ((got.logits, logits), (got.predicted, want.predicted)):
-        if dtype == torch.bfloat16 and theirs.dim() == 2 and theirs.shape[1] > 1:
-            same = same_logits(mine, theirs)
+        if theirs.dim() == 2 and theirs.shape[1] > 1:
+            same = same_logits(mine, theirs) if dtype == torch.bfloat16 else not apart(mine, theirs, strength).any()
         else:
             # Classes may be masked by infinite logits.
-            equal = (mine == theirs) | (mine.isnan() & theirs.isnan())
-            error = (mine - theirs).abs().masked_fill(equal, 0)
-            same = bool(error.max() <= strength * theirs.abs().masked_fill(~theirs.isfinite(), 0).max())
+            allowed = strength * float(theirs.nan_to_num(0.0, 0.0, 0.0).abs().max())
+            same = torch.allclose(mine, theirs, rtol=0.0, atol=allowed, equal_nan=True)
         if not same:
             return False
     return same_direction(got.gradient, want.gradient, strength)

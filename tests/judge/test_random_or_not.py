@@ -17,6 +17,7 @@ from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import DiffusionPurifier
+from purify_fast.speed.agreement import FLOAT32, apart
 
 
 def scaled(scale, offset, sigma):
@@ -105,6 +106,32 @@ def test_what_is_not_finite_is_compared_too():
         assert differ(logits, other) and differ(other, logits)
     empty = torch.full((2, 3), torch.nan)
     assert not differ(empty, empty) and differ(empty, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("absent", [-10.0, -1e9, -torch.inf])
+def test_a_class_that_cannot_win_hides_no_other(absent):
+    torch.manual_seed(0)
+    logits = torch.cat([torch.randn(8, 3), torch.full((8, 1), absent)], 1)
+    # An image may be refused by a class of its own.
+    logits[3, 2] = 1e9
+    for column in range(2):
+        other = logits.clone()
+        other[:, column] += 0.01
+        assert differ(logits, other) and apart(logits, other, FLOAT32).tolist() == [i != 3 for i in range(8)]
+    # Nothing that is added to all logits of an image decides.
+    assert not differ(logits[:3], logits[:3] + 0.5) and not differ(logits, logits * (1 + 1e-7))
+
+
+def test_a_masked_class_does_not_make_a_model_deterministic():
+    """The label has less than half of the predictions, which all images of a call share."""
+
+    def model(x):
+        score = (x - 0.5).flatten(1).sum(1) / 4 + 0.2 * torch.randn(1)
+        return torch.stack([-score, score, torch.full_like(score, -1e9)], 1)
+
+    x, y = torch.full((40, 1, 4, 4), 0.495), torch.ones(40).long()
+    clean = evaluate(model, x, y, eps=0.01, attacks=[PGD(steps=1)], n_eval=4).rows[0]
+    assert not clean.deterministic and clean.n_eval == 4
 
 
 class Switch(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import purify_fast
 from purify_fast.attacks import pgd
 from purify_fast.models import SmallCNN
-from purify_fast.speed.frozen_copy import FrozenCopy
+from purify_fast.speed.frozen_copy import FrozenCopy, _agree, _Answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 8, 8)
@@ -33,6 +33,16 @@ def net(width=8):
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 4))
     model(torch.rand(16, *SHAPE))
     return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("absent", [-10.0, -1e9])
+def test_a_masked_class_does_not_hide_other_logits_of_a_copy(absent, dtype):
+    torch.manual_seed(0)
+    logits = torch.cat([torch.randn(8, 9), torch.full((8, 1), absent)], 1)
+    other = logits + torch.eye(10)[2] * 0.5
+    want, got = (_Answers(one, torch.ones(8), torch.zeros(8), one) for one in (logits, other))
+    assert _agree(want, want, dtype) and not _agree(got, want, dtype)
 
 
 @pytest.fixture

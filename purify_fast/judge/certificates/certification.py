@@ -154,7 +154,7 @@ class Draws:
         logits = torch.cat([check_classes(self._predict(*rows), self.classes) for rows in passes])[order.argsort()]
         got = self.known.clone()
         got[watched] = logits[-count:].to(got)
-        if changed := int(apart(self.known, got, self.strength, together=True).sum()):
+        if changed := int(apart(self.known, got, self.strength).sum()):
             must = "predict each image for itself and alike in every call, apart from draws that noise_ids names"
             reason = f"the logits of this {self.name} depend on the batch or the call, or have changed"
             raise DependentDrawsError(f"model must {must}, but {reason}: {changed} of {count} rows differ from before")
