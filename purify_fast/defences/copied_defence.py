@@ -196,6 +196,6 @@ class FollowedDefence(Followed):
             copied.update()
         except (TypeError, ValueError):
             return False
-        copied._noise, copied._noise_ids = model._noise, model._noise_ids
+        vars(copied).update({name: vars(model)[name] for name in ("_noise", "_noise_ids", "_seeds")})
         copied._noise_seed.copy_(model._noise_seed)
         return before is self.watch

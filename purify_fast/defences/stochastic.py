@@ -39,13 +39,14 @@ class StochasticDefence(nn.Module):
     #: Attributes that do not affect predictions (`purify_fast.model_state`). ``_kept_ids`` has tensors whose memory
     #: `noise_ids` uses again.
     not_dependencies = frozenset({"_kept_ids"})
-    noise_modes = frozenset({"_noise", "_noise_ids", "_seed_is_drawn"})
+    noise_modes = frozenset({"_noise", "_noise_ids", "_seeds", "_seed_is_drawn"})
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("_noise_seed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._noise, self._seed_is_drawn = "fresh", False
         self._noise_ids: Tensor | None = None
+        self._seeds: torch.Generator | None = None
         self._kept_ids: dict[tuple[int, torch.device], Tensor] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -85,20 +86,22 @@ class StochasticDefence(nn.Module):
             vars(self).update(before)
 
     @contextlib.contextmanager
-    def noise_ids(self, ids: Tensor) -> Iterator[StochasticDefence]:
-        """Within the block, image i gets the noise of image ``ids[i]`` (int64 ``[B]``) of a larger batch."""
-        memory = ids.clone()
-        if self._noise_ids is None:
-            # A captured step reads the ids from the memory of its capture, so write new ids there.
-            memory = self._kept_ids.setdefault((len(ids), ids.device), memory)
-        with self._control(_noise_ids=memory.copy_(ids)):
+    def noise_ids(self, ids: Tensor, seeds: torch.Generator | None = None) -> Iterator[StochasticDefence]:
+        """Within the block, image i gets the noise of image ``ids[i]`` (int64 ``[B]``) of a larger batch.
+
+        ``seeds`` draws the seeds of the calls in place of PyTorch's global generator, and is on the images' device.
+        """
+        # A captured step reads the ids from the memory of its capture, so write new ids there.
+        kept = self._kept_ids if self._noise_ids is None else {}
+        memory = kept.setdefault((len(ids), ids.device), ids.clone())
+        with self._control(_noise_ids=memory.copy_(ids), _seeds=seeds):
             yield self
 
     @contextlib.contextmanager
     def with_drawn_seed(self) -> Iterator[None]:
         """Within the block, a call takes the seed that is drawn now, for a compiled step, whose graph draws nothing."""
         if self.noise_is_fresh:
-            self._noise_seed.random_(2**62)
+            self._noise_seed.random_(2**62, generator=self._seeds)
         with self._control(_seed_is_drawn=self.noise_is_fresh):
             yield
 
@@ -108,7 +111,7 @@ class StochasticDefence(nn.Module):
             # Copy the seed, because a backward pass after the block still needs it. Every image has sample id 0.
             return self._noise_seed.clone(), torch.zeros(1, dtype=torch.int64, device=device)
         drawn = self._seed_is_drawn
-        seed = self._noise_seed.clone() if drawn else torch.randint(2**62, (1,), device=device)
+        seed = self._noise_seed.clone() if drawn else torch.randint(2**62, (1,), generator=self._seeds, device=device)
         if self._noise_ids is None:
             return seed, torch.arange(batch, device=device)
         if len(self._noise_ids) != batch:

@@ -227,8 +227,9 @@ def test_another_question_draws_only_what_is_missing(tmp_path, digits, rows_draw
     assert certify(model, x, y, **settings | {"draws": 2000}).draws.tolist() == [2000] * 20
     assert sum(rows_drawn) == 20 * 1000
     rows_drawn.clear()
-    # A damaged part is drawn again.
-    sorted((tmp_path / "rows").iterdir())[0].write_bytes(b"cut")
+    # Damaged parts are drawn again.
+    for part in (tmp_path / "rows").iterdir():
+        part.write_bytes(b"cut")
     assert counts(certify(model, x, y, **settings)) == counts(first) and sum(rows_drawn) > 0
     rows_drawn.clear()
     # Other images with these indices have other draws.
@@ -336,12 +337,45 @@ class Centered(Own):
 
 def test_defences_without_independent_draws_are_refused():
     x, y = margins(0.2, 1.0), torch.tensor([1, 1])
-    noisy = lambda images: Halves()(images) + torch.randn(1)  # noqa: E731
+    noisy = lambda images: Halves()(images) + torch.randn(2)  # noqa: E731
     for model in (noisy, OneDraw(Halves(), 0.1), Centered(Halves(), 0.1)):
         with pytest.raises(ValueError, match="depend on the batch or the call"):
             certify(model, x, y, radius=0.1, **QUIET)
     with pytest.raises(ValueError, match="NoisyEnsemble does not promise it"):
         certify(NoisyEnsemble(Halves(), 0.1), x, y, radius=0.1, **QUIET)
+
+
+class Shaken(Halves):
+    """Its threshold is drawn once for a call, and it has a class that does not exist."""
+
+    def __init__(self, absent=-10.0):
+        super().__init__()
+        self.absent = absent
+
+    def forward(self, x):
+        logits = super().forward(x) + 0.4 * torch.randn(1) * torch.tensor([-1.0, 1.0])
+        return torch.cat([logits, torch.full_like(logits[:, :1], self.absent)], 1)
+
+
+@pytest.mark.parametrize("absent", [-10.0, -1e9, -torch.inf])
+def test_a_draw_of_the_whole_call_is_refused(absent):
+    """The named draws of a defence have one seed in all calls, but a draw inside its classifier has none."""
+    x, y = margins(*[-0.02] * 20), torch.ones(20).long()
+    for model in (Shaken(absent), Own(Shaken(absent), 0.1, samples=1).eval()):
+        for seed in range(3):
+            with pytest.raises(DependentDrawsError):
+                certify(model, x, y, sigma=0.02, radius=0.0, draws=200, seed=seed, progress=False)
+
+
+def test_a_run_neither_seeds_the_process_nor_depends_on_its_seed():
+    model, x, y = Own(Halves(), 0.1, samples=1).eval(), margins(0.05, 0.1), torch.ones(2).long()
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        made.append(counts(certify(model, x, y, draws=200, **QUIET)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert made[0] == made[1] == ([96, 109], [200, 200])
 
 
 class Dependent:

@@ -163,9 +163,9 @@ class Draws:
     def _predict(self, images: Tensor, names: Tensor) -> Tensor:
         if not self.is_random:
             return logits_of(self.model, images)
-        # A defence of this package takes the seed of a call from this generator.
-        torch.manual_seed(self.seed)
-        with self.model.noise_ids(names):  # type: ignore[attr-defined]
+        # Only the named draws get the same seed in every call. What a part draws by itself differs, and is refused.
+        seeds = torch.Generator(self.key.device).manual_seed(self.seed)
+        with self.model.noise_ids(names, seeds):  # type: ignore[attr-defined]
             return logits_of(self.model, images)
 
 
