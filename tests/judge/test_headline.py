@@ -27,6 +27,7 @@ from purify_fast.judge.results.rows import (
     judge_claim,
     worst_rows,
 )
+from purify_fast.judge.show.text import notes_on_rows
 
 
 def joined(text):
@@ -51,6 +52,17 @@ def test_other_draws_judge_than_those_that_choose():
     # the lowest of several noisy numbers is partly luck: the judging draws choose no headline
     lucky = drawn("lucky", [0, 0, 0, 0], [0, 0, 0, 0])
     assert Report([clean, a, lucky]).headline is a
+
+
+def test_an_attack_on_fewer_images_does_not_choose_the_headline():
+    """Of the first images a smaller share may be left by chance, so the row of all images stands, and a note tells."""
+    rows = [row("clean", [1] * 4, kind="clean"), row("A", [0, 1, 1, 1]), row("A again, first 2", [0, 1])]
+    report = Report([*rows, *worst_rows(rows)])
+    assert report.row("worst, first 2").accuracy == 0.5
+    assert report.headline is report.row("worst") and report.headline.accuracy == 0.75
+    (note, *_) = notes_on_rows(rows, report.headline)
+    assert note.endswith("the attacks on 4 images, and not those on fewer: A again, first 2")
+    assert not any("on fewer" in note for note in notes_on_rows(rows[:2], report.headline))
 
 
 def test_what_fell_to_a_probe_is_not_left():

@@ -233,16 +233,18 @@ class Report:
 
     @property
     def lowest(self) -> dict[str | None, Row]:
-        """Return, for each threat model (None: the report's), the attack row of lowest accuracy.
+        """Return, for each threat model (None: the report's), the attack row of lowest accuracy on the most images.
 
-        Rows of several models raise a ValueError, because the lowest of them would hide the other models.
+        Usually this is the row ``worst`` without a number. Rows of several models raise a ValueError, because the
+        lowest of them would hide the other models.
         """
 
-        def order(row: Row) -> tuple[float, bool, bool]:
-            # Among equal accuracies, prefer the row over all attacks, then a reliable row. The draws that judge a
-            # random model choose no row, because the lowest of several noisy numbers is partly luck.
+        def order(row: Row) -> tuple[int, float, bool, bool]:
+            # The lowest of numbers over different images, or of draws that judge a random model, is partly luck. So
+            # rows on fewer images and these draws choose no row. Among equal accuracies, prefer the row over all
+            # attacks, then a reliable row.
             accuracy = row.accuracy if row.wrong is None else 1 - float(row.wrong.mean())
-            return accuracy, row.kind != "worst", not row.reliable
+            return -row.n, accuracy, row.kind != "worst", not row.reliable
 
         _ = self.model
         rows = [row for row in self.rows if row.kind != "clean"]
@@ -251,7 +253,7 @@ class Report:
 
     @property
     def headline(self) -> Row:
-        """The attack row of lowest accuracy in the report's threat model; ValueError without an attack."""
+        """The row of `lowest` in the report's threat model; ValueError without an attack."""
         if (row := self.lowest.get(None)) is None:
             raise ValueError("headline needs an attack on the model, got none: use row('clean')")
         return row

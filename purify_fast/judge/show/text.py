@@ -239,7 +239,8 @@ def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     near = [row for row in own if row.unsearched and row.settings.get("nearest")]
     texts = dict.fromkeys(text for row in rows for text in row.warnings if text != CUT)
     warned = {text: [row.attack for row in rows if text in row.warnings] for text in texts}
-    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline)
+    fewer = [row.attack for row in own if headline is not None and row.is_attack and row.n < headline.n]
+    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline, fewer=fewer)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:
