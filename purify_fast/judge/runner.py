@@ -300,7 +300,7 @@ class _Evaluation:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
         fallen = [point for standing in self.standings.values() for point in standing.fallen(measure.clean)]
-        report.adversarial = gathered(fallen, subject.x, subject.y, about)
+        report.adversarial = gathered(fallen, subject, about)
         report.rows += worst_rows(report.rows)
         subject.deadline.begin(self.until)
         self.suspicion.conclude(first_probes)

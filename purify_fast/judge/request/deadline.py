@@ -91,9 +91,10 @@ class Deadline:
 # -- defines the subject of an evaluation (the model with its images), and checks the model ----------------------------
 
 #: Each phase of an evaluation has its own seed: the draws that choose between points, the draws of attacks, and the
-#: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge.
-Phase = Literal["choose", "attack", "judge"]
-PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2}
+#: draws that judge the chosen points. So neither an attack nor a choice knows the draws that judge. The draws that
+#: `check_adversarial` compares have the seed of the judging draws of an evaluation with a far seed.
+Phase = Literal["choose", "attack", "judge", "check"]
+PHASES: dict[Phase, int] = {"choose": 0, "attack": 1, "judge": 2, "check": 3 * 2**30 + 2}
 #: The largest number of images on which repeated predictions are compared.
 TRIED = 64
 #: The number of images whose answers tell models apart.
@@ -146,6 +147,11 @@ class Judgement:
     def wrong(self) -> np.ndarray:
         """The share of wrong predictions on each image, float64 ``[n]``."""
         return 1 - self.right.mean(0)
+
+    @property
+    def of_draws(self) -> list[int]:
+        """The number of wrong predictions of each draw."""
+        return (~self.right).sum(1).tolist()
 
 
 class Subject:
@@ -281,10 +287,10 @@ class Subject:
         """Seed the random generators for a phase."""
         torch.manual_seed(3 * self.seed + PHASES[phase])
 
-    def judge(self, x: Tensor, phase: Literal["choose", "judge"], index: Tensor | None = None) -> Judgement:
+    def judge(self, x: Tensor, phase: Phase, index: Tensor | None = None) -> Judgement:
         """Predict some of the images, clean or attacked, and compare the predictions with the labels."""
-        y = self.y[: len(x)] if index is None else self.y[index]
-        model, draws = self.model, self.choosing if phase == "choose" else self.judges
+        model, y = self.model, self.y[: len(x)] if index is None else self.y[index]
+        draws = {"choose": self.choosing, "judge": self.judges}.get(phase, max(self.choosing, self.n_eval))
 
         def predict() -> Judgement:
             self.reseed(phase)

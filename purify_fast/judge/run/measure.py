@@ -247,8 +247,9 @@ class Measure:
 
     def judging(self) -> float:
         """The seconds that a judgement of attacked images takes at most: clean images were judged in the same way."""
-        # A deterministic model also predicts attacked images twice, to see whether it draws random numbers for them.
-        return self.clean.seconds * (1 if self.subject.is_random else 3)
+        # A deterministic model also predicts attacked images twice, to see whether it draws random numbers for them. A
+        # random model predicts those that fell once more, for `check_adversarial`.
+        return self.clean.seconds * (2 if self.subject.is_random else 3)
 
     def attacked(self, spec: AttackSpec, standing: Standing) -> Row:
         """The row of an attack."""

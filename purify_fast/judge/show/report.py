@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..._files import atomic, write_text
 from ..._hashes import digest, text_hash
@@ -24,13 +23,15 @@ from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..alarms.signs import Finding
 from ..request.deadline import Subject
-from ..results.rows import ClaimTest, Paired, Row, judge_claim
+from ..results.rows import REFUTED, ClaimTest, Paired, Row, judge_claim
 from .text import html_page, render
 
 FILE = "adversarial.npz"
 ARRAYS = ("images", "labels", "indices", "attacks")
 #: The largest number of images that a text names.
 NAMED = 10
+#: The number of permutations in the test if a random model fits.
+PERMUTED = 9999
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Adversarial:
         labels: the true classes, int64 ``[W]``.
         indices: the indices of the images in the data, int64 ``[W]``.
         attacks: the label of the row whose attack made each image, texts ``[W]``.
-        about: how the report judged: ``random``, ``n_eval``, ``predict``, ``seed`` and ``precision``.
+        about: how the report judged: ``random``, ``n_eval``, ``predict``, ``seed`` and ``precision``. For a random
+            model also ``wrong``: of some further draws, each on all images, the numbers of wrong predictions.
     """
 
     images: np.ndarray
@@ -71,8 +73,8 @@ class Adversarial:
         facts = json.loads((folder / "report.json").read_text(encoding="utf-8")).get("adversarial")
         if facts is None:
             raise ValueError(f"{folder / 'report.json'} has no adversarial images")
-        if facts["about"]["predict"] == "votes":
-            raise ValueError(f"{folder} was judged by a vote, by an earlier version: evaluate a MajorityVote again")
+        if facts["about"]["random"] and "wrong" not in facts["about"]:
+            raise ValueError(f"{folder} is of an earlier version, which kept no draws to compare: evaluate again")
         try:
             with np.load(folder / FILE) as arrays:
                 adversarial = cls(**{name: arrays[name] for name in ARRAYS}, about=facts["about"])
@@ -83,11 +85,16 @@ class Adversarial:
         return adversarial
 
 
-def gathered(points: Sequence[tuple[int, str, np.ndarray]], x: Tensor, y: Tensor, about: dict[str, Any]) -> Adversarial:
-    """Gather attacked images, each with its index in the data and the attack's label."""
+def gathered(points: Sequence[tuple[int, str, np.ndarray]], subject: Subject, about: dict[str, Any]) -> Adversarial:
+    """Gather attacked images, each with its index in the data and the attack's label, and draws of a random model."""
     indices = np.array([index for index, _, _ in points], dtype=np.int64)
-    images = np.stack([image for _, _, image in points]) if points else x[:0].cpu().numpy()
-    return Adversarial(images, y.cpu().numpy()[indices], indices, np.array([name for _, name, _ in points], str), about)
+    images = np.stack([image for _, _, image in points]) if points else subject.x[:0].cpu().numpy()
+    if subject.is_random:
+        # By the judging draws, chance has also chosen images. So they are no measure of the draws of a check.
+        parts = map(torch.from_numpy, (images, indices))
+        about = about | {"wrong": subject.judge(next(parts), "check", next(parts)).of_draws if points else []}
+    labels, names = subject.y.cpu().numpy()[indices], np.array([name for _, name, _ in points], str)
+    return Adversarial(images, labels, indices, names, about)
 
 
 @dataclass(frozen=True)
@@ -97,25 +104,34 @@ class CheckedAdversarial:
     Args:
         adversarial: the images.
         fooled: True for the images that the model still misclassifies, by the rule of the report, bool ``[W]``.
+        wrong: the number of wrong predictions of each draw.
     """
 
     adversarial: Adversarial = field(repr=False)
     fooled: np.ndarray
+    wrong: list[int]
 
     @property
     def fits(self) -> bool:
         """Return True if the model may be that of the report.
 
-        Every image must fool it. If the model of the report is random, more than half of the images must, because its
-        draws differ from those of the report.
+        Every image must fool it. If the model of the report is random, its further draws must not be wrong less often
+        than those of the report: a permutation test of all draws refuses the same model once in a hundred checks.
         """
-        enough = len(self.fooled) // 2 + 1 if self.adversarial.about["random"] else len(self.fooled)
-        return bool(self.fooled.sum() >= enough)
+        if not self.adversarial.about["random"]:
+            return bool(self.fooled.all())
+        # All images may share a draw, so whole draws are permuted. The draws as they are count as a permutation too.
+        draws = np.tile(self.adversarial.about["wrong"] + self.wrong, (PERMUTED, 1))
+        drawn = np.random.default_rng(0).permuted(draws, axis=1)[:, : len(self.wrong)].sum(1)
+        return bool(1 + (drawn <= sum(self.wrong)).sum() > REFUTED * (1 + PERMUTED))
 
     def to_text(self) -> str:
         """The result as text for a terminal."""
         verdict = "which fits the report" if self.fits else "which does not fit the report"
         withstood, images = np.flatnonzero(~self.fooled), self.adversarial
+        if images.about["random"]:
+            new, old = (f"{100 * np.mean(n) / len(images):.1f} %" for n in (self.wrong, images.about["wrong"]))
+            verdict += f": {new} of its single predictions are wrong, in the report {old}"
         lines = [f"{self.fooled.sum()} of {len(images)} adversarial images still fool the model, {verdict}"]
         lines += [f"  classified correctly: image {images.indices[i]} ({images.attacks[i]})" for i in withstood[:NAMED]]
         return "\n".join([*lines, *([f"  and {len(withstood) - NAMED} more"] if len(withstood) > NAMED else [])])
@@ -152,7 +168,8 @@ def check_adversarial(
     with torch.random.fork_rng(), torch.no_grad(), frozen(model):
         n_eval = adversarial.about["n_eval"]
         subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
-        return CheckedAdversarial(adversarial, subject.judge(images, "judge").wrong > 0)
+        judged = subject.judge(images, "check" if adversarial.about["random"] else "judge")
+        return CheckedAdversarial(adversarial, ~np.asarray(judged.right[:n_eval].all(0)), judged.of_draws)
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
