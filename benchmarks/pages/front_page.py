@@ -9,12 +9,11 @@ from typing import Any
 
 from purify_fast._files import atomic
 from purify_fast.evaluation import Row
-from purify_fast.judge.show.text import percent
 
 from ..kept import rows_of
 from ..robustness import answer, contests
 from ..robustness.broken import run_broken
-from ..robustness.merged import FILE, read_rows
+from ..robustness.merged import FILE, percent, read_rows
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.sheets import PIPELINES, ROWS, fastest, read_csv

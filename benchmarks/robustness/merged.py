@@ -10,10 +10,15 @@ from typing import Any
 from purify_fast._files import write_text
 from purify_fast.evaluation import Report, Row
 from purify_fast.judge.show.report import FORMAT
-from purify_fast.judge.show.text import markdown_table, percent, warning
+from purify_fast.judge.show.text import markdown_table, warning
 
 #: The file of the rows of a study's models.
 FILE = "report.json"
+
+
+def percent(row: Row) -> str:
+    """A row's accuracy and standard error, in percent."""
+    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
 
 
 def comparison(rows: Sequence[Row]) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
-from reports import MASKED, forms, row
+from reports import MASKED, drawn, forms, row
 
 from purify_fast import frozen_copy, zoo
 from purify_fast._hashes import digest
@@ -17,6 +17,7 @@ from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import EvaluateConfig, Examples, Report
 from purify_fast.judge.request.deadline import precision_name
 from purify_fast.judge.request.preparation import changes
+from purify_fast.judge.show.text import notes_on_rows
 from purify_fast.speed.precision import float32_products
 
 
@@ -61,10 +62,24 @@ def test_numbers_in_the_tables():
     rows = [row(robust=[1, 1, 1, 1]), row("masked", health=MASKED)]
     report = Report(rows, ["note"])
     text = report.to_markdown()
-    assert "| m | PGD | - | 4 | 100.0 ± 0.0 | 100.0 | 1 | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
+    assert "| m | PGD | - | 4 | 100.0 (39.8 to 100.0) | 100.0 | 1 | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
     assert "0 % / 99 % / 0 %" in text and text.count("- note") == 1 and "unreliable" in text
-    assert "**m: 75.0 ± 21.7 %** of 4 images are still classified correctly" in text
-    assert re.search(r"masked +4 +75.0 ± 21.7 .* unreliable", report.to_text())
+    assert "**m: 75.0 (19.4 to 99.4) %** of 4 images are still classified correctly" in text
+    assert re.search(r"masked +4 +75.0 \(19.4 to 99.4\) .* unreliable", report.to_text())
+
+
+def test_no_number_of_few_images_is_shown_as_certain():
+    """All of 40 images are right: the true accuracy may be 91.2 %. A random model's row has a standard error."""
+    one = row(robust=[1] * 40)
+    assert one.in_percent == "100.0 (91.2 to 100.0)" and row(robust=[0] * 40).in_percent == "0.0 (0.0 to 8.8)"
+    assert one.interval == pytest.approx((0.025 ** (1 / 40), 1)) and one.standard_error == 0
+    assert not any("±" in text.partition("one draw:")[0] for text in forms(Report([one])))
+    assert 'style="left:91.19%;width:8.81%"' in Report([one]).to_html()
+    (note,) = notes_on_rows([one], one)
+    assert "40 images, the 95 % interval of this accuracy is 9 points wide" in note and "by 6 points" in note
+    several = drawn("A", [5, 0], [0, 10])
+    assert several.in_percent == "50.0 ± 35.4"
+    assert "± 0.0 does not mean" in Report([drawn("A", [5, 5], [0, 0])]).to_markdown()
 
 
 def test_a_published_gain_and_its_error():

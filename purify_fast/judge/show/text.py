@@ -80,11 +80,6 @@ def terminal_table(head: Sequence[str], body: Iterable[Sequence[str]], longest: 
     return "\n".join(lines)
 
 
-def percent(row: Row) -> str:
-    """A row's accuracy and standard error, in percent."""
-    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
-
-
 def single_predictions(row: Row) -> str:
     """The share of correct single predictions in percent; of several draws also its standard error."""
     share = f"{100 * row.mean:.1f}"
@@ -110,7 +105,7 @@ _CELLS: dict[str, Callable[[Row], str]] = {
     "EOT": lambda row: str(row.settings.get("eot_iter", "-")),
     # An attack on survivors also has the number of images that it got.
     "n": lambda row: f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n),
-    "accuracy": percent,
+    "accuracy": lambda row: row.in_percent,
     "one draw": single_predictions,
     "draws": lambda row: str(row.n_eval),
     "gradients": Row.describe_health,
