@@ -31,7 +31,7 @@ def apart(first: Tensor, second: Tensor, strength: float) -> Tensor:
     of itself. A small one may differ by a share of the largest distance, or of `REACH` times the median gap between
     the two largest logits. So neither a masked class nor an image with huge logits hides what the others do.
     """
-    both = torch.stack([first, second]).double()
+    both = torch.stack([first.detach(), second.detach()]).double()
     leading = both.where(both.isfinite(), -torch.inf).topk(min(2, both.shape[-1]), -1).values
     top, gaps = leading[..., :1].nan_to_num(neginf=0.0), leading[..., 0] - leading[..., -1]
     # An image with a single finite logit, or with two equal largest ones, says nothing about the scale.
