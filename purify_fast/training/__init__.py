@@ -8,6 +8,7 @@ from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .bank import BankConfig as BankConfig
+    from .callbacks import Callback as Callback, TrainingState as TrainingState, summary as summary
     from .classifier import (
         ClassifierTask as ClassifierTask,
         is_classifier as is_classifier,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from .config import ClassifierConfig as ClassifierConfig, FitConfig as FitConfig, TrainingAttack as TrainingAttack
     from .loop import fit as fit
     from .optimizers import Lookahead as Lookahead
-    from .run import Callback as Callback, TrainingState as TrainingState, summary as summary
     from .task import Batch as Batch, Task as Task, Update as Update
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

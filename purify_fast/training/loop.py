@@ -29,10 +29,11 @@ from .._settings import refuse_divided
 from ..speed.graphs.graphed_loop import StepGraphs
 from ..speed.precision import fast_bfloat16, float32_products, raced_convolutions, whole_float32_by_default
 from .bank import AdversarialBank, BankConfig
+from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, exchanges, from_first, synchronized_batchnorm
 from .optimizers import fuse, set_learning_rate, weights_of
-from .run import Callback, ProgressBar, Run, TrainingState
+from .run import Run
 from .sources import Images, Loader, make_sources, step_seed
 from .task import Batch, Metrics, Task, frozen_parts
 

@@ -7,121 +7,32 @@ import json
 import logging
 import math
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from .._files import write_text
 from .._hashes import text_hash
 from .._process import processes
-from .._sealed import read_sealed, write_sealed
-from .._version import __version__
 from ..data import crop_flip, to_float
 from ..models.layers import evaluation_mode
 from ..speed.agreement import FLOAT32, differ
 from ..speed.draws import same_draws
 from ..speed.memory import peak_so_far
+from .checkpoint import CHECKPOINT, read_tree, write_tree
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import RELATIVE, relative_rates, weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Sources, step_seed
 from .task import Batch, Metrics, Task
-
-#: The file name of a run's checkpoint.
-CHECKPOINT = "checkpoint.safetensors"
-#: The file name of a saved model.
-MODEL = "model.safetensors"
-
-#: The key of a saved model's values of ``get_extra_state`` that are no tensors.
-_EXTRA = "extra_state"
-
-#: In a checkpoint's JSON, an object with this single key stands for a tensor.
-_TENSOR = "tensor of purify_fast"
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def write_tree(path: Path, tree: Any) -> None:
-    """Write nested dicts and lists of tensors, numbers, strings and None as one file, atomically."""
-    write_sealed(path, *_encoded(tree))
-
-
-def read_tree(path: Path) -> Any:
-    """Read a file of `write_tree`."""
-    try:
-        tree, tensors = read_sealed(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint ({error}): remove it to start anew") from error
-    return _decoded(tree, tensors)
-
-
-def _encoded(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Return a tree as a JSON value with references to tensors, and the tensors; TypeError if it has other values."""
-    tensors: dict[str, Tensor] = {}
-
-    def reference(tensor: Any) -> dict[str, str]:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"a {type(tensor).__name__} cannot be written")
-        number = str(len(tensors))
-        tensors[number] = tensor
-        return {_TENSOR: number}
-
-    return json.loads(json.dumps(tree, default=reference)), tensors
-
-
-def _decoded(value: Any, tensors: dict[str, Tensor], numbered: bool = False) -> Any:
-    """Return the tree that `_encoded` turned into a JSON value and tensors."""
-    if isinstance(value, list):
-        return [_decoded(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {_TENSOR}:
-        return tensors[value[_TENSOR]]
-    # JSON turns the numbers by which an optimizer names its weights into texts. A model's names are texts.
-    pairs = ((key, _decoded(item, tensors, numbered or key in ("optimizers", "state"))) for key, item in value.items())
-    return {int(key) if numbered and key.isdecimal() else key: item for key, item in pairs}
-
-
-# -- saved models -----------------------------------------------------------------------------------------------------
-
-
-def save_model(
-    folder: str | Path, kind: str, arguments: dict[str, Any], state: dict[str, Tensor], **extra: Any
-) -> None:
-    """Write ``model.safetensors``, with the weights, and with a description of the model in the file's metadata."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if others := {name: value for name, value in state.items() if name not in tensors}:
-        extra = {**extra, _EXTRA: _encoded(others)[0]}
-    facts = {"kind": kind, "arguments": arguments, **extra, "version": __version__}
-    write_sealed(Path(folder) / MODEL, facts, tensors)
-
-
-def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a model that `save_model` wrote."""
-    path = Path(folder) / MODEL
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {folder} is not a saved model")
-    try:
-        facts, state = read_sealed(path)
-        if "kind" not in facts:
-            raise ValueError("the file's metadata has no kind of model")
-    except ValueError as error:
-        raise ValueError(f"{folder} holds a model that cannot be loaded: {path}: {error}") from error
-    return facts, state | _decoded(facts.pop(_EXTRA, {}), {})
-
-
-# -- run ---------------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger("purify_fast")
 
@@ -405,84 +316,3 @@ def _different(saved: Any, wanted: Any, name: str = "") -> Iterator[str]:
             yield from _different(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif saved != wanted:
         yield f"{name}: {saved!r}, now {wanted!r}"
-
-
-# -- listeners to a training: a progress bar, and `Callback`, the base class for your own ------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """The state of a training, for callbacks.
-
-    Args:
-        task: the training's task.
-        step: steps taken so far.
-        total_steps: steps of the whole run.
-        epoch: the epoch that is running or has just ended, from 0.
-        epochs: epochs of the whole run.
-        images: number of images of the step (in `on_step`) or of the epoch (in `on_epoch`), of all processes together.
-        metrics: in `on_step`, the step's loss and metrics as tensors, which the device may still be computing; in
-            `on_epoch` and `on_end`, the means over the epoch as numbers, and those of a validation.
-        learning_rate: learning rate of the last step.
-        images_per_second: speed since the start of the epoch, or since the run was resumed within it; 0 in `on_step`.
-    """
-
-    task: Task
-    step: int
-    total_steps: int
-    epoch: int
-    epochs: int
-    images: int
-    metrics: Mapping[str, Any]
-    learning_rate: float
-    images_per_second: float = 0.0
-
-
-class Callback(Protocol):
-    """The base class of listeners to a training. A subclass defines methods, which only the first process calls."""
-
-    def on_step(self, state: TrainingState) -> None:
-        """Run after every step. Reading the value of a metric waits for the device."""
-        return None
-
-    def on_epoch(self, state: TrainingState) -> None:
-        """Run after every epoch and its validation, before the checkpoint is written."""
-        return None
-
-    def on_end(self, state: TrainingState) -> None:
-        """Run at the end, when the model holds the training's result."""
-        return None
-
-
-class ProgressBar(Callback):
-    """Shows a progress bar on stderr, with the last epoch's metrics, and says where a resumed run continues."""
-
-    def __init__(self, title: str, run: Run, shown: bool):
-        images = run.source.batch_size
-        if shown and 0 < run.step < run.total:
-            print(f"{title}: continues at step {run.step} (epoch {run.epoch})", file=sys.stderr)
-        elif shown and run.begins_anew:
-            print(f"{title}: begins anew, because the earlier run ended before its first checkpoint", file=sys.stderr)
-        self.bar = tqdm(
-            total=run.total,
-            initial=run.step,
-            unit="img" if images else "step",
-            unit_scale=images or False,
-            desc=title,
-            smoothing=0.05,
-            disable=not shown,
-            # A log file should get a line only every 10 seconds.
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )
-
-    def on_step(self, state: TrainingState) -> None:
-        self.bar.update()
-
-    def on_epoch(self, state: TrainingState) -> None:
-        self.bar.set_postfix({key: f"{value:.3g}" for key, value in state.metrics.items()}, refresh=False)
-
-
-def summary(metrics: Mapping[str, float]) -> str:
-    """Return one line with the metrics of a training's last epoch, which `fit` returned."""
-    shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
-    return f"last epoch: {', '.join(shown)}" if shown else "nothing was trained"
