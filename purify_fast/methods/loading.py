@@ -13,8 +13,8 @@ from .._hashes import weights_fingerprint
 from .._settings import torch_defaults
 from ..defences.base import Defence
 from ..training import load_classifier
-from ..training.checkpoint import read_model
 from ..training.classifier import rebuilding, written_by
+from ..training.run import read_model
 from .discovery import METHODS
 from .saving import trained_tensors
 

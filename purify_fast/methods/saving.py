@@ -37,7 +37,7 @@ def rebuilt(
 def save_defence(defence: Defence, folder: str | Path) -> None:
     """Write a defence to ``model.safetensors``: the trained weights, and the classifier's fingerprint."""
     # A defence that is only called needs nothing of files.
-    from ..training.checkpoint import save_model
+    from ..training.run import save_model
 
     if defence.compute_dtype is not None:
         raise ValueError(f"a copy of a {type(defence).__name__} cannot be saved: save the defence itself")

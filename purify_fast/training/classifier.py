@@ -22,9 +22,9 @@ from ..ops.philox import Stream, philox, philox_key
 from ..speed.frozen_copy import AttackedCopy
 from ..speed.layout import autocast_to
 from ..speed.reading import reading
-from .checkpoint import read_model, save_model
 from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
 from .method_task import MethodTask
+from .run import read_model, save_model
 from .task import Batch, Metrics, check_classifier
 
 #: The weight of the second term in the papers.

@@ -24,7 +24,7 @@ from .._version import __version__
 from ..methods.loading import load_defence
 from ..ops.dispatch.records import folder as cache_folder
 from ..training import load_classifier
-from ..training.checkpoint import MODEL
+from ..training.run import MODEL
 
 #: The folder of the cards. A clone has the weights of all models there, and an installed package those on digits.
 MODELS = Path(__file__).parent / "models"

@@ -11,7 +11,7 @@ from purify_fast import zoo as packed
 from purify_fast.attacks import APGD, PGD
 from purify_fast.data import load_dataset
 from purify_fast.defences import MajorityVote
-from purify_fast.training.checkpoint import read_model
+from purify_fast.training.run import read_model
 from purify_fast.zoo.cards import Accuracy, read_card
 
 

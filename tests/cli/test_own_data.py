@@ -10,7 +10,7 @@ from forks import kill_at_call, together
 import purify_fast
 from purify_fast import cli
 from purify_fast.training import load_classifier, loop
-from purify_fast.training.checkpoint import CHECKPOINT, read_tree
+from purify_fast.training.run import CHECKPOINT, read_tree
 
 #: Options that make the networks and the attacks small. A delayed term of the loss acts from the first step. AToP's
 #: recipe resizes images to 256 x 256 by default.

@@ -8,9 +8,9 @@ from safetensors.torch import save
 import purify_fast
 from purify_fast._hashes import weights_fingerprint
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import checkpoint, load_classifier, save_classifier
-from purify_fast.training.checkpoint import read_model, save_model
+from purify_fast.training import load_classifier, run as checkpoint, save_classifier
 from purify_fast.training.classifier import written_by
+from purify_fast.training.run import read_model, save_model
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task
 from purify_fast import data
 from purify_fast.models import PreActResNet18
 from purify_fast.training import Batch, FitConfig, fit
-from purify_fast.training.checkpoint import read_tree
+from purify_fast.training.run import read_tree
 
 arrest = partial(arrest_task, network=partial(PreActResNet18, in_channels=1))
 atop = partial(atop_task, cls_delay=1, learning_rate=1e-3)

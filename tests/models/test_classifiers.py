@@ -13,7 +13,7 @@ from torch import nn
 
 from purify_fast.models import CLASSIFIERS, FullyConnected, PreActResNet18, SmallCNN, WideResNet, build_classifier
 from purify_fast.training import load_classifier, save_classifier
-from purify_fast.training.checkpoint import save_model
+from purify_fast.training.run import save_model
 
 
 def digest(state):

@@ -8,8 +8,8 @@ from small_runs import images
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
-from purify_fast.training.checkpoint import CHECKPOINT, read_tree
 from purify_fast.training.loop import INTERVAL
+from purify_fast.training.run import CHECKPOINT, read_tree
 
 
 class Fragile(ClassifierTask):

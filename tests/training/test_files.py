@@ -9,7 +9,7 @@ from small_runs import train
 
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, save_classifier
-from purify_fast.training.checkpoint import CHECKPOINT, read_tree, write_tree
+from purify_fast.training.run import CHECKPOINT, read_tree, write_tree
 
 
 def flipped(path, bit):

@@ -7,8 +7,8 @@ from small_runs import images, task
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import FitConfig, fit
-from purify_fast.training.checkpoint import read_tree, write_tree
 from purify_fast.training.config import TrainingAttack
+from purify_fast.training.run import read_tree, write_tree
 
 
 def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path):

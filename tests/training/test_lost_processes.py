@@ -17,7 +17,7 @@ from trainings import weights
 
 from purify_fast import cli
 from purify_fast.training import distributed
-from purify_fast.training.checkpoint import CHECKPOINT, read_tree
+from purify_fast.training.run import CHECKPOINT, read_tree
 
 KIND = "convolutional"
 BATCH = 30  # a multiple of one, two and three processes

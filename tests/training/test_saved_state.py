@@ -6,7 +6,7 @@ from small_runs import StopAt, Stopped, images
 from torch import nn
 
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
-from purify_fast.training.checkpoint import read_model, save_model
+from purify_fast.training.run import read_model, save_model
 
 
 class Extra(nn.Linear):

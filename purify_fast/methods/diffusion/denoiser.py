@@ -14,7 +14,7 @@ from ..._settings import first_tensor
 from ...models.foreign import load_weights
 from ...models.layers import evaluation_mode
 from ...models.unet import TimeLayer, UNet
-from ...training.checkpoint import save_model
+from ...training.run import save_model
 from ..saving import description, rebuilt
 
 #: The denoisers of this package, by the names of their classes. Each has the attribute ``arguments``.
