@@ -294,7 +294,7 @@ def test_a_lucky_draw_is_no_success_of_all_draws(batch):
     for kind in (Switch, SwitchLooped, SwitchEach):
         attacks = [PGD(eot_iter=8), APGD(loss="dlr_targeted", eot_iter=8, n_target_classes=2)]
         report = evaluate(kind(*nets()), x, y, eps=0.15, attacks=attacks, steps=10, n_eval=20)
-        rows[kind], notes[kind] = report.rows, report.notes
+        rows[kind], notes[kind] = report.rows, [note for note in report.notes if not note.startswith("few images")]
     for one, looped in zip(rows[Switch], rows[SwitchLooped], strict=True):
         assert abs(one.mean - looped.mean) < 0.05
     assert len(notes[Switch]) == 1 and not notes[SwitchLooped] and not notes[SwitchEach]

@@ -148,11 +148,6 @@ class Judgement:
         """The share of wrong predictions on each image, float64 ``[n]``."""
         return 1 - self.right.mean(0)
 
-    @property
-    def of_draws(self) -> list[int]:
-        """The number of wrong predictions of each draw."""
-        return (~self.right).sum(1).tolist()
-
 
 class Subject:
     """A model with the images on which it is attacked.

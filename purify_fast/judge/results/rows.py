@@ -5,6 +5,7 @@ A row can also refute a claimed robust accuracy.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Sequence
@@ -12,14 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from ...attacks import GradientHealth
-
-Floats = NDArray[np.float64]
-#: Numbers of draws, as whole numbers or as float64.
-Numbers = NDArray[Any]
 
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "unsearched", "may_hold", "warnings", "doubts", "fell_to_probes")
@@ -30,8 +25,6 @@ CUT = "runs ended before their last step, because the time was over"
 #: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
 #: at most the measured accuracy would have a probability below this number.
 REFUTED = 0.01
-#: The relative error of a bound.
-EXACT = 1e-13
 
 
 @dataclass
@@ -175,15 +168,14 @@ class Row:
     @property
     def interval(self) -> tuple[float, float]:
         """The exact 95 % interval of the accuracy on all images like these (Clopper-Pearson), from 0 to 1."""
-        low, missed = lower_bounds(np.array([[right.sum(), self.n] for right in (self.robust, ~self.robust)]), 0.025)
-        return float(low), 1 - float(missed)
+        right = int(self.robust.sum())
+        return least_share(self.n - right, self.n), 1 - least_share(right, self.n)
 
     @property
     def in_percent(self) -> str:
         """The accuracy in percent; with its `interval`, or its standard error if an image has several predictions."""
-        low, high = self.interval
-        error = f"({100 * low:.1f} to {100 * high:.1f})" if self.right is None else f"± {100 * self.standard_error:.1f}"
-        return f"{100 * self.accuracy:.1f} {error}"
+        text = "{:.1f} ({:.1f} to {:.1f})" if self.right is None else f"{{:.1f}} ± {100 * self.standard_error:.1f}"
+        return text.format(*(100 * share for share in (self.accuracy, *self.interval)))
 
     @property
     def own_gradients(self) -> bool:
@@ -405,6 +397,12 @@ def chance_of_at_most(left: int, images: int, share: float) -> float:
     return min(1.0, math.fsum(terms))
 
 
+@functools.cache
+def least_share(missed: int, images: int) -> float:
+    """Return the least share of right images, in millionths, by which 2.5 % or more of samples miss at most so many."""
+    return bisect.bisect_left(range(10**6), 0.025, key=lambda k: chance_of_at_most(missed, images, 1 - k / 1e6)) / 1e6
+
+
 @dataclass(frozen=True)
 class ClaimTest:
     """The result of the test if a row refutes a claimed robust accuracy.
@@ -437,42 +435,3 @@ def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
     if row.nothing_to_attack or (clean is not None and clean.nonfinite_predictions) or by_names != (chance < REFUTED):
         verdict = "not tested"
     return ClaimTest(verdict, claim=claim, share=share, left=left, images=row.n, chance=chance)
-
-
-# -- exact bounds of probabilities -------------------------------------------------------------------------------------
-
-
-def lower_bounds(look: Numbers, alpha: float) -> Floats:
-    """The lower Clopper-Pearson bounds: the largest p at which so many right draws have the probability ``alpha``.
-
-    Each is right for a number of draws that was fixed before, except with the probability ``alpha``, and is rounded
-    down. ``look`` has right draws and draws, ``[..., 2]``. Without draws, a bound is 0.
-    """
-    k, n = np.moveaxis(np.maximum(look, 1).astype(np.float64), -1, 0)
-    p, change = np.minimum(k / n, (k + 1) / (n + 3)), np.ones_like(k)
-    # The logarithm of the probability is concave in p. So Newton's method comes to the bound from below.
-    while (np.abs(change) > EXACT * p).any():
-        log, slope = _log_beta(k, n - k + 1, p)
-        change = np.maximum((math.log(alpha) - log) / slope, -p / 2)
-        p = p + change
-    return np.where(look[..., 0] > 0, p * (1 - EXACT), 0.0)
-
-
-def _log_beta(a: Floats, b: Floats, x: Floats) -> tuple[Floats, Floats]:
-    """The logarithm of the regularized incomplete beta function at x in (0, 1), and its derivative by x.
-
-    The continued fraction is 8.17.22 of the Digital Library of Mathematical Functions, by Lentz's method.
-    """
-    gammas = torch.lgamma(torch.from_numpy(np.stack([a + b, a, b]))).numpy()
-    front = gammas[0] - gammas[1] - gammas[2] + a * np.log(x) + b * np.log1p(-x) - np.log(a)
-    c, d, m = np.ones_like(x), 1 / (1 - (a + b) * x / (a + 1)), 0
-    value, change = d, np.zeros_like(x)
-    while (np.abs(change - 1) > EXACT).any():
-        m += 1
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            c, d = 1 + term / c, 1 / (1 + term * d)
-            change = c * d
-            value = value * change
-    return front + np.log(value), a / (x * (1 - x) * value)

@@ -91,8 +91,8 @@ def gathered(points: Sequence[tuple[int, str, np.ndarray]], subject: Subject, ab
     images = np.stack([image for _, _, image in points]) if points else subject.x[:0].cpu().numpy()
     if subject.is_random:
         # By the judging draws, chance has also chosen images. So they are no measure of the draws of a check.
-        parts = map(torch.from_numpy, (images, indices))
-        about = about | {"wrong": subject.judge(next(parts), "check", next(parts)).of_draws if points else []}
+        x, index = map(torch.from_numpy, (images, indices))
+        about = about | {"wrong": (~subject.judge(x, "check", index).right).sum(1).tolist() if points else []}
     labels, names = subject.y.cpu().numpy()[indices], np.array([name for _, name, _ in points], str)
     return Adversarial(images, labels, indices, names, about)
 
@@ -168,8 +168,8 @@ def check_adversarial(
     with torch.random.fork_rng(), torch.no_grad(), frozen(model):
         n_eval = adversarial.about["n_eval"]
         subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
-        judged = subject.judge(images, "check" if adversarial.about["random"] else "judge")
-        return CheckedAdversarial(adversarial, ~np.asarray(judged.right[:n_eval].all(0)), judged.of_draws)
+        wrong = ~subject.judge(images, "check" if adversarial.about["random"] else "judge").right
+        return CheckedAdversarial(adversarial, np.asarray(wrong[:n_eval].any(0)), wrong.sum(1).tolist())
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class Report:
 
         _ = self.model
         rows = [row for row in self.rows if row.kind != "clean"]
-        threats = dict.fromkeys(row.threat for row in rows)
+        threats = dict.fromkeys(sorted((row.threat for row in rows), key=bool))
         return {threat: min((row for row in rows if row.threat == threat), key=order) for threat in threats}
 
     @property
@@ -343,8 +343,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """The report as Markdown: the headline, and all rows."""
-        lowest = sorted(self.lowest.items(), key=lambda item: item[0] is not None)
-        return render("report.md.jinja", report=self, lowest=lowest)
+        return render("report.md.jinja", report=self)
 
     def to_html(self, defence: Classifier | None = None) -> str:
         """The report as a HTML page that loads no other files.

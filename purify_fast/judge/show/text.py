@@ -82,8 +82,7 @@ def terminal_table(head: Sequence[str], body: Iterable[Sequence[str]], longest: 
 
 def single_predictions(row: Row) -> str:
     """The share of correct single predictions in percent; of several draws also its standard error."""
-    share = f"{100 * row.mean:.1f}"
-    return share if row.right is None else f"{share} ± {100 * row.mean_error:.1f}"
+    return f"{100 * row.mean:.1f}" + ("" if row.right is None else f" ± {100 * row.mean_error:.1f}")
 
 
 def warning(row: Row) -> str:
@@ -234,8 +233,7 @@ def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
     near = [row for row in own if row.unsearched and row.settings.get("nearest")]
     texts = dict.fromkeys(text for row in rows for text in row.warnings if text != CUT)
     warned = {text: [row.attack for row in rows if text in row.warnings] for text in texts}
-    fewer = [row.attack for row in own if headline is not None and row.is_attack and row.n < headline.n]
-    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline, fewer=fewer)
+    return paragraphs("notes.jinja", stopped=stopped, near=near, warned=warned, headline=headline, own=own)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:
@@ -262,14 +260,13 @@ def html_page(report: Any, defence: Classifier | None = None) -> str:
     fallen = [(row, int((wrong > 0.5).sum())) for row, wrong in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
     pictured: Any = max(drawable, key=itemgetter(1), default=(None, 0))[0]
-    pictures = [] if pictured is None else picture_lines(pictured.examples, defence)
     return render(
         "page.html.jinja",
         report=report,
         own=own,
         counted=evidence.with_counted_gradients(),
         curves=[(what, _curve(points)) for what, points in report.curves.items() if len(points) > 1],
-        pictures=pictures,
+        pictures=[] if pictured is None else picture_lines(pictured.examples, defence),
         pictured=pictured,
         json=functools.partial(json.dumps, ensure_ascii=False, default=str),
     )
