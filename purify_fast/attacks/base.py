@@ -302,8 +302,7 @@ def worst_of_runs(
         if context.copies is not None or precision == "bfloat16":
             source = context.source(model, x, precision)
         loss = context.loss_function or loss
-        ways = {"graphs": context.graphs, "apart": apart, "toward": context.toward}
-        objective = Objective(source, loss, draws, most, **ways)
+        objective = Objective(source, loss, draws, most, graphs=context.graphs, apart=apart, toward=context.toward)
         with frozen(source) if source is not model else contextlib.nullcontext():
             best = one_run(objective, 0, health)
             if attack.restarts == 1:

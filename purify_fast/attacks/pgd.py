@@ -240,7 +240,7 @@ class PGD(InBall):
 
 @dataclass(frozen=True, kw_only=True)
 class FGSM(InBall):
-    """One step of length eps from the image itself.
+    """A single step of length eps, which begins at the image.
 
     Args:
         loss: "ce", "margin", "scaled_margin" or "dlr". With fewer than 3 classes "margin" replaces "dlr".

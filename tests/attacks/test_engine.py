@@ -245,7 +245,7 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
     assert torch.equal(first, right) and 5 < right.sum() < 0.94 * images
     assert asked[1] < {apgd: 0.75, fab_t: 0.95, square: 0.8}[attack] * asked[0]
     if attack is square:
-        # what is given up keeps its best point, and what falls is as without
+        # Images that the search gives up keep their best points. Images that fall have the points of a whole search.
         assert torch.equal(found[0][~right], found[1][~right]) and bool((found[1] != x)[right].flatten(1).any(1).all())
 
 

@@ -108,7 +108,7 @@ def test_a_random_model_is_judged_by_the_rule_of_the_report(tmp_path, voted):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_model_that_chance_lets_fall_fits_its_own_report(tmp_path, seed):
-    """One of 20 predictions of each image is wrong, so that chance has chosen the images of the report."""
+    """Each image has 1 wrong prediction in 20. Chance decides which images the report keeps as fallen."""
 
     def answer(self, x):
         right = torch.rand(len(x)) > 0.05

@@ -55,7 +55,7 @@ def test_other_draws_judge_than_those_that_choose():
 
 
 def test_an_attack_on_fewer_images_does_not_choose_the_headline():
-    """Of the first images a smaller share may be left by chance, so the row of all images stands, and a note tells."""
+    """By chance, the first images may have a lower accuracy. The headline counts all images. A note names the row."""
     rows = [row("clean", [1] * 4, kind="clean"), row("A", [0, 1, 1, 1]), row("A again, first 2", [0, 1])]
     report = Report([*rows, *worst_rows(rows)])
     assert report.row("worst, first 2").accuracy == 0.5

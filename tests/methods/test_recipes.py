@@ -178,7 +178,7 @@ def test_official_code_reproduces_the_quirks():
     shares = {"cifar10": 0.5, "cifar100": 0.15, "tiny_imagenet": 0.01}
     carso = {name: recipe(f"carso/{name}") for name in shares}
     assert {name: made.config().adversarial_fraction for name, made in carso.items()} == shares
-    # of the images of one process, so few that no attack gets any
+    # With tiny_imagenet, a process has so few images that an attack may get none.
     assert [made.config(True).allow_no_adversarial for made in carso.values()] == [False, False, True]
     assert [made["loop.batch_size"] // made["run.processes"] for made in carso.values()] == [640, 640, 128]
     assert not recipe("carso/cifar10").loop().drop_last

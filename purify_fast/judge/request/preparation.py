@@ -156,7 +156,7 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One attack of an evaluation, which makes a row of the report: the attack, its images, and its name.
+    """An attack of an evaluation, with its images and its name. It makes a row of the report.
 
     Args:
         attack: an attack of `purify_fast.attacks`, or a function ``(model, x, y) -> x_adv`` (see `as_attack`).

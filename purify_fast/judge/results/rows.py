@@ -174,8 +174,10 @@ class Row:
     @property
     def in_percent(self) -> str:
         """The accuracy in percent; with its `interval`, or its standard error if an image has several predictions."""
-        text = "{:.1f} ({:.1f} to {:.1f})" if self.right is None else f"{{:.1f}} ± {100 * self.standard_error:.1f}"
-        return text.format(*(100 * share for share in (self.accuracy, *self.interval)))
+        if self.right is not None:
+            return f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f}"
+        accuracy, low, high = (100 * share for share in (self.accuracy, *self.interval))
+        return f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
 
     @property
     def own_gradients(self) -> bool:
