@@ -25,7 +25,7 @@ from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
 from ..searches.engine.row_batches import has_fallen
 from ..searches.judge_context import JudgeContext
 from .attack_run import (
-    GROUP,
+    NEAREST_REVISION,
     REVISION as STOPPING,
     AttackedBatch,
     AttackRun,
@@ -170,31 +170,20 @@ class Standing:
     """The images after the attacks in a threat model, in arrays ``[n]``, and the attacks' ``rows``.
 
     ``left`` are the images that withstood every attack, ``margins`` the smallest margins that any attack has reached,
-    ``first`` the margins after the first attack, and ``points`` the worst attacked image of each image that fell, with
-    its share of wrong draws and its negative margin, and the attack's label.
+    and ``points`` the worst attacked image of each image that fell, with its share of wrong draws and its negative
+    margin, and the attack's label.
     """
 
     left: np.ndarray
     margins: np.ndarray
-    first: np.ndarray | None = None
     rows: list[Row] = field(default_factory=list)
     points: dict[int, tuple[tuple[float, float], str, np.ndarray]] = field(default_factory=dict)
-
-    @property
-    def gain(self) -> float:
-        """The largest amount by which attacks after the first lowered the margin of an image that still stands."""
-        if self.first is None:
-            return 0.0
-        margins = self.margins[: len(self.first)]
-        comparable = self.left[: len(self.first)] & np.isfinite(self.first) & np.isfinite(margins)
-        return float((self.first - margins)[comparable].max(initial=0.0))
 
     def add(self, row: Row, withstood: np.ndarray) -> None:
         """Add the row of another attack."""
         self.rows.append(row)
         self.left[: row.n] &= withstood
         if row.margins is not None:
-            self.first = row.margins if self.first is None else self.first
             self.margins[: row.n] = np.fmin(self.margins[: row.n], row.margins)
         if row.fallen is not None and row.fallen_images is not None and row.margins is not None:
             for index, image in zip(row.fallen.tolist(), row.fallen_images, strict=True):
@@ -256,8 +245,6 @@ class Measure:
         alive = (standing.left if spec.survivors_only else self.withstood(self.clean))[: spec.max_images]
         index, rule = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing)
         images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        if isinstance(rule, NearestRule):
-            images["near"] = rule.margins, rule.gain
         earlier = [row for row in standing.rows if row.n >= len(alive)] if self.subject.is_random else []
         if earlier and spec.survivors_only:
             worst = by_worst_points(earlier, min(row.n for row in earlier))
@@ -272,8 +259,7 @@ class Measure:
     def in_order(self, spec: AttackSpec, index: Tensor, standing: Standing) -> tuple[Tensor, Rule | None]:
         """Return the indices of the images that an attack gets, int64, in their order, and when the attack stops."""
         if spec.nearest is not None:
-            index = by_margin(index, standing.margins)[: spec.nearest]
-            return index, NearestRule(standing.margins[index.numpy()].tolist(), standing.gain)
+            return by_margin(index, standing.margins), NearestRule(len(index), spec.nearest)
         if spec.until is not None:
             index = nearest_first(index, standing.margins, self.subject.seed + spec.seed)
             return index, StoppingRule(spec.until, len(index), len(self.subject.y))
@@ -310,7 +296,7 @@ class Measure:
         with self._run(number, index, rule) as run:
             left = self.subject.deadline.until - time.monotonic()
             self.shards.from_first(lambda: (left, number, index, rule, run.context.draws_differ))
-            with self.progress.row(row_name(spec, self.context), len(index)):
+            with self.progress.row(row_name(spec, self.context), len(run.index)):
                 sums = run.sums(self.shards, self.progress.reach)
         sums.images = sums.images[: spec.max_images]
         return run, sums
@@ -349,7 +335,8 @@ class Measure:
                 gradients_from=None if followed is None else self._counted(followed),
                 seed=subject.seed + spec.seed,
             )
-            rule = None if context.draws_differ else rule
+            if context.draws_differ:
+                rule, index = None, index[: spec.nearest]
             yield AttackRun(spec, self._counted(target), index, subject, context, rule=rule)
 
     def _counted(self, model: Classifier) -> CountedModel:
@@ -383,7 +370,7 @@ class Measure:
     ) -> Row:
         """Run an attack, judge its images, and make the row. ``points`` are rows with the worst points before."""
         run, sums = self.attack(spec, index, rule)
-        begin, subject, other = time.perf_counter(), self.subject, spec.through
+        begin, subject, other, index = time.perf_counter(), self.subject, spec.through, run.index
         # A model that differs only in the aggregation of its samples is not taken as another model.
         same = isinstance(other, WithAggregation) and other.defence is subject.base_model and not other.without_noise
         subject.check_repeats(sums.images[index])
@@ -417,6 +404,9 @@ class Measure:
         shown = fallen = index[torch.from_numpy(~judged.right.all(0))[index]]
         if subject.is_random:
             shown = self._choose_points(row, judged, run, sums.images, points)
+        if spec.nearest is not None:
+            group = torch.cat([index[:0], *(run.parts[number] for number in run.last)])
+            row.last_fallen = int((~self.withstood(row))[group.numpy()].sum())
         row.examples = self._examples(index, shown, sums.images, judged)
         row.fallen, row.fallen_images = fallen.numpy(), sums.images[fallen].cpu().numpy()
         row.seconds = time.perf_counter() - begin + sums.seconds
@@ -456,7 +446,7 @@ def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> di
         "seed": spec.seed or None,
         "published": spec.published,
         "until": None if spec.until is None else [spec.until, STOPPING],
-        "nearest": None if spec.nearest is None else [spec.nearest, GROUP],
+        "nearest": None if spec.nearest is None else [spec.nearest, NEAREST_REVISION],
     }
     return spec.attack.settings(context) | {
         "max_images": spec.max_images,
