@@ -21,7 +21,7 @@ from purify_fast._files import write_text
 
 from .. import RESULTS
 from ..prose import wrapped
-from ..robustness import answer, contests, pack_zoo, smoothing
+from ..robustness import answer, contests, errors, pack_zoo, smoothing
 from ..robustness.broken import run_broken as broken
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
@@ -61,6 +61,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "performance_devices": performance.devices,
     "measured": performance.chapters,
     "broken": broken.table,
+    "errors": errors.table,
     "certificates": smoothing.table,
     "largest": smoothing.largest,
     "truth": truth.table,

@@ -1,7 +1,8 @@
 """Make the table that compares the four methods with adversarial training, from the committed results.
 
 Each method stands in front of an adversarially trained classifier, or replaces it (ARREST). The numbers of this
-classifier alone, under the same attacks on the same images, stand in brackets.
+classifier alone, under the same attacks on the same images, stand in brackets. The line of a method is its best
+measured one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from purify_fast.judge.results.rows import Estimate
 from purify_fast.judge.show.text import markdown_table
 
 from ..kept import Row, rows_of
@@ -36,18 +38,22 @@ def diffusion_rows(results: Path, group: str) -> dict[str, Row]:
     return {row["model"]: row for row in rows if (row["group"], row["process"]) == (group, None)}
 
 
-def _accuracies(results: Path) -> dict[str, str]:
-    """Return the accuracies in percent, without an attack and under attack, as a text for each model."""
-    rows = read_rows(results / "studies" / "carso_mnist" / FILE)
-    clean, attacked = (
-        {row.model: row.accuracy for row in rows if row.attack == attack} for attack in ("clean", "worst")
-    )
-    for row in rows_of(results / "studies" / "cifar10.json"):
-        if row["seed"] == 0:
-            clean[row["name"]], attacked[row["name"]] = row["clean"], row["fast"]
+def _outcomes(results: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return which predictions of each model are right, clean and attacked, each bool ``[draws, images]``."""
+    outcomes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for study in ("carso_mnist", "cifar10"):
+        rows = {(row.model, row.attack): row.right for row in read_rows(results / "studies" / study / FILE)}
+        outcomes |= {model: (rows[model, "clean"], rows[model, "worst"]) for model, attack in rows if attack == "clean"}
     for model, row in diffusion_rows(results, "exact").items():
-        clean[model], attacked[model] = (float(diffusion_draws(row, when).mean()) for when in ("clean", "attacked"))
-    return {model: f"{100 * clean[model]:.1f} / {100 * attacked[model]:.1f}" for model in attacked}
+        outcomes[model] = diffusion_draws(row, "clean"), diffusion_draws(row, "attacked")
+    return outcomes
+
+
+def _against(own: tuple[np.ndarray, np.ndarray], alone: tuple[np.ndarray, np.ndarray]) -> str:
+    """Return the accuracies of a model and of the classifier alone, and the paired difference under attack."""
+    difference = Estimate.of(own[1].astype(float) - alone[1])
+    pair, other = (f"{100 * clean.mean():.1f} / {100 * attacked.mean():.1f}" for clean, attacked in (own, alone))
+    return f"{pair} ({other}); {100 * difference.mean:+.1f} ± {100 * difference.error:.1f}"
 
 
 class Method(NamedTuple):
@@ -67,8 +73,13 @@ class Method(NamedTuple):
 
 
 METHODS = (
-    Method("CARSO", ("CARSO pipeline, z = 0", "classifier"), ("CARSO pipeline", "PGD-AT"), "CARSO pipeline"),
-    Method("AToP", None, ("AToP pipeline", "PGD-AT"), "AToP pipeline"),
+    Method(
+        "CARSO",
+        ("CARSO pipeline, z = 0", "classifier"),
+        ("CARSO pipeline, distilled", "PGD-AT"),
+        "CARSO pipeline, distilled",
+    ),
+    Method("AToP", None, ("AToP pipeline, sigma 0", "PGD-AT"), "AToP pipeline, sigma 0"),
     Method("ARREST", None, ("ARREST, moving average", "PGD-AT"), "ARREST, moving average"),
     Method("diffusion", ("mnist-diffpure-at", "mnist-pgd-at"), ("cifar10-diffpure-at-w16", "cifar10-pgd-at-w16")),
 )
@@ -86,11 +97,13 @@ def table(results: Path) -> list[str]:
     Args:
         results: folder of the committed results.
     """
-    body, accuracies = [], _accuracies(results)
+    body, outcomes = [], _outcomes(results)
     for method in METHODS:
-        pairs = [[accuracies.get(name) for name in names or ()] for names in (method.mnist, method.cifar10)]
-        cells = (f"{pair[0]} ({pair[1]})" if pair and all(pair) else NOT_MEASURED for pair in pairs)
+        pairs = [names and [outcomes[name] for name in names] for names in (method.mnist, method.cifar10)]
+        cells = (_against(*pair) if pair else NOT_MEASURED for pair in pairs)
         costs = (_times(results, method.costs, f"{what}_gflop") for what in ("training", "inference"))
         body.append([f"**{method.title}**", *cells, *costs])
-    head = ["method", f"MNIST, clean / attacked ({ALONE}), %", f"CIFAR-10, clean / attacked ({ALONE}), %"]
-    return markdown_table([*head, "cost of a training image", "cost of a prediction"], body)
+    pair = f"clean / attacked ({ALONE}), %; difference under attack"
+    return markdown_table(
+        ["method", f"MNIST, {pair}", f"CIFAR-10, {pair}", "cost of a training image", "cost of a prediction"], body
+    )

@@ -17,8 +17,9 @@ FILE = "report.json"
 
 
 def percent(row: Row) -> str:
-    """A row's accuracy and standard error, in percent."""
-    return f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}"
+    """A row's accuracy and its standard error, if it has one, in percent."""
+    error = "" if row.images_share_draws else f" ± {100 * row.standard_error:.1f}"
+    return f"{100 * row.accuracy:.1f}{error}"
 
 
 def comparison(rows: Sequence[Row]) -> list[str]:

@@ -297,7 +297,7 @@ def worst_of_runs(
         if draws > 1:
             from .shared_draws import drawn_once_per_call
 
-            apart = drawn_once_per_call(model, x, draws, most)
+            apart = context.shares_draws or drawn_once_per_call(model, x, draws, most)
         source = model
         if context.copies is not None or precision == "bfloat16":
             source = context.source(model, x, precision)

@@ -69,6 +69,7 @@ class AttackContext:
         steps: number of steps of an attack whose own ``steps`` is None.
         eot_iter: number of draws averaged per step, for an attack whose own ``eot_iter`` is None.
         draws_differ: whether two predictions of the same image may differ. If not, every attack takes one draw.
+        shares_draws: whether predictions of a call have a random part in common; every draw then takes a separate call.
         seed: seed of all random numbers; in a captured step a tensor, int64 ``[1]``.
         sample_ids: int64 ``[B]``, the indices of the images in their data set. The random start of an image depends
             only on the seed and its index. None: 0 .. B - 1.
@@ -95,6 +96,7 @@ class AttackContext:
     steps: int = 100
     eot_iter: int = 1
     draws_differ: bool = True
+    shares_draws: bool = False
     seed: int | Tensor = 0
     sample_ids: Tensor | None = None
     loss_function: LossFunction | None = None

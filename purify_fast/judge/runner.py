@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -183,7 +182,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Jud
     # "fast" ends the search of an image at a point that counts as fallen, and does not look for a worse one.
     # A claim is tested by the accuracy of one draw, which a worse point lowers.
     if config.predict == "worst_of" or (config.protocol == "fast" and config.predict is None and config.claim is None):
-        draws, share = max(draws, config.n_eval), 1 - MAX_SURVIVAL ** (1 / config.n_eval)
+        draws, share = max(draws, subject.judges), 1 - MAX_SURVIVAL ** (1 / subject.judges)
     # Every draw of a vote passes all images.
     most = None if most is None else max(1, most // votes)
     return JudgeContext(
@@ -194,6 +193,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Jud
         eot_iter=-(-config.eot_iter // votes),
         seed=config.seed,
         draws_differ=subject.is_random,
+        shares_draws=subject.shares_draws,
         judge_draws=draws,
         judge_share=share,
         batch_size=config.images_together,
@@ -246,8 +246,7 @@ class _Evaluation:
             report.about |= {"model": weights} if weights else {}
             warn_of_probabilities(subject, name)
             report.notes += [f"the model: {VARYING}"] * self.draws
-            once = subject.draws_once_per_call
-            report.notes += paragraphs("first_notes.jinja", once_per_call=once, config=config, name=name, modes=modes)
+            report.notes += paragraphs("first_notes.jinja", subject=subject, config=config, name=name, modes=modes)
             probes = config.protocol is not None if config.probes is None else config.probes
             before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
             context = _context(config, subject, self.ball)
@@ -299,7 +298,7 @@ class _Evaluation:
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
-        fallen = [point for standing in self.standings.values() for point in standing.fallen(measure.clean)]
+        fallen = [point for standing in self.standings.values() for point in standing.fallen()]
         report.adversarial = gathered(fallen, subject, about)
         report.rows += worst_rows(report.rows)
         subject.deadline.begin(self.until)
@@ -388,8 +387,9 @@ class _Evaluation:
 
     def standing(self, threat: str | None) -> Standing:
         """The state of the images after the attacks so far."""
-        left = self.measure.withstood(self.measure.clean)
-        return self.standings.setdefault(threat, Standing(left.copy(), np.full(len(left), np.inf)))
+        if threat not in self.standings:
+            self.standings[threat] = Standing.begin(self.measure.clean)
+        return self.standings[threat]
 
     def rows(self) -> list[Row]:
         """Make the row of the clean images, and the rows of the attacks."""
@@ -407,7 +407,7 @@ class _Evaluation:
             finally:
                 deadline.begin()
             rows.append(row)
-            standing.add(row, measure.withstood(row))
+            standing.add(row)
             share = f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
             measure.progress.finished(share)
         return rows
@@ -415,7 +415,7 @@ class _Evaluation:
     def tell_what_was_left_out(self) -> None:
         """Add a note on what the limit of time has left out, if it might have changed the headline."""
         cut = [row.attack for row in self.report.rows if CUT in row.warnings]
-        left, planned = int(self.standing(None).left.sum()), self.measure.attacks
+        left, planned = int(self.measure.withstood(self.standing(None).points.wrong).sum()), self.measure.attacks
         self.report.notes += paragraphs("time.jinja", left_out=self.left_out, cut=cut, left=left)
         attacks = {row_name(spec, self.measure.context) for spec in planned} & {*self.left_out}
         if left and (attacks or cut):

@@ -15,7 +15,7 @@ from .._hashes import digest
 from ..attacks.context import TimeIsOver
 from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
 from .alarms.signs import Evidence, findings, signs_of_masking
-from .results.rows import Worst, count_fallen
+from .results.rows import Points, count_fallen
 from .run.measure import Measure, counted_model
 from .show.report import Report
 
@@ -70,15 +70,16 @@ class Suspicion:
             return {}
         return {"cosine": subject.batch_limit.within(lambda: compared_gradients(subject, self.measure.context))}
 
-    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Worst | None:
-        """Judge the points of a random model's images that fell to probes; None if there are none."""
+    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Points:
+        """The points of the images that fell to probes; those of a random model are judged by its draws."""
         subject = self.measure.subject
         if probes.points is None or not fallen:
-            return None
+            count = len(fallen)
+            return Points(np.ones(count), np.full(count, -np.inf, np.float32), np.zeros((subject.judges, count), bool))
         index = torch.tensor(fallen, dtype=torch.int64, device="cpu")
         points = probes.points[index].to(subject.x.device)
         chosen, judged = (subject.judge(points, phase, index) for phase in ("choose", "judge"))
-        return Worst(chosen.wrong, chosen.margins, judged.right.sum(0))
+        return Points(chosen.wrong, chosen.margins, judged.right)
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""

@@ -10,7 +10,7 @@ from purify_fast.evaluation import Row
 
 
 def row(attack="PGD", model="a", robust=(1, 0, 1, 1), **options):
-    return Row(model, attack, "attack", np.array(robust, dtype=bool), n_eval=1, seed=0, data="d", **options)
+    return Row(model, attack, "attack", np.array([robust], dtype=bool), seed=0, data="d", **options)
 
 
 def test_the_table_and_the_file_of_two_models(tmp_path):

@@ -20,7 +20,7 @@ def report(model: str, **rows: int | list[int]) -> Report:
     result = Report()
     for attack, right in {"clean": N, **rows}.items():
         robust = np.array([1] * right + [0] * (N - right) if isinstance(right, int) else right, dtype=bool)
-        result.rows.append(Row(model, attack, "x", robust, n_eval=1, seed=0, data="d"))
+        result.rows.append(Row(model, attack, "x", robust[None], seed=0, data="d"))
     return result
 
 

@@ -15,16 +15,18 @@ def row(attack="PGD", robust=(1, 0, 1, 1), **more):
     """The row of an attack with these outcomes, image by image."""
     robust = np.array(robust, dtype=bool)
     values = {"model": "m", "kind": "pgd", "health": HEALTHY}
-    values |= {"n_eval": 1, "seed": 3, "seconds": 1.5, "data": "d", "reliable": more.get("health") is not MASKED}
+    values |= {"seed": 3, "seconds": 1.5, "data": "d", "reliable": more.get("health") is not MASKED}
     values |= {"deterministic": False, "attacked": len(robust)}
-    return Row(attack=attack, robust=robust, **values | more)
+    return Row(attack=attack, **{"right": robust[None]} | values | more)
 
 
 def drawn(attack, right, wrong, n_eval=5, margins=None, **more):
-    """The row of a random model: right judging draws of each image, and wrong choosing draws of ten."""
+    """The row of a random model: numbers of right judging draws of each image, and of wrong choosing draws of ten."""
     right, wrong = np.array(right), np.array(wrong) / 10
     margins = np.array(1 - 2 * wrong if margins is None else margins)
-    return row(attack, right == n_eval, n_eval=n_eval, right=right, wrong=wrong, margins=margins, **more)
+    # The images begin with different draws, so that the draws are about equally right.
+    draws = (np.arange(n_eval)[:, None] + 2 * np.arange(len(right))) % n_eval < right
+    return row(attack, draws[0], right=draws, wrong=wrong, margins=margins, **more)
 
 
 def probed(n=64, **measured):

@@ -1,5 +1,6 @@
 import html
 import json
+import math
 import os
 import platform
 import re
@@ -69,7 +70,7 @@ def test_numbers_in_the_tables():
 
 
 def test_no_number_of_few_images_is_shown_as_certain():
-    """All of 40 images are right: the true accuracy may be 91.2 %. A random model's row has a standard error."""
+    """All of 40 images are right: the true accuracy may be 91.2 %. No interval is too narrow."""
     one = row(robust=[1] * 40)
     assert one.in_percent == "100.0 (91.2 to 100.0)" and row(robust=[0] * 40).in_percent == "0.0 (0.0 to 8.8)"
     assert one.interval == pytest.approx((0.025 ** (1 / 40), 1)) and one.standard_error == 0
@@ -77,9 +78,13 @@ def test_no_number_of_few_images_is_shown_as_certain():
     assert 'style="left:91.19%;width:8.81%"' in Report([one]).to_html()
     (note,) = notes_on_rows([one], one)
     assert "40 images, the 95 % interval of this accuracy is 9 points wide" in note and "by 6 points" in note
-    several = drawn("A", [5, 0], [0, 10])
-    assert several.in_percent == "50.0 ± 35.4"
-    assert "± 0.0 does not mean" in Report([drawn("A", [5, 5], [0, 0])]).to_markdown()
+    several = drawn("A", [5] * 40, [0] * 40)
+    assert several.in_percent == "100.0 (91.2 to 100.0)" and several.mean_interval == several.interval
+    # draws that images share are a single sample of the event that all of them are right
+    shared = row(right=np.repeat([[True], [True], [False], [True], [False]], 40, 1))
+    assert shared.images_share_draws and shared.interval is None and shared.in_percent == "0.0"
+    (read,) = Report.from_json(Report([shared]).to_json()).rows
+    assert math.isnan(shared.standard_error) and np.array_equal(read.right, shared.right)
 
 
 def test_a_published_gain_and_its_error():
@@ -87,8 +92,8 @@ def test_a_published_gain_and_its_error():
     with_it, without = row(robust=[1] * 303 + [0] * 209), row(robust=[1] * 229 + [0] * 283)
     gain = Report([with_it]).paired(Report([without]), "PGD")
     assert f"{100 * gain.difference:.2f}" == "14.45" and gain.n == 512
-    # 74 images differ, all to one side: sqrt(p (1 - p) / n), p = 74 / 512
-    assert f"{100 * gain.standard_error:.2f}" == "1.55"
+    # 74 images differ, all to one side: sqrt(p (1 - p) / (n - 1)), p = 74 / 512
+    assert f"{100 * gain.standard_error:.2f}" == "1.56"
 
 
 def test_rows_of_several_models_are_no_report():
@@ -152,7 +157,7 @@ def test_rows_are_paired_on_the_same_images_within_the_same_threat_model():
     near, far = of_model("a", "L-inf 0.05"), of_model("b", "L-inf 0.15", robust=[1, 0, 0, 0])
     # the same threat model, and a report that does not say what it is about
     for other in (of_model("b", "L-inf 0.05", robust=[1, 0, 0, 0]), of_model("b", robust=[1, 0, 0, 0])):
-        assert str(near.paired(other, "PGD")) == "+50.0 ± 25.0 points (n = 4, paired)"
+        assert str(near.paired(other, "PGD")) == "+50.0 ± 28.9 points (n = 4, paired)"
     # clean images, and rows that are within the same other threat model
     assert near.paired(far, "clean").difference == near.paired(far, "weak").difference == 0
     for refused, message in (

@@ -14,7 +14,7 @@ from torch import nn
 from purify_fast.attacks import APGD, FGSM, PGD, AttackContext, BpdaModel, OriginalAutoAttack, StAdv
 from purify_fast.defences import WithAggregation, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, lee_kim_2023
-from purify_fast.judge.results.rows import by_worst_points
+from purify_fast.judge.results.rows import Points
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.ops import aggregate
 from purify_fast.speed import StepGraphs
@@ -139,13 +139,13 @@ def test_rows(full):
 def test_worst_is_per_image(full):
     names = [row.attack for row in full.rows if row.kind != "worst" and row.n == 128]
     rows = [full.row(name) for name in names]
-    worst = by_worst_points(rows, 128)
+    worst = Points.worst(rows, 128)
     assert np.array_equal(worst.wrong, np.max([row.wrong for row in rows], 0))
     assert np.array_equal(full.row("worst").right, worst.right)
     # an attack on fewer images neither lowers nor raises the row over all of them
     few = full.row("worst, first 40")
     rows.append(full.row("AutoAttack rand, 5 steps, first 40"))
-    assert np.array_equal(few.right, by_worst_points(rows, 40).right)
+    assert np.array_equal(few.right, Points.worst(rows, 40).right)
     assert few.n == 40 and {*few.settings["over"]} - {*full.row("worst").settings["over"]} == {rows[-1].attack}
     assert full.headline is full.row("worst")
 

@@ -129,8 +129,8 @@ class Evidence:
         """Return True if every image has fallen to an attack or to a probe, on a random model in at least one draw."""
         for row in worst_rows(self.rows) if self.rows else []:
             if row.attack == "worst":
-                row.robust[[] if self.probes is None else self.probes.fallen()] = False
-                return not row.robust.any()
+                fallen = [] if self.probes is None else self.probes.fallen()
+                return not np.delete(row.robust, fallen).any()
         return False
 
     def blind(self) -> str:
@@ -265,7 +265,7 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
     if clean is None or evidence.classes is None:
         return None
     chance = 1 / evidence.classes
-    what = "clean images" if clean.right is None else "single draws on clean images"
+    what = "clean images" if clean.n_eval == 1 else "single draws on clean images"
     text = (
         f"{100 * clean.mean:.1f} % of the {what} are classified correctly; a guess among {evidence.classes} classes is "
         f"right for {100 * chance:.1f} %"

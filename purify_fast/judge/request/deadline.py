@@ -18,7 +18,7 @@ from ...attacks.arguments import are_one_hot, are_probabilities
 from ...attacks.attacked_model import logits_of, logits_of_draws
 from ...attacks.base import ThreatModel
 from ...attacks.context import TimeIsOver
-from ...attacks.shared_draws import TRIED_CALLS, TRIED_ROWS, drawn_once_per_call
+from ...attacks.shared_draws import TRIED_CALLS
 from ...defences.stochastic import MajorityVote, undecided
 from ...ops import attack_loss
 from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_each_image, supports
@@ -31,6 +31,7 @@ from ..searches.model_tests import (
     check_leaves_images,
     check_model,
     draws_elsewhere,
+    images_share_draws,
     predicts_otherwise,
 )
 from ..surrogates.copies import Surrogates, surrogates
@@ -101,6 +102,9 @@ TRIED = 64
 ASKED = 16
 #: At least this number of draws chooses between two points of an image.
 CHOOSING = 10
+#: At least this number of draws judges each image of a model whose images share draws: fewer leave an error that is
+#: itself uncertain.
+SHARED_JUDGES = 20
 #: Noise counts as fixed unless the logits of more than this share of the images differ by more than rounding. A few
 #: images may differ, because rounding inside the model may move a value across a discontinuity.
 FEW = 0.25
@@ -148,6 +152,10 @@ class Judgement:
         """The share of wrong predictions on each image, float64 ``[n]``."""
         return 1 - self.right.mean(0)
 
+    def of(self, index: np.ndarray) -> Judgement:
+        """The judgement of some of the images; ``nonfinite`` stays that of all."""
+        return Judgement(self.right[:, index], self.nonfinite, self.margins[index], self.classes[index])
+
 
 class Subject:
     """A model with the images on which it is attacked.
@@ -191,7 +199,9 @@ class Subject:
         self.is_random = differ(first, second) or self.answers_vary(base, elsewhere=True) or draws
         # A class may promise what a few draws do not show.
         self.is_random |= (base is not model or predict is not None) and draws_for_each_image(base)
-        self.draws_once_per_call = self.is_random and drawn_once_per_call(base, self.sample_images(), TRIED_ROWS)
+        #: Whether the predictions of a call have a random part in common. No promise of a class is trusted here,
+        #: because a part of the model may break it.
+        self.shares_draws = self.is_random and images_share_draws(base, self.sample_images())
         self.has_probabilities = are_probabilities(first) and are_probabilities(second)
         self.has_one_hot = self.has_probabilities and are_one_hot(first) and are_one_hot(second)
         #: The predictions that judged images.
@@ -276,6 +286,8 @@ class Subject:
     @property
     def judges(self) -> int:
         """The number of predictions that judge an image."""
+        if self.shares_draws:
+            return max(self.n_eval, SHARED_JUDGES)
         return self.n_eval if self.is_random else 1
 
     def reseed(self, phase: Phase) -> None:
@@ -292,7 +304,8 @@ class Subject:
             right, named, leads, nonfinite = [], [], torch.zeros(len(x), device="cpu"), 0
             # Only a class that promises independent draws predicts several in one call: if they had a part in
             # common, they would agree too often.
-            together = draws if draws_for_each_image(model) or supports(model, SharesDraws) else 1
+            promised = draws_for_each_image(model) or supports(model, SharesDraws)
+            together = draws if promised and not self.shares_draws else 1
             for _ in range(draws // together):
                 parts = [part.to(self.device, copy=True) for part in x.split(max(1, self.batch_size // together))]
                 calls = [logits_of_draws(model, part, together).unflatten(0, (together, -1)) for part in parts]

@@ -1,6 +1,6 @@
 """A row of a report: the outcome of one attack for each image, or the worst outcome over several attacks.
 
-A row can also refute a claimed robust accuracy.
+All numbers of a row, their errors, and the test of a claim are computed from its predictions ``right [K, n]``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,66 @@ CUT = "runs ended before their last step, because the time was over"
 #: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
 #: at most the measured accuracy would have a probability below this number.
 REFUTED = 0.01
+#: A row shows that images share draws if its mean square over draws exceeds that of the rest at this level of
+#: significance.
+SHARED = 0.01
+#: A claim about a model whose images share draws is tested with at least this number of draws: with fewer, a skewed
+#: draw makes more errors than `REFUTED` (simulated: 7 % with 10 draws, 2 % with 20).
+CLAIM_DRAWS = 50
+
+
+class Estimate(NamedTuple):
+    """An accuracy with its standard error, the degrees of freedom of the error, and whether images share draws."""
+
+    mean: float
+    error: float
+    freedom: float
+    shared: bool
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval, by the t distribution."""
+        half = t_quantile(0.975, self.freedom) * self.error
+        return self.mean - half, self.mean + half
+
+    @classmethod
+    def of(cls, right: np.ndarray) -> Estimate:
+        """Estimate the mean of ``right [K, n]``, in which K draws and n images are random samples.
+
+        These are the components of variance of a two-way table without repetition, with the degrees of freedom of
+        Satterthwaite (Biometrics Bulletin 1946). Whether a model draws for each image, once for all images of a call,
+        or both, need not be known.
+        """
+        k, n = right.shape
+        values = right.astype(np.float64)
+        mean, of_images, of_draws = values.mean(), values.mean(0), values.mean(1)
+        rest = values - of_images - of_draws[:, None] + mean
+        freedom = max(1, n - 1), max(1, k - 1), max(1, n - 1) * max(1, k - 1)
+        sums = k * np.square(of_images - mean).sum(), n * np.square(of_draws - mean).sum(), np.square(rest).sum()
+        images, draws, residual = (total / free for total, free in zip(sums, freedom, strict=True))
+        squares = np.array([images, draws, -residual]) if draws > residual else np.array([images, 0.0, 0.0])
+        total = float(squares.sum())
+        spread = float((np.square(squares) / freedom).sum())
+        free = total**2 / spread if spread else float(freedom[0])
+        # Wilson and Hilferty's quantile of the chi-squared distribution; the rest has many degrees of freedom.
+        ninth = 2 / (9 * freedom[1])
+        limit = (1 - ninth + statistics.NormalDist().inv_cdf(1 - SHARED) * math.sqrt(ninth)) ** 3
+        return cls(float(mean), math.sqrt(max(0.0, total) / (n * k)), free, bool(draws > limit * residual))
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """Return a quantile of Student's t distribution, exact to a third of a percent from 4 degrees of freedom on.
+
+    The expansion of Cornish and Fisher (Abramowitz & Stegun 26.7.5).
+    """
+    z = statistics.NormalDist().inv_cdf(level)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 @dataclass
@@ -54,10 +115,9 @@ class Row:
         model: the model's name.
         attack: the attack's name, which identifies the row together with the model's name.
         kind: ``clean``; the kind of the attack; or ``worst``, for the worst outcome over several attacks.
-        robust: bool ``[n]``. All ``n_eval`` predictions on the row's image (clean, or after the attack) were correct.
-            In a row of an attack on survivors, and in a ``worst`` row, an image is robust only if it was robust in the
-            earlier rows too; a random model has another rule, see `by_worst_points`.
-        n_eval: number of predictions that judged each image.
+        right: whether each of K predictions of each image (clean, or after the attack) is correct, bool ``[K, n]``. A
+            row of an attack on survivors, and a ``worst`` row, also count what fell in earlier rows; for a random model
+            see `Points`. A draw has the same index in all rows.
         seed: seed of all random numbers.
         seconds: wall clock time.
         data: a hash of the images and labels.
@@ -86,17 +146,15 @@ class Row:
             ``fallen_images`` these attacked images, float32 ``[F, C, H, W]``; None in a report.
         margins: the true logit minus the largest other logit on the attacked images, averaged over the (choosing)
             draws, float32 ``[n]``. None in a ``worst`` row, and in the clean row of a deterministic model.
-        right: the number of correct predictions on each image, int64 ``[n]``; None if each image has one prediction.
         wrong: for a random model: the share of the choosing draws that misclassify each image, float64 ``[n]``;
             otherwise None. Choosing draws choose between points, and are not among the predictions.
-        of_draws: for a model that draws once per call: the accuracy of each prediction, for the standard error.
+        shares_draws: whether predictions of a call were found to have a random part in common.
     """
 
     model: str
     attack: str
     kind: str
-    robust: np.ndarray
-    n_eval: int
+    right: np.ndarray
     seed: int
     data: str
     seconds: float = 0.0
@@ -120,9 +178,8 @@ class Row:
     fallen: np.ndarray | None = field(default=None, compare=False)
     fallen_images: np.ndarray | None = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
-    right: np.ndarray | None = field(default=None, compare=False)
     wrong: np.ndarray | None = field(default=None, compare=False)
-    of_draws: list[float] = field(default_factory=list)
+    shares_draws: bool = False
 
     def __repr__(self) -> str:
         percent = f"{self.in_percent} %" if self.n else "no images"
@@ -131,7 +188,17 @@ class Row:
     @property
     def n(self) -> int:
         """The number of the row's images."""
-        return len(self.robust)
+        return self.right.shape[1]
+
+    @property
+    def n_eval(self) -> int:
+        """The number of predictions that judged each image."""
+        return len(self.right)
+
+    @property
+    def robust(self) -> np.ndarray:
+        """The images on which all predictions are correct, bool ``[n]``."""
+        return np.asarray(self.right.all(0))
 
     @property
     def accuracy(self) -> float:
@@ -139,23 +206,34 @@ class Row:
         return float(self.robust.mean())
 
     @property
+    def estimate(self) -> Estimate:
+        """The accuracy of a single prediction, with its standard error over images and draws."""
+        return Estimate.of(self.right)
+
+    @property
     def mean(self) -> float:
         """The accuracy of a single prediction: the mean over the images and over the ``n_eval`` predictions."""
-        return self.accuracy if self.right is None else float(self.right.mean()) / self.n_eval
+        return float(self.right.mean())
 
     @property
     def mean_error(self) -> float:
-        """The standard error of `mean`, over images and draws.
+        """The standard error of `mean`, over images and draws, see `Estimate`."""
+        return self.standard_error if self.n_eval == 1 else self.estimate.error
 
-        The standard deviation of the images' shares of correct predictions contains both. If the model draws once for
-        all images, the variance over the draws is added.
-        """
-        if self.right is None:
-            return self.standard_error
-        variance = float(np.var(self.right / self.n_eval)) / self.n
-        if len(self.of_draws) > 1:
-            variance += float(np.var(self.of_draws, ddof=1)) / len(self.of_draws)
-        return math.sqrt(variance)
+    @property
+    def mean_interval(self) -> tuple[float, float]:
+        """The 95 % interval of `mean`, from 0 to 1. It is exact if all predictions of an image have one outcome."""
+        estimate = self.estimate
+        if self.n_eval == 1 or estimate.error == 0:
+            count = round(self.mean * self.n)
+            return exact_interval(count, self.n)
+        low, high = estimate.interval
+        return max(0.0, low), min(1.0, high)
+
+    @property
+    def images_share_draws(self) -> bool:
+        """Return True if the images' predictions have a random part in common, by a test of the model or by the row."""
+        return self.n_eval > 1 and (self.shares_draws or self.estimate.shared)
 
     @property
     def share_wrong(self) -> np.ndarray:
@@ -164,22 +242,21 @@ class Row:
 
     @property
     def standard_error(self) -> float:
-        """The binomial standard error of the accuracy p: sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
+        """The binomial standard error of the accuracy p: sqrt(p (1 - p) / n); NaN if images share draws.
+
+        If they do, the draws are a single sample of the event that all of them are right.
+        """
+        return math.nan if self.images_share_draws else math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The exact 95 % interval of the accuracy on all images like these (Clopper-Pearson), from 0 to 1."""
-        right = int(self.robust.sum())
-        return least_share(self.n - right, self.n), 1 - least_share(right, self.n)
+    def interval(self) -> tuple[float, float] | None:
+        """The exact 95 % interval of the accuracy on all images like these, from 0 to 1; None if images share draws."""
+        return None if self.images_share_draws else exact_interval(int(self.robust.sum()), self.n)
 
     @property
     def in_percent(self) -> str:
-        """The accuracy in percent; with its `interval`, or its standard error if an image has several predictions."""
-        if self.right is not None:
-            return f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f}"
-        accuracy, low, high = (100 * share for share in (self.accuracy, *self.interval))
-        return f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
+        """The accuracy in percent, with its `interval`."""
+        return in_percent(self.accuracy, self.interval)
 
     @property
     def own_gradients(self) -> bool:
@@ -206,26 +283,27 @@ class Row:
         """Return True for a ``worst`` row without attacked images, because all clean images are misclassified."""
         return self.kind == "worst" and self.attacked == 0
 
-    def count(self, points: Worst) -> None:
-        """Let the row of a random model count these points, one for each image."""
-        self.robust = points.right == self.n_eval
-        self.right = points.right if self.n_eval > 1 else None
-        self.wrong, self.margins = points.wrong, points.margins
+    def take(self, points: Points) -> None:
+        """Let the row count these points, one for each image. Only a random model's row keeps how they were chosen."""
+        self.right, self.margins = points.right, points.margins
+        self.wrong = None if self.wrong is None else points.wrong
 
     def arrays(self) -> dict[str, np.ndarray | None]:
         """The arrays that `to_dict` does not contain, by name: those of `ARRAYS`, and examples."""
         return {name: getattr(self, name) for name in ARRAYS} | ({} if self.examples is None else vars(self.examples))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, with ``robust`` as a string of 0 and 1, and without `arrays`."""
-        apart = ("robust", "right", "wrong", "examples", *ARRAYS)
+        """The fields as plain values, with predictions as strings of 0 and 1, and without `arrays`."""
+        apart = ("right", "wrong", "examples", *ARRAYS)
         values = {name: value for name, value in vars(self).items() if name not in apart}
-        values |= {"n": self.n, "accuracy": self.accuracy, "standard_error": self.standard_error}
-        if self.right is not None:
-            values |= {"mean": self.mean, "mean_error": self.mean_error, "right": self.right.tolist()}
+        error = self.standard_error
+        values |= {"n": self.n, "n_eval": self.n_eval, "accuracy": self.accuracy}
+        values["standard_error"] = None if math.isnan(error) else error
+        if self.n_eval > 1:
+            values |= {"mean": self.mean, "mean_error": self.mean_error, "right": [*map(_bits, self.right)]}
         if self.wrong is not None:
             values["wrong"] = self.wrong.tolist()
-        return values | {"robust": "".join("1" if right else "0" for right in self.robust)}
+        return values | {"robust": _bits(self.robust)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> Row:
@@ -234,11 +312,15 @@ class Row:
         # ``variant`` of the model. A row on a model without its noise counted in no headline, so it is refused.
         if values.get("variant") in ("fixed", "deterministic") or values["kind"] == "authors":
             raise ValueError(f"the row {values['attack']!r} judged another model than the deployed one: evaluate again")
-        derived = ("n", "accuracy", "standard_error", "mean", "mean_error", "fell_to", "proved", "variant")
-        kinds = {"right": np.int64, "wrong": np.float64}
-        fields = {name: value for name, value in values.items() if name not in derived}
-        fields["robust"] = np.array([character == "1" for character in values["robust"]], dtype=bool)
-        fields |= {name: np.array(fields[name], dtype=kind) for name, kind in kinds.items() if name in fields}
+        derived = ("n", "n_eval", "robust", "accuracy", "standard_error", "mean", "mean_error")
+        earlier = ("fell_to", "proved", "variant", "of_draws")
+        fields = {name: value for name, value in values.items() if name not in (*derived, *earlier)}
+        draws = values.get("right", [values["robust"]])
+        if not all(isinstance(draw, str) for draw in draws):
+            raise ValueError(f"the row {values['attack']!r} has numbers of right draws only: evaluate again")
+        fields["right"] = np.array([[bit == "1" for bit in draw] for draw in draws], dtype=bool)
+        if "wrong" in fields:
+            fields["wrong"] = np.array(fields["wrong"], dtype=np.float64)
         rest = dict(arrays or {})
         fields |= {name: rest.pop(name, None) for name in ARRAYS}
         return cls(**fields, examples=Examples(**rest) if rest else None)
@@ -287,40 +369,46 @@ class Paired:
         return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
 
 
-class Worst(NamedTuple):
-    """The worst known point of each image of a random model; every array is ``[n]``, see `Row`."""
+class Points(NamedTuple):
+    """A point of each image, and what decides between points: ``[n]``, and ``right [K, n]``, see `Row`.
+
+    The choosing draws alone decide which of two points is worse; of a deterministic model, its only prediction.
+    """
 
     wrong: np.ndarray
     margins: np.ndarray
     right: np.ndarray
 
     @classmethod
-    def of_row(cls, row: Row, n: int) -> Worst:
+    def of_row(cls, row: Row, n: int) -> Points:
         """The points of a row's first n images."""
-        margins = np.zeros(row.n, dtype=np.float32) if row.margins is None else row.margins
-        right = row.robust.astype(np.int64) if row.right is None else row.right
-        return cls(row.share_wrong[:n], margins[:n], right[:n])
+        margins = np.full(row.n, np.inf, dtype=np.float32) if row.margins is None else row.margins
+        return cls(row.share_wrong, margins, row.right).first(n)
 
-    def is_worse(self, than: Worst) -> np.ndarray:
-        """Tell which points are worse than other points, by the choosing draws alone, bool ``[n]``."""
+    @classmethod
+    def worst(cls, rows: Iterable[Row], n: int) -> Points:
+        """For each of the first n images, the worst of the points that several rows handed over."""
+        return functools.reduce(cls.or_worse, [cls.of_row(row, n) for row in rows])
+
+    def first(self, n: int | None) -> Points:
+        """The points of the first n images."""
+        return Points(*(array[..., :n] for array in self))
+
+    def is_worse(self, than: Points) -> np.ndarray:
+        """Tell which points are worse than other points, bool ``[n]``."""
         return (self.wrong > than.wrong) | ((self.wrong == than.wrong) & (self.margins < than.margins))
 
-    def or_worse(self, other: Worst) -> Worst:
+    def or_worse(self, other: Points) -> Points:
         """For each image the worse of two points; of equally bad points the first."""
         which = other.is_worse(self)
-        return Worst(*(np.where(which, two, one) for one, two in zip(self, other, strict=True)))
-
-
-def by_worst_points(rows: Sequence[Row], n: int) -> Worst:
-    """For each of the first n images, choose the worst of the points that several rows handed over."""
-    return functools.reduce(Worst.or_worse, [Worst.of_row(row, n) for row in rows])
+        return Points(*(np.where(which, two, one) for one, two in zip(self, other, strict=True)))
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
     """Make the rows over several attacks, in which an image is robust if it is robust in all of their rows."""
     full = max(row.n for row in rows)
     attacks = [row for row in rows if row.is_attack]
-    clean = [row for row in rows if row.kind == "clean" and row.wrong is not None]
+    clean = [row for row in rows if row.kind == "clean"]
     worst = []
     for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
         within = [row for row in attacks if row.threat == threat]
@@ -332,29 +420,23 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
     return worst
 
 
-def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Worst | None = None) -> None:
-    """Count the images that fell to probes in the ``worst`` rows."""
+def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Points) -> None:
+    """Count the images that fell to probes, and their points, in the ``worst`` rows."""
     images = np.asarray(fallen, dtype=np.int64)
     for row in rows:
         if row.kind == "worst" and row.threat is None:
-            index = images[images < row.n]
-            if points is None:
-                row.robust = row.robust & ~np.isin(np.arange(row.n), index)
-            else:
-                worst = Worst.of_row(row, row.n)
-                probed = Worst(*(array.copy() for array in worst))
-                for array, new in zip(probed, points, strict=True):
-                    array[index] = new[images < row.n]
-                index = np.flatnonzero(probed.is_worse(worst))
-                row.count(worst.or_worse(probed))
+            worst = Points.of_row(row, row.n)
+            probed = Points(*(array.copy() for array in worst))
+            for array, new in zip(probed, points, strict=True):
+                array[..., images[images < row.n]] = new[..., images < row.n]
+            row.fell_to_probes = int(probed.is_worse(worst).sum())
+            row.take(worst.or_worse(probed))
             row.reliable = row.reliable or bool((row.share_wrong == 1).all())
-            row.fell_to_probes = len(index)
 
 
 def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
     """Make a row over the attacks ``group``, on the first n images; ``clean`` is the clean row of a random model."""
     first = group[0]
-    robust = np.logical_and.reduce([row.robust[:n] for row in group])
     attacked = [row for row in group if row.attacked]
     # The row is reliable if the model's own gradients were usable in at least one attack, because further attacks can
     # only lower the accuracy. Transferred images say nothing about these gradients.
@@ -363,8 +445,7 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
         model=first.model,
         attack=label,
         kind="worst",
-        robust=robust,
-        n_eval=first.n_eval,
+        right=first.right[:, :n],
         seed=first.seed,
         seconds=sum(row.seconds for row in group),
         data=first.data,
@@ -373,11 +454,10 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
         attacked=max(row.attacked or 0 for row in group),
         threat=first.threat,
         nonfinite_predictions=min(sum(row.nonfinite_predictions for row in group), n * first.n_eval),
-        # Draws that all images of a call share are the same in every row, so the first row shows how much they vary.
-        of_draws=first.of_draws,
+        shares_draws=first.shares_draws,
+        wrong=first.wrong,
     )
-    if first.wrong is not None:
-        worst.count(by_worst_points([*clean, *group], n))
+    worst.take(Points.worst([*clean, *group], n))
     # Missing gradients are no reason for doubt if no image was attacked, or if every image fell.
     worst.reliable = not attacked or had_gradients or bool((worst.share_wrong == 1).all())
     return worst
@@ -407,13 +487,30 @@ def least_share(missed: int, images: int) -> float:
     return bisect.bisect_left(range(10**6), 0.025, key=lambda k: chance_of_at_most(missed, images, 1 - k / 1e6)) / 1e6
 
 
+def exact_interval(right: int, images: int) -> tuple[float, float]:
+    """The exact 95 % interval of a share (Clopper-Pearson), from 0 to 1."""
+    return least_share(images - right, images), 1 - least_share(right, images)
+
+
+def in_percent(share: float, interval: tuple[float, float] | None) -> str:
+    """A share in percent, such as ``50.0 (35.0 to 65.0)``."""
+    within = "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    return f"{100 * share:.1f}{within}"
+
+
+def _bits(values: np.ndarray) -> str:
+    return "".join("1" if value else "0" for value in values)
+
+
 @dataclass(frozen=True)
 class ClaimTest:
     """The result of the test if a row refutes a claimed robust accuracy.
 
-    A random model is tested by the accuracy of one draw. The mean over several draws varies less than a single draw, so
-    the binomial test of the rounded up number is cautious. ``chance`` is the probability of at most ``left`` robust
-    images if the claim is true.
+    A random model is tested by the accuracy of one draw. ``chance`` is the probability of at most ``left`` robust
+    images if the claim is true: the mean over several draws of each image varies less than a single draw, so the
+    binomial test of the rounded up number is cautious. If images share draws, the accuracy must also be below the claim
+    in a t test with the `Estimate` of the row; ``bound`` is then the largest accuracy that it leaves at the level
+    `REFUTED`. ``reason`` tells why nothing was tested.
     """
 
     verdict: Literal["refuted", "not refuted", "not tested"]
@@ -422,20 +519,26 @@ class ClaimTest:
     left: int
     images: int
     chance: float
+    bound: float | None = None
+    reason: str = ""
 
 
 def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
     """Test a claimed robust accuracy."""
-    share = row.mean
-    if row.of_draws:
-        # Draws that all images of a call share are not independent among the images. So the best draw is taken.
-        share = min(1.0, share + max(row.of_draws) - sum(row.of_draws) / len(row.of_draws))
-    left = math.ceil(share * row.n - 1e-9)
-    chance = chance_of_at_most(left, row.n, claim)
-    verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if chance < REFUTED else "not refuted"
+    left = math.ceil(row.mean * row.n - 1e-9)
+    chance, bound, reason = chance_of_at_most(left, row.n, claim), None, ""
+    refuted = chance < REFUTED
     # Predictions without a class must not refute a claim, so they are also counted as right.
     nameless = math.ceil(row.nonfinite_predictions / row.n_eval)
     by_names = chance_of_at_most(min(row.n, left + nameless), row.n, claim) < REFUTED
-    if row.nothing_to_attack or (clean is not None and clean.nonfinite_predictions) or by_names != (chance < REFUTED):
-        verdict = "not tested"
-    return ClaimTest(verdict, claim=claim, share=share, left=left, images=row.n, chance=chance)
+    if row.nothing_to_attack or (clean is not None and clean.nonfinite_predictions) or by_names != refuted:
+        reason = "the model fails without an attack already, or too many of its predictions name no class"
+    elif row.images_share_draws:
+        estimate = row.estimate
+        bound = min(1.0, estimate.mean + t_quantile(1 - REFUTED, estimate.freedom) * estimate.error)
+        refuted = refuted and bound < claim
+        if row.n_eval < CLAIM_DRAWS:
+            reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"
+    verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if refuted else "not refuted"
+    verdict = "not tested" if reason else verdict
+    return ClaimTest(verdict, claim, row.mean, left, row.n, chance, bound, reason)

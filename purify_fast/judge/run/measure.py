@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, Passes, SharesDraws, supports
 from ..request.deadline import Deadline, Judgement, Subject
 from ..request.preparation import AttackSpec, row_name, threat_name
-from ..results.rows import CUT, Examples, Row, Worst, by_worst_points
+from ..results.rows import CUT, Examples, Points, Row
 from ..searches.engine.row_batches import has_fallen
 from ..searches.judge_context import JudgeContext
 from .attack_run import (
@@ -167,41 +167,41 @@ Rule = StoppingRule | NearestRule
 
 @dataclass
 class Standing:
-    """The images after the attacks in a threat model, in arrays ``[n]``, and the attacks' ``rows``.
+    """The worst point of each image so far, in a threat model; it is the clean image until an attack is added.
 
-    ``left`` are the images that withstood every attack, ``margins`` the smallest margins that any attack has reached,
-    and ``points`` the worst attacked image of each image that fell, with its share of wrong draws and its negative
-    margin, and the attack's label.
+    ``margins`` are the smallest margins that an attack has reached, ``[n]``. ``images`` has, for each image that fell,
+    the label of the attack and the attacked image.
     """
 
-    left: np.ndarray
+    points: Points
     margins: np.ndarray
-    rows: list[Row] = field(default_factory=list)
-    points: dict[int, tuple[tuple[float, float], str, np.ndarray]] = field(default_factory=dict)
+    images: dict[int, tuple[str, np.ndarray]] = field(default_factory=dict)
 
-    def add(self, row: Row, withstood: np.ndarray) -> None:
+    @classmethod
+    def begin(cls, clean: Row) -> Standing:
+        """Begin with the clean images."""
+        return cls(Points(*(array.copy() for array in Points.of_row(clean, clean.n))), np.full(clean.n, np.inf))
+
+    def add(self, row: Row) -> None:
         """Add the row of another attack."""
-        self.rows.append(row)
-        self.left[: row.n] &= withstood
+        before, own = self.points.first(row.n), Points.of_row(row, row.n)
+        worse = own.is_worse(before)
+        for array, new in zip(self.points, before.or_worse(own), strict=True):
+            array[..., : row.n] = new
         if row.margins is not None:
             self.margins[: row.n] = np.fmin(self.margins[: row.n], row.margins)
-        if row.fallen is not None and row.fallen_images is not None and row.margins is not None:
+        if row.fallen is not None and row.fallen_images is not None:
             for index, image in zip(row.fallen.tolist(), row.fallen_images, strict=True):
-                how_bad = float(row.share_wrong[index]), -float(row.margins[index])
-                if index not in self.points or how_bad > self.points[index][0]:
+                if worse[index] or index not in self.images:
                     # A view would keep the memory of all images.
-                    self.points[index] = how_bad, row.attack, image.copy()
+                    self.images[index] = row.attack, image.copy()
             row.fallen = row.fallen_images = None
 
-    def fallen(self, clean: Row) -> list[tuple[int, str, np.ndarray]]:
+    def fallen(self) -> list[tuple[int, str, np.ndarray]]:
         """The attacked images of the images that fell: their indices, the labels of their attacks, and the images."""
-        points = self.points
-        if clean.wrong is not None and self.rows:
-            # On a random model, the draws that judge the worst point of an image decide.
-            n = max(row.n for row in self.rows)
-            right = by_worst_points([clean, *(row for row in self.rows if row.n == n)], n).right == clean.n_eval
-            points = {index: point for index, point in points.items() if not right[index]}
-        return [(index, attack, image) for index, (_, attack, image) in sorted(points.items())]
+        # On a random model, the draws that judge the worst point of an image decide.
+        fell = np.flatnonzero(~self.points.right.all(axis=0))
+        return [(index, *self.images[index]) for index in fell.tolist() if index in self.images]
 
 
 @dataclass
@@ -242,14 +242,14 @@ class Measure:
 
     def attacked(self, spec: AttackSpec, standing: Standing) -> Row:
         """The row of an attack."""
-        alive = (standing.left if spec.survivors_only else self.withstood(self.clean))[: spec.max_images]
+        before = standing.points if spec.survivors_only else Points.of_row(self.clean, self.clean.n)
+        before = before.first(spec.max_images)
+        alive = self.withstood(before.wrong)
         index, rule = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing)
         images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        earlier = [row for row in standing.rows if row.n >= len(alive)] if self.subject.is_random else []
-        if earlier and spec.survivors_only:
-            worst = by_worst_points(earlier, min(row.n for row in earlier))
-            images["known"] = digest(*map(torch.from_numpy, worst))
-        make = functools.partial(self.judged, spec, index, rule, alive=alive, points=[self.clean, *earlier])
+        if self.subject.is_random:
+            images["known"] = digest(*(torch.from_numpy(array.copy()) for array in before))
+        make = functools.partial(self.judged, spec, index, rule, before)
         row = self.load_or_make(settings_of(spec, self.subject, self.context) | images, spec, make)
         # The key of a cached row does not contain the row's name, so it may have been made under another name.
         row.attack = row_name(spec, self.context)
@@ -345,30 +345,18 @@ class Measure:
 
     # -- the judgement of attacked images, by new predictions ----------------------------------------------------------
 
-    def withstood(self, row: Row) -> np.ndarray:
-        """Tell which images have not fallen, bool ``[n]``."""
-        if row.wrong is None:
-            return row.robust
-        return ~has_fallen(torch.from_numpy(row.wrong), self.context.judge_share).numpy()
+    def withstood(self, wrong: np.ndarray) -> np.ndarray:
+        """Tell which images have not fallen, bool ``[n]``, by the shares of draws that are wrong."""
+        return ~has_fallen(torch.from_numpy(wrong.copy()), self.context.judge_share).numpy()
 
     def new_row(self, right: np.ndarray, **values: Any) -> Row:
         """Make a row from predictions."""
-        subject, several = self.subject, len(right) > 1
-        return Row(
-            model=self.name,
-            robust=np.asarray(right.all(0)),
-            right=right.sum(0) if several else None,
-            of_draws=right.mean(1).tolist() if subject.draws_once_per_call and several else [],
-            n_eval=len(right),
-            seed=subject.seed,
-            data=subject.data,
-            **values,
-        )
+        subject = self.subject
+        shared = subject.shares_draws
+        return Row(model=self.name, right=right, seed=subject.seed, data=subject.data, shares_draws=shared, **values)
 
-    def judged(
-        self, spec: AttackSpec, index: Tensor, rule: Rule | None, alive: np.ndarray, points: Sequence[Row]
-    ) -> Row:
-        """Run an attack, judge its images, and make the row. ``points`` are rows with the worst points before."""
+    def judged(self, spec: AttackSpec, index: Tensor, rule: Rule | None, before: Points) -> Row:
+        """Run an attack, judge its images, and make the row. ``before`` are the points from which the row counts."""
         run, sums = self.attack(spec, index, rule)
         begin, subject, other, index = time.perf_counter(), self.subject, spec.through, run.index
         # A model that differs only in the aggregation of its samples is not taken as another model.
@@ -384,8 +372,7 @@ class Measure:
         elif run.rule is not None:
             stopped = {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
         row = self.new_row(
-            # On a deterministic model, images outside `alive` are misclassified or have fallen, and count as fallen.
-            judged.right & alive,
+            judged.right,
             attack="",
             kind=spec.attack.kind,
             # None if no gradient was counted.
@@ -399,31 +386,29 @@ class Measure:
             **stopped,
             transferred=other is not None and not same,
             nonfinite_predictions=judged.nonfinite,
-            margins=judged.margins,
         )
-        shown = fallen = index[torch.from_numpy(~judged.right.all(0))[index]]
-        if subject.is_random:
-            shown = self._choose_points(row, judged, run, sums.images, points)
+        own = self._points(judged, index, sums.images)
+        points = before.or_worse(own) if spec.survivors_only else own
+        row.wrong = own.wrong if subject.is_random else None
+        row.take(points)
+        fallen = index[torch.from_numpy(~judged.right.all(0))[index]]
         if spec.nearest is not None:
             group = torch.cat([index[:0], *(run.parts[number] for number in run.last)])
-            row.last_fallen = int((~self.withstood(row))[group.numpy()].sum())
-        row.examples = self._examples(index, shown, sums.images, judged)
+            row.last_fallen = int((~self.withstood(row.share_wrong))[group.numpy()].sum())
+        row.examples = self._examples(index, index[torch.from_numpy(own.wrong > 0.5)[index]], sums.images, judged)
         row.fallen, row.fallen_images = fallen.numpy(), sums.images[fallen].cpu().numpy()
         row.seconds = time.perf_counter() - begin + sums.seconds
         return row
 
-    def _choose_points(
-        self, row: Row, judged: Judgement, run: AttackRun, images: Tensor, points: Sequence[Row]
-    ) -> Tensor:
-        n, index = len(images), run.index
-        clean = Worst.of_row(points[0], n)
-        own = Worst(clean.wrong.copy(), clean.margins.copy(), judged.right.sum(0))
-        if len(index):
+    def _points(self, judged: Judgement, index: Tensor, images: Tensor) -> Points:
+        """The points of an attack on the images ``index``, and the clean points of the others."""
+        points = Points(*(array.copy() for array in Points.of_row(self.clean, len(images))))
+        at, chosen = index.numpy(), judged.of(index.numpy())
+        points.right[:, at] = chosen.right
+        if self.subject.is_random and len(at):
             chosen = self.subject.judge(images[index], "choose", index)
-            own.wrong[index.numpy()], own.margins[index.numpy()] = chosen.wrong, chosen.margins
-        row.of_draws = judged.right.mean(1).tolist() if row.of_draws else []
-        row.count(by_worst_points(points, n).or_worse(own) if run.spec.survivors_only else own)
-        return index[torch.from_numpy(own.wrong > 0.5)[index]]
+        points.wrong[at], points.margins[at] = chosen.wrong, chosen.margins
+        return points
 
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
         """Select the images that a page shows: some of the fallen images, or some others if no image fell."""

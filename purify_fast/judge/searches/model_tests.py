@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..._tensors import repeat_batch
 from ..._validation import check_literal
 from ...attacks.arguments import checked_logits
 from ...attacks.attacked_model import WritesToItsInput, logits_of
+from ...attacks.shared_draws import ALIKE
 from ...defences.stochastic import WithAggregation
 from ...ops.aggregate import aggregate
 from ...protocols import Classifier, SampleLogits, supports
@@ -19,6 +22,8 @@ from ...speed.agreement import differ
 
 #: The number of images on which a model is tested before it is attacked.
 SAMPLE = 8
+#: The test for shared draws: calls with two copies of each image, and permutations of the calls.
+CALLS, PERMUTED = 12, 4999
 
 
 @torch.no_grad()
@@ -66,6 +71,28 @@ def draws_elsewhere(model: Classifier, x: Tensor, most: int) -> bool:
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x) - 0.5
     tried = (x, (x + noise / 16).clamp(0, 1), (x + x.roll(1, 0).flip(-1)) / 2)
     return any(predicts_otherwise(model, images, most) for images in tried)
+
+
+@torch.no_grad()
+def images_share_draws(model: Classifier, x: Tensor) -> bool:
+    """Return True if two copies of an image in one call are more alike than copies in different calls.
+
+    Their logits then have a random part in common, alone or beside draws of each image. The covariance of the copies
+    over the calls is compared with that after the calls of the second copies were permuted. A model with separate draws
+    shows more than 999 in 1,000 permutations once in a thousand tests.
+    """
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        calls = torch.stack([logits_of(model, repeat_batch(x, 2)).double().cpu() for _ in range(CALLS)])
+    # Nothing that is added to all logits of an image decides. Logits count alike, whatever their size, and those that
+    # never change, or are infinite, say nothing.
+    behind = (calls - calls.amax(2, keepdim=True)).view(CALLS, 2, -1).numpy()
+    behind = behind[..., np.isfinite(behind).all((0, 1))]
+    first, second = np.moveaxis(behind / np.maximum(behind.std((0, 1)), 1e-12), 1, 0)
+    once = np.abs(first - second).max(initial=0) < ALIKE * np.abs(first - first[0]).max(initial=0)
+    together = (first - first.mean(0)) @ (second - second.mean(0)).T
+    orders = np.random.default_rng(0).permuted(np.tile(np.arange(CALLS), (PERMUTED, 1)), axis=1)
+    permuted = together[np.arange(CALLS), orders].sum(1)
+    return bool(once or (permuted >= np.trace(together)).sum() < 0.001 * PERMUTED)
 
 
 # -- other aggregations of a defence's samples, from which an attacker may take gradients ------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..alarms.signs import Finding
 from ..request.deadline import Subject
-from ..results.rows import REFUTED, ClaimTest, Paired, Row, judge_claim
+from ..results.rows import REFUTED, ClaimTest, Estimate, Paired, Row, judge_claim
 from .text import html_page, render
 
 FILE = "adversarial.npz"
@@ -260,7 +259,7 @@ class Report:
             # The lowest of numbers over different images, or of draws that judge a random model, is partly luck. So
             # rows on fewer images and these draws choose no row. Among equal accuracies, prefer the row over all
             # attacks, then a reliable row.
-            accuracy = row.accuracy if row.wrong is None else 1 - float(row.wrong.mean())
+            accuracy = 1 - float(row.share_wrong.mean())
             return -row.n, accuracy, row.kind != "worst", not row.reliable
 
         _ = self.model
@@ -287,6 +286,9 @@ class Report:
     def paired(self, other: Report, row: str = "worst", other_row: str | None = None) -> Paired:
         """The accuracy of this report's model minus the accuracy of another model, on their common images.
 
+        Of a random model, it is the accuracy of a single prediction (`Row.mean`), and a draw is paired with the draw of
+        the same number.
+
         Args:
             other: a report on the same data, in the same threat model.
             row: the attack's label.
@@ -307,8 +309,10 @@ class Report:
         if "clean" not in (first.kind, second.kind) and None not in threats and threats[0] != threats[1]:
             raise ValueError(f"paired needs the same threat model, got {threats[0]} and {threats[1]}")
         n = min(first.n, second.n)
-        d = first.robust[:n].astype(float) - second.robust[:n].astype(float)
-        return Paired(float(d.mean()), float(d.std() / math.sqrt(n)), n)
+        # A deterministic model, which is judged once, is paired with every draw of the other model.
+        draws = min((row.n_eval for row in (first, second) if row.n_eval > 1), default=1)
+        difference = Estimate.of(first.right[:draws, :n].astype(float) - second.right[:draws, :n])
+        return Paired(difference.mean, difference.error, n)
 
     def to_json(self) -> str:
         """The report as JSON, with all rows and the headline."""

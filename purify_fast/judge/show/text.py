@@ -25,7 +25,7 @@ from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, support
 from ..alarms.probes import PROBED
 from ..alarms.signs import ALARMS, STATES, Evidence, Finding
 from ..request.deadline import device_of
-from ..results.rows import CUT, REFUTED, Examples, Row
+from ..results.rows import CUT, REFUTED, Examples, Row, in_percent
 
 if TYPE_CHECKING:
     import jinja2
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Report = Any
 
 #: The macros of `sentences.jinja` that all templates may call; in HTML their texts are escaped.
-SENTENCES = ("claim", "means", "outcome", "reason", "short_legend", "signs", "states", "verdict", "zero_errors")
+SENTENCES = ("claim", "means", "outcome", "reason", "short_legend", "signs", "states", "verdict")
 UNRELIABLE = "unreliable"
 #: The mark of an unreliable number in Markdown.
 RED_UNRELIABLE = f'**<span style="color:red">{UNRELIABLE}</span>**'
@@ -81,8 +81,8 @@ def terminal_table(head: Sequence[str], body: Iterable[Sequence[str]], longest: 
 
 
 def single_predictions(row: Row) -> str:
-    """The share of correct single predictions in percent; of several draws also its standard error."""
-    return f"{100 * row.mean:.1f}" + ("" if row.right is None else f" ± {100 * row.mean_error:.1f}")
+    """The share of correct single predictions in percent; of several draws also its interval."""
+    return in_percent(row.mean, None if row.n_eval == 1 else row.mean_interval)
 
 
 def warning(row: Row) -> str:

@@ -65,14 +65,14 @@ class EngineAttack(InBall):
         judges, most = context.judges(draws), context.max_forward_batch
         source = context.gradients_from if self.follows_gradients else None
         with frozen(target):
-            apart = drawn_once_per_call(target, x, max(judges, draws), most)
+            apart = context.shares_draws or drawn_once_per_call(target, x, max(judges, draws), most)
             judge = Judge(target, judges, most, apart, context.judge_share)
             active = ActiveSet(x, y, ball, judge, context)
             if source is None:
                 source = context.source(target, x, self.precision)
             with frozen(source):
                 if source is context.gradients_from:
-                    apart = drawn_once_per_call(source, x, draws, most)
+                    apart = context.shares_draws or drawn_once_per_call(source, x, draws, most)
                 loss, graphs, toward = context.loss_function or loss, context.graphs, context.toward
                 objective = Objective(source, loss, draws, most, graphs=graphs, apart=apart, toward=toward)
                 with keeping(lambda: active.best):
