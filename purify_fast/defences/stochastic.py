@@ -222,6 +222,8 @@ class WithoutNoise(_WithSameAnswer):
     """
 
     mode = "deterministic"
+    #: What a report says of the judged model.
+    judged_as = "without noise: not the model as it is deployed"
 
     def __init__(self, model: Classifier):
         super().__init__(model)
@@ -241,6 +243,7 @@ class WithFixedNoise(_WithSameAnswer):
     """
 
     mode = "fixed_noise"
+    judged_as = "with fixed noise, which the attacks know"
 
     def __init__(self, model: Classifier, seed: int = 0):
         super().__init__(model, seed)
@@ -313,6 +316,11 @@ class MajorityVote(nn.Module):
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         self.model, self.draws = model, draws
+
+    @property
+    def judged_as(self) -> str:
+        """What a report says of the judged model."""
+        return f"by the majority vote of {self.draws} draws"
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits ``[B, classes]``, in float32, or in float64 if the model computes in float64."""

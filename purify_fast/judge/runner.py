@@ -52,7 +52,7 @@ from .run.attack_run import Shards
 from .run.cache import RowCache
 from .run.measure import Measure, Progress, Standing, settings_of
 from .searches.judge_context import JudgeContext
-from .searches.model_tests import check_leaves_images
+from .searches.model_tests import check_leaves_images, check_model, strays_frozen
 from .show.report import Report, gathered
 from .show.text import notes_on_rows, paragraphs
 from .suspicion import Suspicion
@@ -241,7 +241,9 @@ class _Evaluation:
             enter(reading(model, self.base, *(spec.through for spec in self.attacks)))
             judging: dict[str, Any] = {"n_eval": config.n_eval, "predict": config.predict, "seed": config.seed}
             size = config.images_together
-            self.subject = subject = Subject(model, self.x, self.y, batch_size=size, draws=self.draws, **judging)
+            with strays_frozen(model, self.stack) as strays:
+                self.subject = subject = Subject(model, self.x, self.y, batch_size=size, draws=self.draws, **judging)
+            modes += note_of_modes(model, name, strays) if strays else []
             weights = state_digest(model)
             report.about |= {"model": weights} if weights else {}
             warn_of_probabilities(subject, name)
@@ -263,16 +265,25 @@ class _Evaluation:
         specs = self.attacks
         if self.config.protocol is not None:
             specs = protocol_attacks(self.config.protocol, self.subject, self.ball, self.base, self.config.steps)
-        self.admit([self.base, *(spec.through for spec in specs)])
+        self.admit([("base", self.base), *self.followed(specs)])
         return specs
 
-    def admit(self, models: Sequence[Classifier | None]) -> None:
-        """Freeze the other models that attacks use, and register them in the cache."""
-        subject, cache = self.subject, self.measure.cache
-        for model in {id(model): model for model in models if model is not None}.values():
+    def followed(self, specs: Sequence[AttackSpec]) -> list[tuple[str, Classifier | None]]:
+        """The models that attacks follow, with their names in an error."""
+        return [(f"through of {row_name(spec, self.measure.context)!r}", spec.through) for spec in specs]
+
+    def admit(self, models: Sequence[tuple[str, Classifier | None]]) -> None:
+        """Freeze and check the other models that attacks use, with their names, and register them in the cache."""
+        subject, cache, admitted = self.subject, self.measure.cache, set[int]()
+        for what, model in models:
+            if model is None or id(model) in admitted:
+                continue
+            admitted.add(id(model))
             self.stack.enter_context(frozen(model))
             timed_model = subject.deadline.watch(model)
             check_leaves_images(timed_model, subject.sample_images()[:1])
+            if (classes := check_model(timed_model, subject.sample_images())) != subject.num_classes:
+                raise ValueError(f"{what} must have the {subject.num_classes} classes of the model, got {classes}")
             # Without a name for the rows of the judged model itself, there is none for rows of others.
             if cache.key({}, subject.model) is not None:
                 cache.register(f"attacks through {type(model).__name__}", model, subject.asked_images(), timed_model)
@@ -308,7 +319,12 @@ class _Evaluation:
         self.tell_what_was_left_out()
         headline = report.lowest.get(None)
         report.notes += notes_on_rows(report.rows, headline)
-        if headline is not None and (test := report.claim_test(headline)) is not None:
+        if headline is None and self.config.claim is not None:
+            told = (
+                f"no attack ran within {report.about['threat']}, so the claim of {self.config.claim:g} % is not tested"
+            )
+            report.notes.append(told)
+        elif headline is not None and (test := report.claim_test(headline)) is not None:
             report.about["claim_test"] = test.verdict
         if torch.bfloat16 in context.copies.dtypes:
             report.about["gradients"] = "of a frozen copy in bfloat16; the model itself judges"
@@ -373,7 +389,7 @@ class _Evaluation:
         further = without_early_stops(own, self.subject, self.ball, probes.order, quick)
         if further == list(self.specs):
             return []
-        self.admit([spec.through for spec in further])
+        self.admit(self.followed(further))
         joined = len(further) - len(own)
         added = f"{joined} rows were added" if joined > 1 else "a row was added"
         rows = f", and {added} for attacks along the gradients of other models" if joined else ""

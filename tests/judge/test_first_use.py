@@ -1,5 +1,7 @@
 """A new user's first mistakes: inputs of the wrong form, a radius of 0, probabilities, training mode."""
 
+import contextlib
+import functools
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,14 +11,16 @@ import pytest
 import torch
 from digit_nets import zoo_digits
 from evaluating import evaluate
+from reports import forms
 from small_models import Made
 from torch import nn
 
 import purify_fast
 from purify_fast.attacks import PGD
-from purify_fast.evaluation import EvaluateConfig
+from purify_fast.defences import MajorityVote, NoisyEnsemble, WithFixedNoise, WithoutNoise
+from purify_fast.evaluation import AttackSpec, EvaluateConfig
 from purify_fast.judge.request.config import config_of
-from purify_fast.judge.request.preparation import note_of_modes
+from purify_fast.judge.searches.model_tests import strays_frozen
 
 QUIET = {"eps": 0.1, "attacks": [PGD(steps=2)]}
 
@@ -179,9 +183,11 @@ def partly_trained(network):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (closure, "network (Dropout)"),
-        (lambda network: Called(network=network), "network (Dropout)"),
-        (lambda network: reading(network).eval(), "network (Dropout)"),
+        (closure, "Flatten, Dropout, Linear: they stayed so"),
+        (lambda network: Called(network=network), "Flatten, Dropout, Linear: they stayed so"),
+        (lambda network: functools.partial(nn.Module.__call__, network), "Flatten, Dropout, Linear: they stayed so"),
+        (lambda network: reading(network).eval(), "Linear: no part of it is registered, so they were put into"),
+        (lambda network: reading(functools.partial(network)).eval(), "so they were put into evaluation mode"),
         (partly_trained, "1 (Dropout): they were put into evaluation mode"),
         # A module is put into evaluation mode for its user.
         (nn.Module.train, None),
@@ -203,7 +209,9 @@ def test_modules_in_training_mode_are_told(make, told, caplog):
 def test_an_exported_module_is_not_because_it_has_no_eval(trio):
     model, x, _ = trio
     exported = torch.export.export(model, (x,)).module()
-    assert note_of_modes(lambda images: exported(images), "mine") == []
+    with contextlib.ExitStack() as stack, strays_frozen(lambda images: exported(images), stack) as strays:
+        exported(x)
+    assert not strays
 
 
 def test_modules_in_a_plain_list_are_judged_in_evaluation_mode():
@@ -220,3 +228,52 @@ def test_modules_in_a_plain_list_are_judged_in_evaluation_mode():
     assert all(network.training for network in networks)
     other = evaluate(Made(how, nets=nn.ModuleList(networks)), x, y, **QUIET)
     assert [row.accuracy for row in other.rows] == [row.accuracy for row in report.rows] and other.notes == report.notes
+
+
+class Bound(nn.Module):
+    """A model that writes its logits into the same memory in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.zeros(8, 3)
+
+    def forward(self, x):
+        return self.logits[: len(x)].copy_(x.flatten(1)[:, :3])
+
+
+def test_a_model_returns_new_logits_in_each_call():
+    """Logits of a batch would be overwritten by the next, and a random model would look like a deterministic one."""
+    with pytest.raises(ValueError, match="new logits in each call"):
+        evaluate(Bound(), torch.rand(8, 1, 4, 4), torch.zeros(8).long(), **QUIET)
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+@pytest.mark.parametrize("where", ["through", "base"])
+def test_another_model_has_the_classes_of_the_judged_one(trio, classes, where):
+    model, x, y = trio
+    other = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), classes))
+    how = {"attacks": [AttackSpec(PGD(), through=other)]} if where == "through" else {"base": other, "protocol": "fast"}
+    with pytest.raises(ValueError, match=f"{where}.* must have the 4 classes of the model, got {classes}"):
+        evaluate(model, x, y, eps=0.1, steps=1, **how)
+
+
+def test_a_claim_that_no_row_tests_is_said(trio):
+    model, x, y = trio
+    report = evaluate(model, x, y, eps=0.05, attacks=[PGD(steps=1, eps=0.2, norm="linf")], claim=50)
+    assert any("so the claim of 50 % is not tested" in note for note in report.notes)
+    with pytest.raises(ValueError, match=r"within L-inf 0\.05, got none"):
+        _ = report.headline
+
+
+@pytest.mark.parametrize(
+    ("around", "told"),
+    [
+        (lambda noisy: MajorityVote(noisy, 7), "judged by the majority vote of 7 draws"),
+        (WithFixedNoise, "judged with fixed noise"),
+        (WithoutNoise, "judged without noise"),
+    ],
+)
+def test_a_report_names_what_was_judged(trio, around, told):
+    model, x, y = trio
+    report = evaluate(around(NoisyEnsemble(model, 0.1, samples=1)), x, y, eps=0.1, attacks=[], n_eval=1)
+    assert all(told in text for text in forms(report)) and told.removeprefix("judged ") in report.to_json()

@@ -46,7 +46,7 @@ from ..request.deadline import ASKED, device_of, precision_name
 from ..request.preparation import collect, note_of_modes
 from ..run.attack_run import Shards
 from ..run.cache import RowCache
-from ..searches.model_tests import check_classes
+from ..searches.model_tests import check_classes, strays_frozen
 from .certificates import LARGEST, MOST, NORMAL, Certificates, leads, looks, spent
 
 Counts = NDArray[np.int64]
@@ -370,7 +370,10 @@ def certify(
         for block in (generators, without_autocast(device), frozen(model), reading(model)):
             stack.enter_context(block)
         limit = BatchLimit(int(batch_size), device)
-        noisy = Draws(model, images, torch.from_numpy(result.index), sigma=result.sigma, seed=int(seed), limit=limit)
+        with strays_frozen(model, stack) as strays:
+            index = torch.from_numpy(result.index)
+            noisy = Draws(model, images, index, sigma=result.sigma, seed=int(seed), limit=limit)
+        notes += note_of_modes(model, name, strays) if strays else []
         if y is not None:
             check_labels("y", labels, noisy.classes)
         # A function has no weights.

@@ -196,6 +196,8 @@ class Subject:
                 raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")
         check_leaves_images(base, self.sample_images()[:1])
         first, second = (self.logits(base, self.sample_images()) for _ in range(2))
+        if first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr():
+            raise ValueError("model must return new logits in each call, but two calls use the same memory: clone them")
         self.is_random = differ(first, second) or self.answers_vary(base, elsewhere=True) or draws
         # A class may promise what a few draws do not show.
         self.is_random |= (base is not model or predict is not None) and draws_for_each_image(base)

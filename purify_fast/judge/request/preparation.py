@@ -24,7 +24,6 @@ from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
 from ...attacks.base import InBall, ThreatModel
 from ...attacks.objective import ApgdLoss, usable_loss
 from ...defences.stochastic import WithFixedNoise, WithoutNoise
-from ...model_state import used_modules
 from ...ops.dispatch.records import processor
 from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnAttacks, SampleLogits, is_purifier, supports
@@ -635,6 +634,7 @@ def facts(config: EvaluateConfig, ball: ThreatModel, model: Classifier, device: 
         "protocol": config.protocol,
         "changed": (config.protocol and changes(config)) or None,
         "predict": config.predict and f"the worst of {config.n_eval} draws",
+        "judged": getattr(model, "judged_as", None),
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -646,19 +646,26 @@ def warn_of_probabilities(subject: Subject, name: str) -> None:
         logger.warning("%s %s. The report will mark its accuracy", name, kind)
 
 
-def note_of_modes(model: Classifier, name: str) -> list[str]:
-    """Notes and warnings on modules in training mode inside a model in evaluation mode, or read by a function."""
+def note_of_modes(model: Classifier, name: str, strays: Sequence[nn.Module] = ()) -> list[str]:
+    """Notes and warnings on modules in training mode inside a model in evaluation mode, or on those that ran outside.
+
+    Args:
+        model: the model, in the modes that its user gave it.
+        name: the model's name.
+        strays: modules in training mode that ran in the model and are no part of it, see `strays_frozen`.
+    """
     own = [*model.named_modules()] if isinstance(model, nn.Module) and not model.training else []
-    # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
-    read = [(at, part) for at, net in used_modules(model) if "eval" not in vars(net) for part in net.modules()]
+    inside = [f"{place} ({type(part).__name__})" for place, part in own if part.training and not [*part.children()]]
+    outside = [type(part).__name__ for net in strays for part in net.modules() if not [*part.children()]]
+    put = "they were put into evaluation mode"
+    stayed = "they stayed so, because they belong to a function; if this is not intended, call .eval() on them"
     notes = list[str]()
-    for parts, what in (
-        (own, "were put into evaluation mode; to keep them as they are, give a function: lambda x: model(x)"),
-        (read, "stayed so, because they belong to a function; if this is not intended, call .eval() on them"),
+    for names, what in (
+        ([] if strays else inside, f"{put}; to keep them as they are, give a function: lambda x: model(x)"),
+        (outside, f"no part of it is registered, so {put}" if isinstance(model, nn.Module) else stayed),
     ):
-        odd = [(place, part) for place, part in parts if part.training and not [*part.children()]]
-        names = list(dict.fromkeys(f"{place} ({type(part).__name__})" for place, part in odd))
         if names:
-            notes.append(f"{name} has modules in training mode, {', '.join(names[:_NAMED])}: they {what}")
+            named = ", ".join([*dict.fromkeys(names)][:_NAMED])
+            notes.append(f"{name} has modules in training mode, {named}: {what}")
             logger.warning(notes[-1])
     return notes

@@ -324,6 +324,9 @@ class AttackRun:
             result = subject.batch_limit.within(lambda: context.graphs.retry_without_graphs(search, subject.device))
         except TimeIsOver as over:
             result = AttackResult(x if over.points is None else over.points, warnings=[CUT])
+        # A search may have caught the error that ended it, so the deadline itself is asked.
+        if subject.deadline.over and CUT not in result.warnings:
+            result.warnings.append(CUT)
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
         health = result.health or GradientHealth()
         return AttackedBatch(

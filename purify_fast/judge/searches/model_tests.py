@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..._tensors import repeat_batch
 from ..._validation import check_literal
 from ...attacks.arguments import checked_logits
-from ...attacks.attacked_model import WritesToItsInput, logits_of
+from ...attacks.attacked_model import WritesToItsInput, frozen, logits_of
 from ...attacks.shared_draws import ALIKE
 from ...defences.stochastic import WithAggregation
 from ...ops.aggregate import aggregate
@@ -24,6 +26,34 @@ from ...speed.agreement import differ
 SAMPLE = 8
 #: The test for shared draws: calls with two copies of each image, and permutations of the calls.
 CALLS, PERMUTED = 12, 4999
+
+
+@contextlib.contextmanager
+def strays_frozen(model: Classifier, stack: contextlib.ExitStack) -> Iterator[list[nn.Module]]:
+    """A context of trial predictions, with a list of the modules in training mode that run and are no part of a model.
+
+    PyTorch itself tells which modules run, so nothing need be known of how a model holds them. Those that a module runs
+    are frozen on ``stack`` before they run, like the module itself. Those of a function are left as they are.
+    """
+    own = set(map(id, model.modules())) if isinstance(model, nn.Module) else set[int]()
+    strays = list[nn.Module]()
+
+    def before(part: nn.Module, _: object) -> None:
+        if torch.compiler.is_compiling() or not part.training or id(part) in own:
+            return
+        own.update(map(id, part.modules()))
+        # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
+        if "eval" in vars(part):
+            return
+        strays.append(part)
+        if isinstance(model, nn.Module):
+            stack.enter_context(frozen(part))
+
+    handle = register_module_forward_pre_hook(before)
+    try:
+        yield strays
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

@@ -185,10 +185,10 @@ class Report:
         rows: the rows, in the order in which they were made.
         notes: remarks, each a sentence, for example on attacks that could not be run.
         about: facts about all rows, if known: ``threat`` (such as ``L-inf 8/255``), ``dataset``, ``protocol``,
-            ``changed`` (settings that change the protocol, such as ``steps 5``), ``seed``, ``version`` (of this
-            package, PyTorch and Python), ``predict``, ``precision`` (if not float32), ``claim`` (in percent), ``date``
-            of the first `save`, ``command``, ``model`` (a hash of weights and code), ``processor``, ``captured`` (the
-            CUDA graphs of attack steps, and why some steps have none), and the costs
+            ``changed`` (settings that change the protocol, such as ``steps 5``), ``judged`` (a majority vote, fixed or
+            no noise), ``seed``, ``version`` (of this package, PyTorch and Python), ``predict``, ``precision`` (if not
+            float32), ``claim`` (in percent), ``date`` of the first `save`, ``command``, ``model`` (a hash of weights),
+            ``processor``, ``captured`` (the CUDA graphs of attack steps, and why some steps have none), and the costs
             ``passes`` (forwards and gradients per image), ``seconds`` and ``peak_memory``.
         findings: the results of the alarms, which test whether the numbers are reliable.
         curves: the curves of accuracy over the steps and the draws of the probes, for the page.
@@ -271,7 +271,8 @@ class Report:
     def headline(self) -> Row:
         """The row of `lowest` in the report's threat model; ValueError without an attack."""
         if (row := self.lowest.get(None)) is None:
-            raise ValueError("headline needs an attack on the model, got none: use row('clean')")
+            within = f", within {self.about['threat']}" if "threat" in self.about else ""
+            raise ValueError(f"headline needs an attack on the model{within}, got none: use row(NAME)")
         return row
 
     def attacks_like(self, row: Row) -> list[Row]:
@@ -362,7 +363,8 @@ class Report:
         """The known words of the title: threat model, data set, protocol, prediction rule, precision and versions."""
         changed = f", changed: {self.about['changed']}" if "changed" in self.about else ""
         values = self.about | {"protocol": self.about.get("protocol", "") + changed}
-        words = {"threat": "", "dataset": "", "protocol": "protocol ", "predict": "predict ", "precision": "precision "}
+        words = {"threat": "", "dataset": "", "protocol": "protocol ", "judged": "judged ", "predict": "predict "}
+        words["precision"] = "precision "
         return [word + values[name] for name, word in (words | {"version": ""}).items() if values.get(name)]
 
     def to_text(self) -> str:
