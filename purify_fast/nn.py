@@ -75,10 +75,15 @@ class ReconstructionLoss(_Reduced):
             reduction; "mean" divides by the number of samples, not by that of all values.
 
     Raises:
-        ValueError: the reduction is another one.
+        ValueError: the reduction is another one, or, on a CPU, a target is outside [0, 1].
     """
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        # As in `binary_cross_entropy`, a GPU does not wait for the values.
+        if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+            low, high = (float(end) for end in target.aminmax())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"target must be in [0, 1], got values from {low:g} to {high:g}")
         return self.reduced(ops.reconstruction_loss(logits, target))
 
 

@@ -40,6 +40,8 @@ def check_images(
     if not labels and (y.dim() == 0 or len(y) != len(x)):
         raise ValueError(f"y must have a row for each of the {len(x)} images, got {list(y.shape)}")
     if labels and (y.shape != (x.shape[0],) or y.dtype != torch.int64):
+        if x.dim() == 3 and y.shape == (1,):
+            raise ValueError(f"x must be a batch [B, C, H, W], got {list(x.shape)}: give x[None] for a single image")
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}")
     # See `can_read`.
     if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():

@@ -6,6 +6,7 @@ A command imports PyTorch only when it runs, so help and the refusal of wrong op
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import sys
@@ -46,8 +47,17 @@ def _read(arguments: list[str]) -> Command:
     if arguments[:1] == ["--version"]:
         print(f"purify-fast {__version__}")
         raise SystemExit
-    # No command is named, as in `purify-fast --help`: the parser lists all commands without their options.
-    listed = {name: make_dataclass("Listed", (), namespace={"__doc__": kind.__doc__}) for name, kind in _KINDS.items()}
+    firsts = {name.split()[0] for name in _KINDS}
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in firsts:
+        near = difflib.get_close_matches(arguments[0], firsts, 1)
+        meant = f"is {near[0]} meant? " if near else ""
+        raise ValueError(f"no command {arguments[0]!r}: {meant}The commands are {', '.join(sorted(firsts))}")
+    # No command is named, as in `purify-fast --help`: the parser lists all commands without their options. Only the
+    # completion of a shell is made with all options.
+    listed = dict(_KINDS)
+    if not "".join(arguments[:1]).startswith("--tyro-"):
+        empty = {name: {"__doc__": kind.__doc__} for name, kind in _KINDS.items()}
+        listed = {name: make_dataclass("Listed", (), namespace=doc) for name, doc in empty.items()}
     trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
     doc = {"__doc__": "Train a classifier, or a defence in front of a classifier. torchrun runs several processes."}
     training = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from os.path import expanduser
@@ -102,8 +103,22 @@ class DataCommand(Command):
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         options: Any = {"image_size": size, "train": train, "download": self.download, "cache": self.cache}
         loaded = load_dataset(self.data, self.data_root, self.num_classes, **options)
+        if int(os.environ.get("RANK") or 0) == 0:
+            print(counted(loaded), file=sys.stderr)
         moved = loaded.to(device)
         return replace(moved, x_train=loaded.x_train) if self.stream else moved
+
+
+def counted(loaded: DataSet) -> str:
+    """A line on the numbers of images, by class if the classes have names and are few."""
+    parts = []
+    for labels, what in ((loaded.y_train, "training"), (loaded.y_test, "held-out")):
+        sizes = labels.cpu().bincount(minlength=loaded.num_classes).tolist()
+        named = zip(loaded.classes or (), sizes, strict=False)
+        by_class = f" ({', '.join(f'{name} {size:,}' for name, size in named)})" if len(sizes) <= 12 else ""
+        if len(labels):
+            parts.append(f"{len(labels):,} {what} images{by_class}")
+    return f"{loaded.name}: {', '.join(parts)}"
 
 
 # -- makes a command from the words of a command line, with tyro, and reads and writes ``run.yaml`` --------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..data.images import Subset
+    from ..judge.show.report import Report
     from ..protocols import Classifier
 
 #: The prefix of the name of a model in `purify_fast.zoo`. Without it, a text is the path of a folder.
@@ -333,10 +335,25 @@ class Evaluate(ModelCommand):
             return
         report.notes += notes
         report.about["command"] = shlex.join(["purify-fast", *self.typed])
+        before = replaced(out, report)
         report.save(out, model)
         write_run_file(self, out)
         print(report.to_text())
-        print(f"written: {out}/report.html, report.md and report.json")
+        print(f"written: {out}/report.html, report.md and report.json{before}")
+
+
+def replaced(out: Path, report: Report) -> str:
+    """The end of a line: which other report of the folder this one replaces; empty if there is none."""
+    try:
+        about = json.loads((out / "report.json").read_text(encoding="utf-8"))["about"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    facts = [about.get(name, "") for name in ("threat", "protocol")]
+    if facts == [report.about.get(name, "") for name in ("threat", "protocol")]:
+        return ""
+    return (
+        f"; this replaced the report {' '.join(filter(None, facts))}, whose rows are kept: --out gives another folder"
+    )
 
 
 @dataclass(frozen=True)

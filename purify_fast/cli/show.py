@@ -93,11 +93,11 @@ class Tune(Command):
     """Time the kernels on this machine against PyTorch, in some minutes. Later runs use the faster of the two.
 
     Every kernel is verified first. The smallest size from which on each kernel is faster is saved for this device and
-    these versions, in the folder that `info` names. Run this command on a machine that does nothing else.
+    these versions, in the folder that `info --all` names. Run this command on a machine that does nothing else.
 
     Args:
         device: Device whose kernels are timed: cpu or cuda. auto: a GPU if there is any.
-        ops: Names of the ops to time, as `info` lists them. Default: all ops that have a kernel for this device.
+        ops: Names of the ops to time, as `info --all` lists them. Default: all ops that have a kernel for this device.
     """
 
     called: ClassVar[str] = "tune"

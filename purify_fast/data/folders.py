@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS as SUFFIXES, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
@@ -25,6 +26,11 @@ from .._hashes import text_hash
 from .images import same_name
 
 CACHE = ".purify_fast"
+#: The endings of image files: those of torchvision, and those of phones and browsers that this Pillow opens.
+_OPENED = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+SUFFIXES = (*IMG_EXTENSIONS, *sorted(_OPENED & {".jfif", ".jpe", ".avif", ".heic", ".heif"}))
+#: The endings of files that stand beside images, and are no images.
+BESIDE = (".txt", ".xml", ".json", ".csv", ".md", ".db", ".ini")
 #: The file of tiny-imagenet-200 that names the classes of the images in val/.
 ANNOTATIONS = "val_annotations.txt"
 #: Modes of Pillow with 8 bits or less per channel.
@@ -45,7 +51,10 @@ def read_folder(
     folder: Path, image_size: tuple[int, int] | None, train: bool, cache: str | Path | None
 ) -> tuple[dict[str, Tensor], list[str], str]:
     """Read the arrays of a data set from an image folder, the names of the classes, and that of the held-out folder."""
-    root = folder / CACHE if cache is None else Path(cache) / folder.resolve().name
+    # Folders of one name in different places have different caches.
+    place = folder.resolve()
+    named = f"{place.name}-{text_hash(str(place)).hexdigest()[:8]}"
+    root = folder / CACHE if cache is None else Path(cache) / named
     held_out = _held_out(folder)
     splits, classes = _listed(folder, held_out, train)
     place = root / ("native" if image_size is None else f"{image_size[0]}x{image_size[1]}")
@@ -95,8 +104,9 @@ def _held_out(folder: Path) -> Path:
         if not (folder / "train").is_dir() and len(own := classes_in(folder)) > 1:
             lacks += f" (move its folders {', '.join(own[:3])} ... into train/, and some images of each into test/)"
         raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
-    # The images in test/ of tiny-imagenet-200, and of many competitions, have no labels.
-    labelled = [part for part in present if _class_folders(part)]
+    # The images in test/ of tiny-imagenet-200, and of many competitions, have no labels, or a folder "unknown".
+    known = classes_in(folder / "train") if (folder / "train").is_dir() else None
+    labelled = [part for part in present if (own := classes_in(part)) and (known is None or {*own} <= {*known})]
     return folder / "val" if (folder / "val" / ANNOTATIONS).is_file() else (labelled or present)[0]
 
 
@@ -117,23 +127,36 @@ def _listed(folder: Path, held_out: Path, train: bool) -> tuple[dict[str, Split]
         labels = torch.tensor([classes.index(row[1]) for row in rows], device="cpu")
         test = [held_out / "images" / row[0] for row in rows], labels
     else:
-        test = _by_class(held_out, classes, allow_empty=True)
+        test = _by_class(held_out, classes)
     if not test[0]:
         raise ValueError(f"{held_out} contains no image ({', '.join(SUFFIXES)})")
-    return ({"train": _by_class(trained, classes)} if train else {}) | {"test": test}, classes
+    if not train:
+        return {"test": test}, classes
+    files, labels = _by_class(trained, classes)
+    if empty := [name for label, name in enumerate(classes) if label not in labels]:
+        raise ValueError(f"{trained} contains no image of {', '.join(empty)}: remove the folder, or add images")
+    return {"train": (files, labels), "test": test}, classes
 
 
-def _by_class(folder: Path, classes: Sequence[str], allow_empty: bool = False) -> Split:
-    """The images in the folders of classes. An error names classes without images, unless ``allow_empty`` is True."""
-
-    def is_valid(path: str) -> bool:
-        return path.lower().endswith(SUFFIXES) and not is_hidden(path, folder)
-
-    labels = {path.name: classes.index(same_name(path.name)) for path in _class_folders(folder)}
-    listed = make_dataset(folder, labels, is_valid_file=is_valid, allow_empty=allow_empty) if labels else []
-    # Sort by path within a class. torchvision would list the files of a folder before the files of its subfolders.
-    shown = sorted((label, Path(path)) for path, label in listed)
-    return [path for _, path in shown], torch.tensor([label for label, _ in shown], device="cpu")
+def _by_class(folder: Path, classes: Sequence[str]) -> Split:
+    """The images in the folders of classes, sorted by label and path. A warning tells of files that are left out."""
+    listed, left_out = list[tuple[int, Path]](), Counter[str]()
+    for place in _class_folders(folder):
+        label = classes.index(same_name(place.name))
+        # Other than Path.rglob, os.walk follows links to folders, which share images between data sets.
+        walked = (Path(top, name) for top, _, names in os.walk(place, followlinks=True) for name in names)
+        for path in (path for path in walked if not is_hidden(path, folder)):
+            if path.suffix.lower() in SUFFIXES:
+                listed.append((label, path))
+            elif path.suffix.lower() not in BESIDE:
+                left_out[path.suffix or path.name] += 1
+    if left_out:
+        endings = ", ".join(f"{count} {ending}" for ending, count in sorted(left_out.items()))
+        warnings.warn(
+            f"files in {folder} are left out, because this Pillow opens none like them: {endings}", stacklevel=2
+        )
+    shown = sorted(listed)
+    return [path for _, path in shown], torch.tensor([label for label, _ in shown], dtype=torch.int64, device="cpu")
 
 
 def _source(files: Sequence[Path]) -> str:

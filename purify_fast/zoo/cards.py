@@ -6,6 +6,7 @@ Weights that are not on this machine are downloaded from the release of this ver
 from __future__ import annotations
 
 import builtins
+import difflib
 import hashlib
 import json
 import math
@@ -132,9 +133,10 @@ def read_card(folder: Path) -> Card:
 
 
 def card(name: str) -> Card:
-    """The description of a model in the zoo. A name that is not in `list` raises a ValueError with all names."""
+    """The description of a model in the zoo. Another name than those of `list` raises a ValueError."""
     if name not in list():
-        raise ValueError(f"name must be a model of the zoo, got {name!r}: the models are {', '.join(list())}")
+        near = ", ".join(difflib.get_close_matches(name, list(), 3) or list())
+        raise ValueError(f"name must be a model of the zoo, got {name!r}: the nearest are {near}; list() has all")
     return read_card(MODELS / name)
 
 

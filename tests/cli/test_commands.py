@@ -46,7 +46,7 @@ def test_a_folder_of_pictures_from_the_data_root(run, tmp_path, monkeypatch):
     train = [*common, "--model", "fully_connected", "--epochs", "8", "--batch-size", "8"]
     code, said = run("train", "classifier", "--out", tmp_path / "out", *train)
     assert code == 0 and "accuracy without an attack: 100.0 ± 0.0 % of 8 held-out images" in said
-    assert (tmp_path / "c" / "set" / "12x8" / ".lock").is_file()
+    assert len([*(tmp_path / "c").glob("set-*/12x8/.lock")]) == 1
     assert load_classifier(tmp_path / "out").arguments["mean"] == pytest.approx([120 / 255] * 3)
     few = ["--images", "8", "--steps", "2", "--eot-iter", "1", "--protocol", "fast", "--eps", "0.01"]
     assert run("evaluate", tmp_path / "out", *common, *few)[0] == 0
@@ -79,7 +79,35 @@ def test_the_shell_is_completed(tmp_path, capsys):
             cli.main(["--tyro-write-completion", shell, str(tmp_path / shell)])
         assert end.value.code in (0, None), capsys.readouterr().err
         text = (tmp_path / shell).read_text()
-        assert "purify-fast" in text and "evaluate" in text
+        assert all(word in text for word in ("purify-fast", "evaluate", "--protocol", "--eps", "--batch-size"))
+
+
+def test_the_nearest_command_and_model_are_named(run):
+    for words, told in (
+        (["trian"], "no command 'trian': is train meant?"),
+        (["evaluate", "zoo:digits-pgd", "--eps", "0.1"], "got 'digits-pgd': the nearest are digits-pgd-at"),
+    ):
+        code, said = run(*words)
+        assert code == 2 and told in said
+
+
+def test_a_report_of_another_radius_is_told_of(run, tmp_path):
+    common = [
+        "evaluate",
+        "zoo:digits-pgd-at",
+        "--protocol",
+        "fast",
+        "--images",
+        "4",
+        "--steps",
+        "1",
+        "--probes",
+        "False",
+    ]
+    for eps, told in (("0.2", False), ("0.2", False), ("0.1", True)):
+        code, said = run(*common, "--eps", eps, "--out", tmp_path)
+        assert code == 0, said
+        assert ("this replaced the report L-inf 0.2 fast, whose rows are kept" in said) == told
 
 
 def test_evaluate_takes_equally_many_images_of_every_class():

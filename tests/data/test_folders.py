@@ -1,5 +1,6 @@
 """Image folders: layouts, resizing, the cache and what a kill leaves of it."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from torchvision import transforms
 
 from purify_fast import data
+from purify_fast.cli.command import counted
 from purify_fast.data import folders
 
 
@@ -185,7 +187,7 @@ def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
     again.zero_()
     assert torch.equal(load(), whole) and not (tmp_path / "pets" / ".purify_fast").exists()
     # the old file is gone, and a file that was cut off is written again
-    (path,) = (tmp_path / "cache" / "pets" / "8x8").glob("x_train-*.npy")
+    (path,) = (tmp_path / "cache").glob("pets-*/8x8/x_train-*.npy")
     path.write_bytes(path.read_bytes()[:-1])
     assert torch.equal(load(), whole)
 
@@ -194,7 +196,7 @@ def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
 REFUSED = {
     r"is not an image folder: it lacks test/ and val/.* train/": [],
     "the classes cow, which the folder train/ lacks": ["train/cat/0", "train/dog/0", "val/cow/0"],
-    "no valid file for the classes cow": ["train/cat/0", "train/dog/0", "train/cow/", "val/cow/0"],
+    "contains no image of cow: remove the folder": ["train/cat/0", "train/dog/0", "train/cow/", "val/cow/0"],
     r"at least 2 classes, got \['only'\]": ["train/only/0", "val/only/0"],
     "val contains no image": ["train/cat/0", "train/dog/0", "val/"],
     r"1\.png has 9 x 8 .* 10 x 8.* image_size=\(H, W\)": ["train/cat/0", "train/cat/1", "train/dog/0", "val/cat/0"],
@@ -210,3 +212,36 @@ def test_refused(tmp_path, message):
             picture(tmp_path / f"{name}.png", 0, (10 - int(name[-1]), 8))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         data.load_dataset(tmp_path)
+
+
+def test_photos_of_phones_and_browsers_are_read_or_told_of(tmp_path):
+    for name in ("train/cat/0", "train/dog/0", "test/cat/1"):
+        picture(tmp_path / "pets" / f"{name}.png", 0, (8, 8))
+    train = tmp_path / "pets" / "train"
+    (train / "dog" / "0.png").rename(train / "dog" / "0.jfif")
+    for ending in ("raw9", "raw9", "txt"):
+        (train / "dog" / f"{len(list((train / 'dog').iterdir()))}.{ending}").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"train are left out, because this Pillow opens none like them: 2 \.raw9"):
+        loaded = data.load_dataset(tmp_path / "pets")
+    assert loaded.y_train.tolist() == [0, 1]
+    assert counted(loaded) == "pets/test: 2 training images (cat 1, dog 1), 1 held-out images (cat 1, dog 0)"
+
+
+def test_folders_of_one_name_share_no_cache(tmp_path):
+    """Archives with fixed times give files of equal names, sizes and times."""
+    means = []
+    for place, color in (("clean", 200), ("fog", 20)):
+        for name in ("train/cat/0", "train/dog/0", "test/cat/1"):
+            path = tmp_path / place / "pets" / f"{name}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (color,) * 3).save(path)
+            os.utime(path, (315_532_800, 315_532_800))
+        means.append(data.load_dataset(tmp_path / place / "pets", cache=tmp_path / "cache").x_train.float().mean())
+    assert means == [200, 20]
+
+
+def test_a_test_folder_of_other_classes_has_no_labels(tmp_path):
+    """Many competitions keep their unlabelled images in test/unknown."""
+    for name in ("train/cat/0", "train/dog/0", "val/cat/1", "test/unknown/2"):
+        picture(tmp_path / "pets" / f"{name}.png", 0, (8, 8))
+    assert data.load_dataset(tmp_path / "pets").name == "pets/val"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..._files import write_text
 from ..._places import check_folder
-from ..._validation import Positive, Range, check_types
+from ..._validation import Range, check_types
 from ..show.text import render
 
 Floats = NDArray[np.float64]
@@ -218,7 +218,7 @@ class Certificates:
 
     right: NDArray[np.int64]
     draws: NDArray[np.int64]
-    sigma: Positive
+    sigma: Annotated[float, Range(0, 4, above=True, unit=" in image units, for images in [0, 1]")]
     radii: tuple[Annotated[float, Range(0, below=True)], ...]
     alpha: Annotated[float, Range(0, 0.5, above=True)]
     refuted: dict[float, NDArray[np.bool_]] = field(default_factory=dict)
