@@ -34,8 +34,8 @@ KINDS = {
 }
 SKEWED = "a skewed shared draw"
 INSIDE = "a shared draw inside a purifier"
-#: Numbers of votes in a prediction, and of predictions that are asked for. A model whose images share draws is judged by
-#: 20, and a claim about it is tested with 50.
+#: Numbers of votes in a prediction, and of predictions that are asked for. A model whose images share draws is judged
+#: by 20, and a claim about it is tested with 50.
 VOTES, JUDGES, JUDGES_OF_SHARED = (1, 5), (5, 20), (20, 50)
 IMAGES, SEEDS, REACH = 100, 200, 0.2
 #: A good draw of the skewed model raises the score by this number.

@@ -18,7 +18,7 @@ from .._places import usable_device
 from .._validation import Count, Norm, Precision, read_norm
 from ..judge.request.config import EvaluateConfig
 from ..methods.discovery import METHODS
-from .command import EVALUATION, Command, DataCommand, ball_of_run, flag, values, write_run_file
+from .command import EVALUATION, RUN_FILE, Command, DataCommand, ball_of_run, flag, parse, values, write_run_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -365,7 +365,8 @@ class Check(Command):
 
     Args:
         report: Folder of the report, or of the run that was evaluated.
-        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function. It must be given.
+        model: Model that classifies, as in `evaluate`: a folder, zoo:NAME or your function. Default: the model of the
+            report, which its run.yaml names. The options of the evaluation hold for it in any case.
         batch_size: Number of images in one forward pass.
         seed: Seed of the draws of a random defence. Default: a seed that differs from the report's.
         device: Device to compute on: cpu, cuda, or another device of PyTorch. auto: a GPU if there is any.
@@ -373,7 +374,7 @@ class Check(Command):
 
     called: ClassVar[str] = "check"
 
-    report: tyro.conf.Positional[Path] = Path("runs/carso/evaluation")
+    report: tyro.conf.Positional[Path | None] = None
     model: tyro.conf.Positional[str | None] = None
     batch_size: Count = 250
     seed: int | None = None
@@ -386,17 +387,23 @@ class Check(Command):
         from ..judge.show.report import Adversarial, check_adversarial
         from ..speed.precision import float32_products
 
+        if self.report is None:
+            raise ValueError("REPORT must be given: the folder of a report, or of the run that was evaluated")
         folder = next((one for one in (self.report, self.report / EVALUATION) if (one / "report.json").is_file()), None)
         if folder is None:
             raise FileNotFoundError(f"{self.report} contains no report.json: give the folder of a report")
-        if self.model is None:
-            raise ValueError("MODEL must be given: a folder, zoo:NAME or your function, as in `purify-fast evaluate`")
+        run = folder / RUN_FILE
+        if self.model is None and not run.is_file():
+            raise ValueError(f"MODEL must be given: a folder, zoo:NAME or your function; {folder} has no {RUN_FILE}")
+        judged = parse(Evaluate, ["--config", str(run)] if run.is_file() else [])
         saved = Adversarial.load(folder)
         # The model is loaded to the device of these images, and refuses images of another size.
         parts = (torch.from_numpy(saved.images).mul(255).round().byte(), torch.from_numpy(saved.labels)) * 2
         images = DataSet(*parts, name="this report", num_classes=1).to(usable_device(self.device))
         precision: Any = saved.about["precision"] if saved.about["precision"] in ("tf32", "bfloat16") else "float32"
-        model, _ = Evaluate(folder=Path(self.model), precision=precision).prepared(images)
+        # The classifier and the options of a defence are those of the evaluation.
+        options = {"folder": Path(self.model) if self.model is not None else judged.folder, "precision": precision}
+        model, _ = replace(judged, **options).prepared(images)
         with float32_products(tf32=precision == "tf32"):
             checked = check_adversarial(folder, model, batch_size=self.batch_size, seed=self.seed)
         print(checked.to_text())

@@ -22,6 +22,7 @@ from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..alarms.signs import Finding
 from ..request.deadline import Subject
+from ..request.fingerprint import state_digest
 from ..results.rows import REFUTED, ClaimTest, Estimate, Paired, Row, judge_claim
 from .text import html_page, render
 
@@ -104,11 +105,13 @@ class CheckedAdversarial:
         adversarial: the images.
         fooled: True for the images that the model still misclassifies, by the rule of the report, bool ``[W]``.
         wrong: the number of wrong predictions of each draw.
+        same_weights: whether the model has the weights of the report's model.
     """
 
     adversarial: Adversarial = field(repr=False)
     fooled: np.ndarray
     wrong: list[int]
+    same_weights: bool = True
 
     @property
     def fits(self) -> bool:
@@ -127,6 +130,7 @@ class CheckedAdversarial:
     def to_text(self) -> str:
         """The result as text for a terminal."""
         verdict = "which fits the report" if self.fits else "which does not fit the report"
+        verdict += "" if self.same_weights else ", whose model had other weights"
         withstood, images = np.flatnonzero(~self.fooled), self.adversarial
         if images.about["random"]:
             new, old = (f"{100 * np.mean(n) / len(images):.1f} %" for n in (self.wrong, images.about["wrong"]))
@@ -159,6 +163,11 @@ def check_adversarial(
     """
     check_counts(batch_size=batch_size)
     adversarial = Adversarial.load(Path(folder))
+    about = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))["about"]
+    wanted, got = about.get("judged"), getattr(model, "judged_as", None)
+    if wanted != got:
+        told = [f"judged {rule}" if rule else "judged as it is" for rule in (wanted, got)]
+        raise ValueError(f"model must be {told[0]}, as in the report, got a model {told[1]}: see purify_fast.defences")
     images, labels = torch.from_numpy(adversarial.images), torch.from_numpy(adversarial.labels)
     seed = adversarial.about["seed"] + 1 if seed is None else seed
     Range(0).check("seed", seed)
@@ -168,7 +177,8 @@ def check_adversarial(
         n_eval = adversarial.about["n_eval"]
         subject = Subject(model, images, labels, batch_size=batch_size, n_eval=n_eval, seed=seed)
         wrong = ~subject.judge(images, "check" if adversarial.about["random"] else "judge").right
-        return CheckedAdversarial(adversarial, np.asarray(wrong[:n_eval].any(0)), wrong.sum(1).tolist())
+        fooled, same = np.asarray(wrong[:n_eval].any(0)), about.get("model", "") == state_digest(model)
+        return CheckedAdversarial(adversarial, fooled, wrong.sum(1).tolist(), same)
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
