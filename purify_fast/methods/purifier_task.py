@@ -108,4 +108,5 @@ class PurifierTask(MethodTask, Generic[D]):
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a defence draws each image's noise by its position in the batch of all processes."""
     rank, world = (0, 1) if batch.whole else processes()
-    return defence.noise_ids(torch.arange(rank, world * len(batch.x), world, device=batch.x.device))
+    places = torch.arange(batch.first, batch.first + len(batch.x), device=batch.x.device)
+    return defence.noise_ids(rank + world * places)

@@ -18,11 +18,25 @@ from ..model_state import GENERATORS
 CONTAINERS = (list, tuple, dict)
 
 
-def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
-    """The random generators that are attributes of modules, or lie in lists, tuples and dicts there."""
+def own_generators(parts: Iterable[Any]) -> list[Any]:
+    """The random generators that are attributes of objects, or lie in lists, tuples and dicts there."""
     values = [value for part in parts for value in vars(part).values()]
     inside = [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, CONTAINERS)]
     return [value for value in itertools.chain(values, *inside) if isinstance(value, GENERATORS)]
+
+
+def seed_draws(seed: int, own: Iterable[Any] = ()) -> None:
+    """Seed the global generators of PyTorch, NumPy and Python, and each of a model's own."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    for number, one in enumerate(own, seed + 1):
+        if isinstance(one, torch.Generator):
+            one.manual_seed(number)
+        elif isinstance(one, np.random.Generator):
+            one.bit_generator.state = type(one.bit_generator)(number).state
+        else:
+            one.seed(number % 2**32)
 
 
 @contextlib.contextmanager

@@ -96,9 +96,12 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def matrix_weights(model: nn.Module) -> int:
-    """The number of weights in the convolutions and linear layers of a model."""
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, layers))
+    """The number of weights in the convolutions and linear layers of a model.
+
+    The attribute ``weight`` is not read, because a parametrized layer would compute it, and may count this or draw.
+    """
+    layers = [part for part in model.modules() if isinstance(part, (nn.modules.conv._ConvNd, nn.Linear))]
+    return sum(one.numel() for layer in layers for _, one in tensors_of(layer) if one.dim() > 1)
 
 
 @torch.no_grad()

@@ -183,7 +183,8 @@ class FitConfig:
             the validation with the lowest loss or the highest accuracy. A validation uses the training's own attack at
             its full eps, or PGD-10 for a classifier whose attack has fewer steps.
         accumulate: number of parts in which a step computes the gradients of its batch one after the other, to save
-            memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics. None means 1.
+            memory. The weights remain equal up to rounding, but BatchNorms take each part's statistics, and the
+            published training of CARSO attacks a share of each part. None means 1.
         cuda_graphs: whether the steps of attacks are captured as CUDA graphs, on a CUDA device. "auto" captures a step
             after 15 launches, and "always" before its first. "off" captures nothing. A graph needs the memory of one
             step for itself. Choose "off" if memory runs out beside graphs, and for a model that changes settings in an

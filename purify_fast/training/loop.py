@@ -26,13 +26,14 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._process import processes
 from .._settings import refuse_divided
+from ..speed.draws import same_draws, seed_draws
 from ..speed.graphs.graphed_loop import StepGraphs
 from ..speed.precision import fast_bfloat16, float32_products, raced_convolutions, whole_float32_by_default
 from .bank import AdversarialBank, BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, exchanges, from_first, synchronized_batchnorm
-from .optimizers import fuse, set_learning_rate, weights_of
+from .optimizers import check_groups, fuse, set_learning_rate, weights_of
 from .run import Run
 from .sources import Images, Loader, make_sources, step_seed
 from .task import Batch, Metrics, Task, frozen_parts
@@ -109,6 +110,8 @@ def fit(
     folder = None if folder is None else Path(folder)
     if not any(weight.requires_grad for one in task.optimizers.values() for weight in weights_of(one)):
         raise ValueError("task must have a weight to train, but no weight of its optimizers needs a gradient")
+    for optimizer in task.optimizers.values():
+        check_groups(optimizer)
     refuse_divided(task.model)
     source, held_out = make_sources(task, x, y, config, validation)
     stored = None if bank is None else AdversarialBank(source, bank, task)
@@ -118,8 +121,10 @@ def fit(
     if processes()[1] > 1:
         task.train()
     first = processes()[0] == 0
-    # The caller may be within torch.no_grad() or torch.inference_mode().
-    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+    # The caller may be within torch.no_grad(), torch.inference_mode() or torch.autocast(). The cache of an autocast is
+    # emptied at the end of the outermost one only, so it would keep the weights of earlier steps.
+    autocast = torch.autocast(device.type, enabled=False, cache_enabled=False)
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad(), autocast:
         if stored is not None:
             # The bank serves this training only.
             vars(task)["adversarial"] = stored.adversarial
@@ -226,7 +231,9 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
         for name, measured in gradients(task, batch, accumulate):
             optimizer = task.optimizers[name]
             average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
-            optimizer.step()
+            if task.max_gradient is not None:
+                torch.nn.utils.clip_grad_norm_(weights_of(optimizer), task.max_gradient)
+            step_of(optimizer)
             task.after_step()
     except Exception as error:
         # The step is not repeated without the graphs, because it may have changed weights and BatchNorms already.
@@ -235,6 +242,17 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
             raise RuntimeError(f"memory ran out in a training step beside CUDA graphs: {cure}") from error
         raise
     return measured
+
+
+def step_of(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer change its weights; TypeError if it needs a closure."""
+    try:
+        optimizer.step()
+    except (TypeError, AssertionError, RuntimeError) as error:
+        if "closure" not in str(error):
+            raise
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer must take a step without a closure, but {name} says: {error}") from error
 
 
 def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[str, Metrics]]:
@@ -258,9 +276,13 @@ def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[s
 
 def parts_of(batch: Batch, number: int) -> list[Batch]:
     """Return a batch in parts of nearly equal size, or alone if it is to have one part."""
-    rows = torch.arange(len(batch.x), device=batch.x.device).tensor_split(number) if number > 1 else []
-    parts = [(batch.x[i], batch.y[i], batch.sample_ids[i]) for i in rows if len(i)]
-    return [replace(batch, x=x, y=y, sample_ids=ids) for x, y, ids in parts] or [batch]
+    found, first = list[Batch](), 0
+    split = (one.tensor_split(number) for one in (batch.x, batch.y, batch.sample_ids))
+    for x, y, ids in zip(*split, strict=True):
+        if len(x):
+            found.append(replace(batch, x=x, y=y, sample_ids=ids, first=first))
+            first += len(x)
+    return found
 
 
 @contextlib.contextmanager

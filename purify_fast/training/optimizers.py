@@ -7,62 +7,109 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from ..protocols import supports
 
 #: The entry of a parameter group with its relative rate. Checkpoints save it with the group.
 RELATIVE = "relative_rate"
 
 
-def weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def weights_of(optimizer: Optimizer) -> list[Tensor]:
     """Return the weights that an optimizer changes."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+def within(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those that it holds in its attributes, from the outside to the inside."""
+    found = [optimizer]
+    for one in found:
+        found += [other for other in vars(one).values() if isinstance(other, Optimizer) and other not in found]
+    return found
+
+
+def check_groups(optimizer: Optimizer) -> None:
+    """Raise ValueError if an optimizer holds another one whose parameter groups are others.
+
+    The learning rates that are written into the outer groups would not reach the weights.
+    """
+    known = set(map(id, optimizer.param_groups))
+    for one in within(optimizer):
+        if not known.issuperset(map(id, one.param_groups)):
+            outer, inner = type(optimizer).__name__, type(one).__name__
+            raise ValueError(f"optimizer {outer} must share its param_groups with the {inner} that it holds")
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
     """Set the learning rate of every parameter group of every optimizer, see `relative_rates`."""
     for optimizer in optimizers:
         for group, share in zip(optimizer.param_groups, relative_rates(optimizer), strict=True):
             group["lr"] = rate * share
 
 
-def relative_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return each parameter group's first learning rate relative to the optimizer's, and keep it in the group.
+def relative_rates(optimizer: Optimizer) -> list[float]:
+    """Return each parameter group's first learning rate as a share of the largest, and keep it in the group.
 
-    A schedule changes the rates of all groups in proportion. If no group has the optimizer's own rate, the largest rate
-    takes its place. Equal rates give 1.
+    A schedule is that of the largest rate, and changes the rates of all groups in proportion.
     """
     groups = optimizer.param_groups
     # A schedule of PyTorch keeps the first rate in this entry, and has already changed the rate.
     first = [float(group.get("initial_lr", group["lr"])) for group in groups]
-    own = float(optimizer.defaults.get("lr", max(first)))
-    own = own if own in first else max(first)
     for group, rate in zip(groups, first, strict=True):
-        group.setdefault(RELATIVE, 1.0 if rate == own else rate / own)
+        group.setdefault(RELATIVE, 1.0 if rate == max(first) else rate / max(first))
     return [group[RELATIVE] for group in groups]
 
 
-def fuse(optimizer: torch.optim.Optimizer, fused: bool) -> None:
+def fuse(optimizer: Optimizer, fused: bool) -> None:
     """Let an optimizer update all of its weights in one kernel if ``fused``; otherwise use its constructor's setting.
 
     The setting in a checkpoint is ignored, because the checkpoint may come from a run on another device. An optimizer
-    without a fused kernel is not changed.
+    without a fused kernel is not changed; of one around another, the inner one is.
     """
-    defaults = optimizer.defaults
-    if "fused" not in defaults or isinstance(optimizer, Lookahead):
+    innermost = within(optimizer)[-1]
+    defaults = getattr(innermost, "defaults", {})
+    if "fused" not in defaults:
         return
-    fused = fused and all(weight.is_floating_point() for weight in weights_of(optimizer))
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
+    fused = fused and all(weight.is_floating_point() for weight in weights_of(innermost))
+    for group in innermost.param_groups:
         group["fused"], group["foreach"] = (True, False) if fused else (defaults["fused"], defaults["foreach"])
-    # Loading the state also moves the counts of steps to the device on which the kernel reads them.
-    optimizer.load_state_dict(state)
-    for weight, own in optimizer.state.items():
+    for weight, own in innermost.state.items():
         for name, value in own.items():
             # A fused kernel reads memory in its order, and a checkpoint has contiguous tensors.
             if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
                 own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+            elif fused and name == "step":
+                own[name] = torch.as_tensor(value, dtype=torch.float32, device=weight.device)
 
 
-class Lookahead(torch.optim.Optimizer):
+def state_of(optimizer: Optimizer) -> Any:
+    """Return the state of an optimizer, with those of the optimizers that it holds."""
+    # PyTorch's own method leaves them out.
+    leaves_out = type(optimizer).state_dict is Optimizer.state_dict
+    states = [one.state_dict() for one in (within(optimizer) if leaves_out else [optimizer])]
+    return states if len(states) > 1 else states[0]
+
+
+def load_state(optimizer: Optimizer, state: Any) -> None:
+    """Load a state of `state_of`. The groups stay the same objects, because optimizers around others share them."""
+    before = [(one, one.param_groups) for one in within(optimizer)]
+    for (one, _), own in zip(before, state if isinstance(state, list) else [state], strict=False):
+        one.load_state_dict(own)
+    for one, groups in before:
+        for group, loaded in zip(groups, one.param_groups, strict=True):
+            group.update(loaded)
+        one.param_groups = groups
+
+
+def set_modes(optimizers: Iterable[Optimizer], training: bool) -> None:
+    """Call ``train()`` or ``eval()`` of optimizers that have them, because the weights to predict with are others."""
+    name = "train" if training else "eval"
+    for one in (inner for outer in optimizers for inner in within(outer)):
+        if supports(one, name):
+            getattr(one, name)()
+
+
+class Lookahead(Optimizer):
     """The Lookahead optimizer (Zhang et al., NeurIPS 2019), which keeps slow weights beside those of another optimizer.
 
     slow <- slow + alpha (fast - slow),   fast <- slow,   after every k-th step of ``inner``
@@ -80,7 +127,7 @@ class Lookahead(torch.optim.Optimizer):
         ValueError: k is below 1, or alpha is outside (0, 1].
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, k: int = 6, alpha: float = 0.8):
+    def __init__(self, inner: Optimizer, k: int = 6, alpha: float = 0.8):
         if k < 1 or not 0 < alpha <= 1:
             raise ValueError(f"k must be at least 1 and alpha in (0, 1], got k = {k}, alpha = {alpha}")
         super().__init__([dict(group) for group in inner.param_groups], inner.defaults)

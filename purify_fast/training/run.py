@@ -30,7 +30,7 @@ from ..speed.draws import same_draws
 from ..speed.memory import peak_so_far
 from .config import FitConfig
 from .distributed import from_first
-from .optimizers import RELATIVE, relative_rates, weights_of
+from .optimizers import RELATIVE, load_state, relative_rates, set_modes, state_of, weights_of
 from .schedules import RunLength
 from .sources import InMemory, RawBatch, Sources, step_seed
 from .task import Batch, Metrics, Task
@@ -205,8 +205,10 @@ class Run:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Return True if this epoch's losses so far and the weights are finite."""
-        weights = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
+        """Return True if this epoch's losses so far and the trained weights are finite."""
+        every = [weight for optimizer in self.task.optimizers.values() for weight in weights_of(optimizer)]
+        # A weight without a gradient may be a mask, whose infinite values are no divergence.
+        weights = [weight for weight in every if weight.requires_grad]
         running = ("running_mean", "running_var")
         statistics = [buffer for name, buffer in self.task.model.named_buffers() if name.endswith(running)]
         checks = [value.isfinite().all() for value in (*self.sums.values(), *weights, *statistics)]
@@ -216,7 +218,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Return the content of a checkpoint."""
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.task.optimizers.items()}
+        optimizers = {name: state_of(optimizer) for name, optimizer in self.task.optimizers.items()}
         progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds")}
         progress["network"] = self.network(self.shape)
         progress["compile"] = self.config.compile
@@ -271,7 +273,7 @@ class Run:
         for name, optimizer in self.task.optimizers.items():
             # The present code decides the relative rates of the groups, also in a run that is resumed.
             shares = relative_rates(optimizer)
-            optimizer.load_state_dict(saved["optimizers"][name])
+            load_state(optimizer, saved["optimizers"][name])
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group[RELATIVE] = share
         for name in _PROGRESS:
@@ -362,6 +364,7 @@ class Run:
         means = {name: sum(count * part.get(name, 0.0) for count, part in ordered) / images for name in names}
         self.last = {**self.last, **{f"validation_{name}": value for name, value in means.items()}}
         self._keep_best(means)
+        set_modes(self.task.optimizers.values(), training=True)
         model.load_state_dict(before)
 
     def _measured(self) -> list[tuple[int, Metrics]]:

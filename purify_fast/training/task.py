@@ -17,7 +17,7 @@ from .._validation import Precision
 from ..attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.layers import count_classes, evaluation_mode
 from ..speed.layout import autocast_to
-from .optimizers import Lookahead
+from .optimizers import Lookahead, set_modes
 from .schedules import DelayUnit, RunLength
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class Batch:
         step: the step, from 0, of the whole run.
         images_before: number of images that earlier steps trained on, over all processes.
         whole: whether every process has the whole batch, as in a validation.
+        images: number of this process's images in the step, if x is a part of them (`FitConfig.accumulate`); 0 means
+            those of x. A loss that is a sum is the mean over x times this number.
+        first: place of the first image of x among these images.
 
     Raises:
         ValueError: if x, y and sample_ids are not on one device.
@@ -58,9 +61,13 @@ class Batch:
     step: int = 0
     images_before: int = 0
     whole: bool = False
+    images: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         check_one_device(x=self.x, y=self.y, sample_ids=self.sample_ids)
+        # A normal assignment would raise an error, because the dataclass is frozen.
+        object.__setattr__(self, "images", self.images or len(self.x))
 
     def progress_in(self, unit: DelayUnit) -> int:
         """Return how many epochs, steps or images of the run lie before this batch."""
@@ -101,6 +108,7 @@ class Task:
             attacks; `fit` sets it on a CUDA device.
         attacked: chooses the copy that the training attacks, which a resumed run must choose too; None: it has none.
         compiles: whether the attacked copy and the functions of `compiled` are compiled; `fit` sets it.
+        max_gradient: largest Euclidean norm of an update's gradient, to which `fit` scales larger ones; None: no bound.
     """
 
     model: nn.Module
@@ -110,6 +118,7 @@ class Task:
     frozen: Sequence[nn.Module] = ()
     attacked: AttackedCopy | None = None
     compiles: bool = False
+    max_gradient: float | None = None
 
     def compiled(self, function: F) -> F:
         """Return a function in the form in which a step calls it: compiled, or itself in validations.
@@ -188,7 +197,8 @@ class Task:
         """Run by `fit` once before the first step, when a checkpoint has been loaded."""
 
     def train(self) -> None:
-        """Put the model into training mode, except the parts that the user froze."""
+        """Put the model and its optimizers into training mode, except the parts that the user froze."""
+        set_modes(self.optimizers.values(), training=True)
         self.model.train()
         for part in self.frozen:
             part.training = False
@@ -201,6 +211,7 @@ class Task:
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, Lookahead):
                 optimizer.load_slow()
+        set_modes(self.optimizers.values(), training=False)
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         """Refuse images or labels that the model does not accept by a ValueError, before any step.

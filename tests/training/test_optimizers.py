@@ -9,7 +9,7 @@ from torch import nn
 
 from purify_fast.speed.precision import raced_convolutions
 from purify_fast.training import Lookahead
-from purify_fast.training.optimizers import fuse
+from purify_fast.training.optimizers import fuse, load_state
 
 
 def problem(seed=0):
@@ -70,6 +70,7 @@ OPTIMIZERS = {
     "AdamW": lambda weights: torch.optim.AdamW(weights, lr=0.01, foreach=True),
     "Adam": lambda weights: torch.optim.Adam(weights, lr=0.01, foreach=True),
     "SGD": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9, foreach=True),
+    "Lookahead": lambda weights: Lookahead(torch.optim.Adam(weights, lr=0.01, foreach=True), k=2),
 }
 
 
@@ -93,9 +94,9 @@ def test_a_fused_optimizer_computes_the_same_and_resumes_either_way(name):
         resumed = started()
         resumed[1].load_state_dict(source[1].state_dict())
         state = copy.deepcopy(source[0].state_dict())
-        for own in state["state"].values():
+        for own in state.get("inner", state)["state"].values():
             own |= {key: value.contiguous() for key, value in own.items() if isinstance(value, torch.Tensor)}
-        resumed[0].load_state_dict(state)
+        load_state(resumed[0], state)
         fuse(resumed[0], then)
         group = resumed[0].param_groups[0]
         assert (group["fused"], group["foreach"]) == ((True, False) if then else (None, True)) or name == "SGD"

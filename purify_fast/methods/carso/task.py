@@ -145,7 +145,7 @@ class CarsoTask(PurifierTask[Carso]):
         reconstruction, kl = self.compiled(published_losses)(defence, defence.read(perturbed), perturbed, named)
         beta = config.beta * kl_weight(batch.epoch, config.kl_delay * batch.epochs)
         # The loss is a mean over images, and gradients are averaged over processes. This factor turns both into sums.
-        images = len(batch.x) * processes()[1] if config.reduction == "sum" else 1
+        images = batch.images * processes()[1] if config.reduction == "sum" else 1
         return (reconstruction + beta * kl) * images, {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
     def _pipeline(self, batch: Batch) -> tuple[Tensor, Metrics]:

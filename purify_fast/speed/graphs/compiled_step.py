@@ -40,6 +40,7 @@ def compiled(function: Any, **options: Any) -> Any:
     they are written too, and PyTorch warns.
     """
     from torch._dynamo import config
+    from torch._functorch import config as of_autograd
 
     own = function
     if isinstance(function, FunctionType):
@@ -52,8 +53,9 @@ def compiled(function: Any, **options: Any) -> Any:
     def call(*given: Any, **more: Any) -> Any:
         if any(getattr(modules, name) for name in _EVERY_MODULE):
             return function(*given, **more)
-        # By default, code for a model without its hooks would serve it.
-        with config.patch(skip_nnmodule_hook_guards=False):
+        # By default, code for a model without its hooks would serve it, and a backward pass would be in the autocast of
+        # the call, also for parts that switch it off.
+        with config.patch(skip_nnmodule_hook_guards=False), of_autograd.patch(backward_pass_autocast="off"):
             return made(*given, **more)
 
     return call
