@@ -98,7 +98,11 @@ def test_a_random_model_is_judged_by_the_rule_of_the_report(tmp_path, voted):
     assert set((~worst.robust & (worst.wrong > clean.wrong)).nonzero()[0]) <= kept <= set((~worst.robust).nonzero()[0])
     checked = check_adversarial(tmp_path, made())
     assert checked.fits and checked.fooled.mean() > 0.7
-    assert not check_adversarial(tmp_path, digit_nets.robust()).fits
+    other = check_adversarial(tmp_path, MajorityVote(digit_nets.robust(), 5) if voted else digit_nets.robust())
+    assert not other.fits and not other.same_weights and "whose model had other weights" in other.to_text()
+    if voted:
+        with pytest.raises(ValueError, match="must be judged by the majority vote of 5 draws, as in the report"):
+            check_adversarial(tmp_path, noisy())
     # the draws of a check are those of the report if the seed is
     again = check_adversarial(tmp_path, made(), seed=0)
     assert again.wrong == report.adversarial.about["wrong"]
@@ -164,7 +168,9 @@ def test_the_command_line_checks(tmp_path, capsys, short_signs):
         ([str(tmp_path / "run"), model], 0, "still fool the model, which fits"),
         ([out, "zoo:digits-pgd-at"], 1, "which does not fit"),
         ([str(tmp_path), model], 2, f"{tmp_path} contains no report.json"),
-        ([out], 2, "MODEL must be given"),
+        # The model and the options are those of run.yaml.
+        ([out], 0, "still fool the model, which fits"),
+        ([], 2, "REPORT must be given"),
     ):
         assert cli.main(["check", *words, "--device", "cpu"]) == code
         assert message in "".join(capsys.readouterr())
