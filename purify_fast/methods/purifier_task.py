@@ -17,7 +17,7 @@ from ..defences.base import Defence
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
 from ..training.method_task import MethodTask
-from ..training.task import Batch, check_labels
+from ..training.task import Batch, check_classifier
 
 D = TypeVar("D", bound=Defence)
 
@@ -102,7 +102,7 @@ class PurifierTask(MethodTask, Generic[D]):
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         if tuple(shape) != self.defence.image_shape:
             raise ValueError(f"x must have images {list(self.defence.image_shape)}, got {list(shape)}")
-        check_labels(classes, self.defence.num_classes)
+        check_classifier(self.defence.classifier, shape, classes, self.config.precision, trained=False)
 
 
 def noise_of(defence: Defence, batch: Batch) -> contextlib.AbstractContextManager[Any]:

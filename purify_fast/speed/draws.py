@@ -25,20 +25,6 @@ def own_generators(parts: Iterable[Any]) -> list[Any]:
     return [value for value in itertools.chain(values, *inside) if isinstance(value, GENERATORS)]
 
 
-def seed_draws(seed: int, own: Iterable[Any] = ()) -> None:
-    """Seed the global generators of PyTorch, NumPy and Python, and each of a model's own."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-    for number, one in enumerate(own, seed + 1):
-        if isinstance(one, torch.Generator):
-            one.manual_seed(number)
-        elif isinstance(one, np.random.Generator):
-            one.bit_generator.state = type(one.bit_generator)(number).state
-        else:
-            one.seed(number % 2**32)
-
-
 @contextlib.contextmanager
 def same_draws(model: nn.Module | None = None, device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
     """A block after which all generators are as before, so that the next block draws the same numbers.

@@ -26,7 +26,7 @@ from .._files import folder_lock
 from .._memory import ran_out_of_memory
 from .._process import processes
 from .._settings import refuse_divided
-from ..speed.draws import same_draws, seed_draws
+from ..speed.draws import same_draws
 from ..speed.graphs.graphed_loop import StepGraphs
 from ..speed.precision import fast_bfloat16, float32_products, raced_convolutions, whole_float32_by_default
 from .bank import AdversarialBank, BankConfig
@@ -35,7 +35,7 @@ from .config import FitConfig
 from .distributed import average_, exchanges, from_first, synchronized_batchnorm
 from .optimizers import check_groups, fuse, set_learning_rate, weights_of
 from .run import Run
-from .sources import Images, Loader, make_sources, step_seed
+from .sources import Images, Loader, make_sources, seed_draws, step_seed
 from .task import Batch, Metrics, Task, frozen_parts
 
 logger = logging.getLogger("purify_fast")
@@ -142,8 +142,7 @@ def fit(
             stack.enter_context(float32_products(tf32=True))
         bar = ProgressBar(title, run, progress and first)
         listeners = [bar, *callbacks] if first else []
-        devices = [device] if device.type == "cuda" else []
-        with bar.bar, torch.random.fork_rng(devices), step_settings(task, config, device):
+        with bar.bar, same_draws(task.model, device), step_settings(task, config, device):
             _train(run, listeners)
         task.finish()
         if run.best:
@@ -178,13 +177,16 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
     """Train the rest of the run's epoch, with checkpoints in between, and put the epoch's means into ``run.last``."""
     task, config, epoch = run.task, run.config, run.epoch
     began, images, world = time.monotonic(), 0, processes()[1]
+    # A callback may have unfrozen parts of the model, or given it a generator.
+    task.train()
+    task.frozen, run.own = frozen_parts(task.model), run.generators()
     for raw in run.source.epoch(epoch, run.step % run.steps):
         if isinstance(run.source, Loader) and not images:
             # The shape and the labels of a loader's images are not known before.
             run.shape = list(raw[0].shape[1:])
             task.check(tuple(run.shape), int(raw[1].max()) + 1)
         seed = step_seed(config.seed, run.step)
-        torch.manual_seed(seed)
+        seed_draws(seed, run.own)
         batch = run.batch(raw, run.step, seed)
         rate = task.learning_rate(run.step / run.total, epoch, config.epochs)
         set_learning_rate(task.optimizers.values(), rate)

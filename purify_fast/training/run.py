@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._files import write_text
 from .._hashes import text_hash
@@ -24,15 +24,18 @@ from .._process import processes
 from .._sealed import read_sealed, write_sealed
 from .._version import __version__
 from ..data import crop_flip, to_float
+from ..model_state import GENERATORS
 from ..models.layers import evaluation_mode
 from ..speed.agreement import FLOAT32, differ
-from ..speed.draws import same_draws
+from ..speed.copying import memo_of
+from ..speed.draws import own_generators, same_draws
 from ..speed.memory import peak_so_far
+from ..speed.snapshot import held_by
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import RELATIVE, load_state, relative_rates, set_modes, state_of, weights_of
 from .schedules import RunLength
-from .sources import InMemory, RawBatch, Sources, step_seed
+from .sources import InMemory, Loader, RawBatch, Sources, seed_draws, step_seed
 from .task import Batch, Metrics, Task
 
 #: The file name of a run's checkpoint.
@@ -162,9 +165,16 @@ class Run:
         self.total, self.step, self.saved_at = self.length.steps, 0, time.monotonic()
         self.sums, self.counts = dict[str, Tensor](), dict[str, int]()
         self.last, self.best, self.rows = dict[str, float](), dict[str, Any](), list[dict[str, Any]]()
+        #: The generators from which the model draws, besides the global ones.
+        self.own = self.generators()
         #: True if the folder has the log of a run without a checkpoint.
         self.begins_anew = False
         self._began, self._spent = time.monotonic(), 0.0
+
+    def generators(self) -> list[Any]:
+        """Return the random generators that the model or an object in it holds, and those of the task."""
+        held = [one for one in held_by(self.task.model)[1] if isinstance(one, GENERATORS)]
+        return [*held, *own_generators([self.task])]
 
     @property
     def epoch(self) -> int:
@@ -222,6 +232,8 @@ class Run:
         progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds")}
         progress["network"] = self.network(self.shape)
         progress["compile"] = self.config.compile
+        progress["first_batch"] = self.source.first_batch
+        progress["frozen"] = self._frozen()
         progress["attacked"] = None if self.task.attacked is None else self.task.attacked.decision
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
@@ -230,15 +242,15 @@ class Run:
         # An address in memory is no part of the network.
         task, text = self.task, re.sub(r" at 0x[0-9a-f]+", "", repr(self.task.model))
         known: dict[str, Any] = {"parts": text_hash(text).hexdigest(), "shape": shape, "answer": None}
-        if not shape:
+        if not shape or type(task).answer is Task.answer:
             return known
         images = torch.linspace(0, 1, 2 * math.prod(shape), device="cpu").view(2, *shape).to(self.source.device)
         try:
-            answers = []
+            answers, copied = [], with_copied_model(task)
             for _ in "12":
-                with evaluation_mode(task.model), torch.no_grad(), same_draws(task.model):
-                    torch.manual_seed(0)
-                    answers.append(task.answer(images).float().flatten(1)[:, :64])
+                with evaluation_mode(copied.model), torch.no_grad(), same_draws(copied.model):
+                    seed_draws(0, self.own)
+                    answers.append(copied.answer(images).float().flatten(1)[:, :64])
         except Exception:
             # A user's network may refuse these images, or have no answer. The training does not need it.
             return known
@@ -258,6 +270,9 @@ class Run:
             text = "the network %s than when the checkpoint of %s was written: was its code edited since?"
             logger.warning(text, what, self.folder)
 
+    def _frozen(self) -> list[str]:
+        return [name for name, weight in self.task.model.named_parameters() if not weight.requires_grad]
+
     def resume(self) -> None:
         """Resume from the checkpoint, if there is one."""
         saved = from_first(self._read)
@@ -270,6 +285,8 @@ class Run:
             if difference:
                 raise ValueError(f"process {rank} trains on other data or settings than the first ({difference})")
         self.task.model.load_state_dict(saved["model"])
+        for name, weight in self.task.model.named_parameters():
+            weight.requires_grad_(name not in saved["frozen"])
         for name, optimizer in self.task.optimizers.items():
             # The present code decides the relative rates of the groups, also in a run that is resumed.
             shares = relative_rates(optimizer)
@@ -299,12 +316,16 @@ class Run:
             if saved is not None:
                 # Earlier versions refused a run that was compiled in one part only.
                 saved["compile"] = saved["facts"].pop("compile", saved.get("compile", False))
+                # Earlier versions did not save these.
+                saved = {"frozen": self._frozen(), "first_batch": None, **saved}
             self.begins_anew = saved is None and (self.folder / "log.jsonl").is_file()
         if self.folder is None or saved is None:
             return None if processes()[1] == 1 else self.state()
+        advice = "pass another folder, or remove this one"
         if difference := differences(saved["facts"], self.facts):
-            advice = "pass another folder, or remove this one"
             raise ValueError(f"{self.folder} holds a run with other images or settings ({difference}): {advice}")
+        if isinstance(self.source, Loader) and not self.source.begins_with(saved["first_batch"]):
+            raise ValueError(f"{self.folder} holds a run with other images (the first batch of x): {advice}")
         return saved
 
     def save(self) -> None:
@@ -374,7 +395,7 @@ class Run:
         for raw in self.held_out.epoch(0, *processes()):
             # Every validation has the same draws and the attack of the last epoch.
             seed = step_seed(self.config.seed, 2**31)
-            torch.manual_seed(seed)
+            seed_draws(seed, self.own)
             measured = self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
             found.append((len(raw[0]), measured))
         return found
@@ -391,6 +412,15 @@ class Run:
             state = self.task.model.state_dict()
             best = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
             self.best = {"score": score, "step": self.step, "model": copy.deepcopy(best)}
+
+
+def with_copied_model(task: Task) -> Task:
+    """Return a task with a copy of the model, whose calls leave no trace in the training, such as a count of calls."""
+    other, memo, parts = copy.copy(task), memo_of(task.model.modules()), set(task.model.modules())
+    for name, value in vars(task).items():
+        if isinstance(value, nn.Module) and value in parts:
+            setattr(other, name, copy.deepcopy(value, memo))
+    return other
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .._hashes import digest
 from .._process import processes
 from ..data import batches
+from ..speed.draws import same_draws
 from ..speed.memory import free_memory
 from .batches import check_channels, check_range, read_batch, seed_generators
 from .config import FitConfig
@@ -60,6 +62,20 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
+def seed_draws(seed: int, own: Iterable[Any] = ()) -> None:
+    """Seed the global generators of PyTorch, NumPy and Python, and each of a model's own."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    for number, one in enumerate(own, seed + 1):
+        if isinstance(one, torch.Generator):
+            one.manual_seed(number)
+        elif isinstance(one, np.random.Generator):
+            one.bit_generator.state = type(one.bit_generator)(number).state
+        else:
+            one.seed(number % 2**32)
+
+
 class ImageSource:
     """A source of images. These attributes are for one that stores adversarial images on the disk.
 
@@ -67,11 +83,13 @@ class ImageSource:
         folder: folder that the run locks.
         facts: settings that a resumed run must share.
         counts: what the run's log has about the steps so far.
+        first_batch: a hash of the run's first batch, if only the batches show which images a source has.
     """
 
     folder: Path | None = None
     facts: Mapping[str, Any] = {}
     counts: Mapping[str, Any] = {}
+    first_batch: str | None = None
 
     def flush(self) -> None:
         """Write what is stored to the disk. A power failure loses the rest; a killed process loses nothing."""
@@ -124,7 +142,7 @@ def _cut_off(steps: int, config: FitConfig) -> int:
 class Loader(ImageSource):
     """Returns batches of a DataLoader or of another iterable, on the model's device.
 
-    torch's global generator is seeded before each epoch and batch, and a loader's own generators before each epoch. So
+    The global generators are seeded before each epoch and batch, and a loader's own generators before each epoch. So
     all random draws depend only on the seed and the epoch.
     """
 
@@ -158,10 +176,10 @@ class Loader(ImageSource):
             # The first iterator of persistent workers draws other numbers than the next ones.
             iter(x)
         seed_generators(x, step_seed(self.seed, epoch * self.steps), epoch)
-        torch.manual_seed(step_seed(self.seed, epoch * self.steps))
+        seed_draws(step_seed(self.seed, epoch * self.steps))
         given, seen = iter(x), 0
         for k in range(self.steps):
-            torch.manual_seed(step_seed(self.seed, epoch * self.steps + k))
+            seed_draws(step_seed(self.seed, epoch * self.steps + k))
             if (batch := next(given, None)) is None:
                 if not self.has_warned:
                     text = "x gave %d batches in place of %d in epoch %d: it begins again. Set steps_per_epoch to that"
@@ -176,6 +194,8 @@ class Loader(ImageSource):
             ids = torch.as_tensor(indices).long() if known else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
             _check(images, labels, f"the images of {name}", f"the labels of {name}", floats=True)
+            if epoch == k == 0:
+                self.first_batch = digest(images, labels)
             images, labels, ids = (sent(part, self.device) for part in (images, labels, ids))
             if images.is_floating_point():
                 images = images.float()
@@ -185,6 +205,17 @@ class Loader(ImageSource):
                     check_range(f"the images of {name}", low, high, "undo this, and normalize in the model")
                 images = images.clamp(0, 1)
             yield images, labels, ids
+
+    def begins_with(self, wanted: str | None) -> bool:
+        """Return False if the first batch of a run is another one than that of the hash ``wanted``."""
+        found = list[str | None]()
+        with same_draws():
+            while wanted is not None and len(found) < 2 and wanted not in found:
+                next(self.epoch(0, 0))
+                found.append(self.first_batch)
+        self.first_batch = wanted
+        # A loader whose draws cannot be seeded never gives a batch twice, so it cannot be compared.
+        return wanted is None or wanted in found or found[0] != found[1]
 
 
 Source: TypeAlias = InMemory | Loader

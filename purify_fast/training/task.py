@@ -245,13 +245,37 @@ def frozen_parts(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def check_classifier(model: nn.Module, shape: tuple[int, ...], classes: int, precision: Precision = "float32") -> None:
-    """Run a classifier on two black images, and refuse images or labels that it does not accept."""
-    device = first_tensor(model).device
-    images = torch.zeros((2, *shape), device=device)
-    with evaluation_mode(model), autocast_to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32):
-        known = count_classes(lambda: model(images), shape, 2)
-        output = model(images)
+@torch.inference_mode(False)
+def check_classifier(
+    model: nn.Module, shape: tuple[int, ...], classes: int, precision: Precision = "float32", trained: bool = True
+) -> None:
+    """Run a classifier on two black images, and refuse images or labels that it does not accept.
+
+    A copy is run, because a call may leave traces, in evaluation mode and if ``trained`` in training mode. A model that
+    cannot be copied is run itself, in evaluation mode.
+    """
+    # A step needs none of these.
+    from ..attacks.attacked_model import WritesToItsInput
+    from ..speed.copying import deep_copy
+    from ..speed.draws import same_draws
+
+    device, modes = first_tensor(model).device, (True, False) if trained else (False,)
+    try:
+        copied = deep_copy(model)
+    except TypeError:
+        copied, modes = model, (False,)
+    autocast = autocast_to(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    with evaluation_mode(copied), same_draws(copied, device), autocast:
+        for training in modes:
+            copied.train(training)
+            images = torch.zeros((2, *shape), device=device)
+            try:
+                known = count_classes(partial(copied, images), shape, 2)
+            except ValueError as error:
+                raise ValueError(f"the model in training mode: {error}" if training else str(error)) from error
+            if images._version > 0:
+                raise WritesToItsInput
+        output = copied(images)
     check_labels(classes, known)
     if are_probabilities(output):
         kind = ONE_HOT if are_one_hot(output) else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
