@@ -12,7 +12,7 @@ from ..model_state import hidden_modules
 from ..protocols import supports
 from .copying import computes_in_modes
 from .reading import NUMBERS, block
-from .snapshot import Snapshot
+from .snapshot import Snapshot, held_by
 from .watch import tensors_of
 
 if TYPE_CHECKING:
@@ -45,10 +45,19 @@ class Followed:
         self.graphs: StepGraphs | None = None
         self.reads, self.reason = 0, ""
         self.watch: Any = None
-        self._model, self._warned = model, False
+        self._given, self._warned = model, False
+        #: The memo of the copying in memory that has made this object, until the model is asked for.
+        self._memo: dict[int, Any] | None = None
         if model is not None:
             self._layout = _layout(model)
             self.read()
+
+    @property
+    def _model(self) -> nn.Module | None:
+        if self._memo is not None:
+            # What is copied together may be copied in any order, so only now is it known whether the model was.
+            self._given, self._memo = self._memo.get(id(self._given), self._given), None
+        return self._given
 
     @property
     def has_model(self) -> bool:
@@ -112,7 +121,7 @@ class Followed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
         other = type(self)()
-        vars(other).update(vars(self), reads=0, watch=None, _model=memo.get(id(self._model), self._model))
+        vars(other).update(vars(self), reads=0, watch=None, _given=self._model, _memo=memo)
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -137,6 +146,8 @@ def check_parts(model: nn.Module) -> None:
                 "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
                 "Lightning Fabric model.module"
             )
+    if any(is_frozen_copy(one) and one._followed._model is model for one in held_by(model)[1]):
+        raise TypeError("model must not contain a frozen copy of itself in an attribute, list or dict: keep it outside")
     held = [(f"{at}.{n}".lstrip("."), one) for at, part in model.named_modules() for n, one in vars(part).items()]
     for at, tensor in (*tensors_of(model), *((name, one) for name, one in held if isinstance(one, Tensor))):
         if tensor.layout != torch.strided:

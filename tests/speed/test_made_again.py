@@ -332,11 +332,17 @@ def test_given_tensors_serve_in_a_functional_call_although_a_read_is_due():
     assert torch.equal(torch.func.functional_call(fast, given, (X,)), want) and close(model, fast)
 
 
-def test_a_copy_that_is_copied_after_its_model_follows_the_copied_model():
+@pytest.mark.parametrize("first", ["copy", "model"])
+def test_a_copy_that_is_copied_with_its_model_in_any_order_follows_the_copied_model(first):
     model = conv()
-    pair = copy.deepcopy([model, purify_fast.frozen_copy(model, X, dtype=F)])
-    pair[0][5].weight.detach().mul_(-1)
-    assert close(*pair) and not close(model, pair[1])
+    pair = {"model": model, "copy": purify_fast.frozen_copy(model, X, dtype=F)}
+    pair = copy.deepcopy({first: pair[first], **pair})
+    pair["model"][5].weight.detach().mul_(-1)
+    assert close(pair["model"], pair["copy"]) and not close(model, pair["copy"])
+    # A copy that is copied alone follows the model of the original.
+    alone = copy.deepcopy(pair["copy"])
+    pair["model"][5].weight.detach().mul_(-1)
+    assert close(pair["model"], alone)
 
 
 def held():

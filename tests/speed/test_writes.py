@@ -421,6 +421,24 @@ def test_a_copy_must_stay_outside_of_its_model():
         pgd(model.fast, X, Y, 0.1, steps=1)
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda model, fast: setattr(model, "kept", [fast]),
+        lambda model, fast: setattr(model[0], "kept", {"fast": (fast,)}),
+        lambda model, fast: object.__setattr__(model, "fast", fast),
+    ],
+)
+def test_a_copy_that_its_model_holds_is_refused_when_it_reads_the_model(keep):
+    model = net()
+    fast = purify_fast.frozen_copy(model, X)
+    keep(model, fast)
+    with pytest.raises(TypeError, match="must not contain a frozen copy of itself in an attribute, list or dict"):
+        pgd(fast, X, Y, 0.1, steps=1)
+    with pytest.raises(TypeError, match="must not contain a frozen copy of itself"):
+        purify_fast.frozen_copy(model, X)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_in_another_precision_is_compared_with_its_copy_in_float32(dtype, recwarn):
     model = net().to(dtype)
