@@ -53,8 +53,8 @@ class Command(ABC):
         check_types(self)
 
     @classmethod
-    def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
-        """Make this command with the settings of a recipe, if the command has the option --recipe."""
+    def of_recipe(cls, name: str | None, official_code: bool, batch_size: int | None = None) -> Self:
+        """Make this command with the settings of a recipe, if the command has the option --recipe, or its own."""
         return cls()
 
     @abstractmethod
@@ -240,8 +240,11 @@ class _Early:
     official_code: bool = False
 
 
-def parse(kind: type[OfCommand], arguments: list[str]) -> OfCommand:
-    """Make a command of a class from the words after the command's name."""
+def parse(kind: type[OfCommand], arguments: list[str], most: int | None = None) -> OfCommand:
+    """Make a command of a class from the words after the command's name.
+
+    ``most``: the largest number of images per step of a training, if the words do not set this number.
+    """
     how: Any = {"prog": f"purify-fast {kind.called}"}
     early, _ = cli(_Early, arguments, return_unknown_args=True, add_help=False, **how)
     options = {} if early.config is None else options_of(early.config, kind)
@@ -252,7 +255,9 @@ def parse(kind: type[OfCommand], arguments: list[str]) -> OfCommand:
     early, _ = cli(_Early, words, return_unknown_args=True, add_help=False, **how)
     # The configuration refuses a batch size below 1.
     size = max(0, early.batch_size or 0) or None
-    default = kind() if early.recipe is None else kind.of_recipe(early.recipe, early.official_code, size)
+    default = kind.of_recipe(early.recipe, early.official_code, size)
+    if most is not None and size is None and default.loop.batch_size > most:  # type: ignore[attr-defined]
+        return parse(kind, [*arguments, "--batch-size", str(most)])
     command: OfCommand = cli(kind, words, default=dataclasses.replace(default, **folder), **how)
     chosen, usual = values(command), values(default)
     for (word, option), names in (item for base in kind.__mro__ for item in vars(base).get("no_effect", {}).items()):

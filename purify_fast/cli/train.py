@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..methods.discovery import METHODS
 from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
-from .command import DataCommand, values, words_of, write_run_file
+from .command import DataCommand, parse, values, words_of, write_run_file
 from .evaluate import accuracy_text, is_named, named_classifier, trained_classifier
 
 if TYPE_CHECKING:
@@ -25,12 +25,30 @@ class TrainCommand(Training, DataCommand):
     """A command that trains a model."""
 
     def run(self) -> None:
+        images = self.load_data()
+        self.with_batches_of(len(images.x_train)).train(images)
+
+    def with_batches_of(self, images: int) -> TrainCommand:
+        """Return this command with batches of at most a sixth of the images, if no size was given."""
+        from .._process import processes
+
+        rank, world = processes()
+        most = max(1, images // 6 // world) * world
+        if not self.typed or self.loop.batch_size <= most:
+            return self
+        sized = replace(parse(type(self), list(self.typed[len(self.called.split()) :]), most), device=self.device)
+        if rank == 0 and sized.loop.batch_size == most:
+            print(f"--batch-size {most}, by default at most a sixth of the {images} training images")
+        return sized
+
+    def train(self, images: DataSet) -> None:
+        """Train on images, save the result, and print its accuracy."""
         import torch
 
         from .._process import processes
         from ..training import fit, summary
 
-        images, title, first = self.load_data(), self.called.split()[-1], processes()[0] == 0
+        title, first = self.called.split()[-1], processes()[0] == 0
         classifier = given_classifier(self, images, first) if isinstance(self, OnClassifier) else None
         torch.manual_seed(self.loop.seed)
         task, bank = self.task(images, classifier), self.bank_config()

@@ -40,6 +40,8 @@ class Recipe:
 
     #: The class of the method's config.
     settings: ClassVar[Any]
+    #: The values that are in proportion to the number of images per step.
+    in_proportion: ClassVar[tuple[str, ...]] = ()
 
     name: str
     title: str
@@ -102,8 +104,13 @@ class Recipe:
         return replace(self, values={**self.values, **own})
 
     def for_batch(self: R, batch_size: int) -> R:
-        """Return this recipe for ``batch_size`` images per step of all processes. CARSO's learning rate is scaled."""
-        return replace(self, values={**self.values, "loop.batch_size": batch_size})
+        """Return this recipe for ``batch_size`` images per step of all processes.
+
+        The learning rates of CARSO and ARREST are scaled in proportion.
+        """
+        factor = batch_size / self["loop.batch_size"]
+        own = {"loop.batch_size": batch_size, **{key: self[key] * factor for key in self.in_proportion}}
+        return replace(self, values={**self.values, **own})
 
     def __str__(self) -> str:
         """Return all values as text, in the form of ``recipes.yaml``."""

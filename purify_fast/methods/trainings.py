@@ -78,8 +78,10 @@ class FollowsRecipe(Training):
     official_code: bool = False
 
     @classmethod
-    def of_recipe(cls, name: str, official_code: bool, batch_size: int | None = None) -> Self:
-        """Make this command with the settings of a recipe of its method."""
+    def of_recipe(cls, name: str | None, official_code: bool, batch_size: int | None = None) -> Self:
+        """Make this command with the settings of a recipe of its method; None for those of the command."""
+        if name is None:
+            return cls()
         from .recipes import recipe
 
         published = recipe(name, cls.called.split()[-1])

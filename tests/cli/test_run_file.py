@@ -1,6 +1,7 @@
 """run.yaml: written by every run, read by --config; options on the command line win."""
 
 import dataclasses
+import json
 import shlex
 
 import pytest
@@ -97,3 +98,21 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     # a training that was begun in Python has no such file
     (out / "run.yaml").unlink()
     assert "--eps must be given, such as --eps 8/255" in run("evaluate", out, *few)[1]
+
+
+def test_the_default_batch_is_at_most_a_sixth_of_the_images(run, bars, tmp_path):
+    common = ["--data", bars, "--device", "cpu", "--epochs", "1", "--steps", "1"]
+    code, printed = run("train", "classifier", "--width", "2", "--out", tmp_path / "classifier", *common)
+    assert code == 0 and "--batch-size 5, by default at most a sixth of the 32 training images" in printed
+    held = yaml.safe_load((tmp_path / "classifier" / "run.yaml").read_text())
+    assert held["batch_size"] == 5
+    given = ["--classifier", tmp_path / "classifier", "--out", tmp_path / "arrest"]
+    code, printed = run("train", "arrest", *common, *given)
+    assert code == 0 and "--batch-size 5" in printed
+    # The rate of ARREST is that of its batch.
+    held = yaml.safe_load((tmp_path / "arrest" / "run.yaml").read_text())
+    assert held["learning_rate"] == pytest.approx(0.025 * 5 / 128)
+    rows = (tmp_path / "arrest" / "log.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 6
+    code, printed = run("train", "classifier", "--batch-size", "16", "--out", tmp_path / "other", *common)
+    assert code == 0 and "by default" not in printed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import cos, radians
 from typing import Annotated, Literal
 
-from ..._validation import AtLeast0, Precision, Range, Share, ShareBelow1, check_types
+from ..._validation import AtLeast0, Positive, Precision, Range, Share, ShareBelow1, check_types
 from ...training.config import TrainingAttack
 
 
@@ -38,7 +38,10 @@ class ArrestConfig:
         drift_mode: mode of the classifier when the drift is measured: "eval" (own), which does not change BatchNorm's
             statistics, or "train" (port).
         optimizer: "sgd" with momentum (port), or "adamw" (own).
-        learning_rate: highest learning rate of the schedule (port: 0.025).
+        learning_rate: highest learning rate of the schedule (port: 0.025, for batches of 128 images; the command
+            ``train arrest`` and recipes scale it in proportion to the batch).
+        max_gradient: largest Euclidean norm of a step's gradient; a larger gradient is scaled down to it (own). None
+            means 1 for "sgd" and a classifier without a normalization layer, and no bound for others.
         momentum: momentum of "sgd" (port: 0.9).
         weight_decay: weight decay of the optimizer (port: 5e-4).
         schedule: schedule of the learning rate: "published" (port; `arrest_published`), or "one_cycle" or "constant"
@@ -63,6 +66,7 @@ class ArrestConfig:
     drift_mode: Literal["eval", "train"] = "eval"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: AtLeast0 = 0.025
+    max_gradient: Positive | None = None
     momentum: ShareBelow1 = 0.9
     weight_decay: AtLeast0 = 5e-4
     schedule: Literal["published", "one_cycle", "constant"] = "published"

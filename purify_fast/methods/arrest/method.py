@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,8 @@ from ..trainings import FollowsRecipe, Method, OnClassifier
 from .config import ArrestConfig
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ...data import DataSet
     from .task import ArrestTask
 
@@ -33,6 +35,14 @@ class TrainArrest(FollowsRecipe, OnClassifier):
     layers: tuple[str, ...] = ()
     method: ArrestConfig = field(default_factory=ArrestConfig)
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=20))
+
+    @classmethod
+    def of_recipe(cls, name: str | None, official_code: bool, batch_size: int | None = None) -> Self:
+        made = super().of_recipe(name, official_code, batch_size)
+        if name is not None or batch_size is None:
+            return made
+        rate = made.method.learning_rate * batch_size / made.loop.batch_size
+        return replace(made, method=replace(made.method, learning_rate=rate))
 
     def task(self, images: DataSet, classifier: Any) -> ArrestTask:
         from .task import ArrestTask

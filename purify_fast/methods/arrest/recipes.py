@@ -24,6 +24,7 @@ class ArrestRecipe(Recipe):
     """
 
     settings = ArrestConfig
+    in_proportion = ("method.learning_rate",)
 
     def task(
         self, classifier: nn.Module, official_code: bool = False, layers: Sequence[str] | None = None

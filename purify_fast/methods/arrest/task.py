@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from ...speed.frozen_copy import AttackedCopy
 
 
+#: Layers that normalize, so that the size of the weights before them hardly matters.
+NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
 class ArrestTask(MethodTask):
     """The training of a classifier by ARREST, for `purify_fast.training.fit`.
 
@@ -98,6 +102,10 @@ class ArrestTask(MethodTask):
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
         self.attacked = AttackedCopy(model, self.dtype)
+        # The port's rate of SGD is that of a ResNet. Without normalization the weights would diverge.
+        normalized = any(isinstance(part, NORMALIZATIONS) for part in model.modules())
+        bounded = config.optimizer == "sgd" and not normalized
+        self.max_gradient = 1.0 if config.max_gradient is None and bounded else config.max_gradient
         #: The moving average of the weights; it is "average" in the checkpoints.
         self.average = AveragedModel(model, config.ema_decay) if config.ema_decay > 0 else None
         if self.average is not None:

@@ -27,6 +27,8 @@ class CarsoRecipe(Recipe):
     """A published CARSO system."""
 
     settings = CarsoConfig
+    # The authors' code computes the rate from the batch.
+    in_proportion = ("method.learning_rate",)
 
     def config(self, official_code: bool = False) -> CarsoConfig:
         """Return the settings. ``official_code`` scales eps, and trains TinyImageNet without adversarial examples."""
@@ -53,12 +55,6 @@ class CarsoRecipe(Recipe):
         if options["version"] == "v4" and shape in PUBLISHED:
             options.setdefault("decoder", published_decoder(shape))
         return Carso(classifier, **options)
-
-    def for_batch(self, batch_size: int) -> CarsoRecipe:
-        # The authors' code computes the rate from the batch.
-        rate = self["method.learning_rate"] * batch_size / self["loop.batch_size"]
-        values = {**self.values, "loop.batch_size": batch_size, "method.learning_rate": rate}
-        return replace(self, values=values)
 
     def load(self, directory: str | Path, classifier_weights: str | Path) -> Carso:
         """Load the system with its authors' weights, in evaluation mode.

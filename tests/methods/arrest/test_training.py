@@ -20,6 +20,7 @@ from purify_fast.methods.arrest.task import pool
 from purify_fast.models.classifiers import PreActResNet18, SmallCNN
 from purify_fast.ops import representation_distance
 from purify_fast.training import Batch
+from purify_fast.training.loop import train_step
 
 SHAPE = (1, 16, 16)
 EPS = 0.2
@@ -343,3 +344,19 @@ def test_maps_and_tokens_are_averaged_over_their_positions():
     averaged = pool([maps, tokens, vectors])
     for got, wanted in zip(averaged, (maps.mean((2, 3)), tokens.mean(1), vectors), strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_the_gradient_is_bounded_where_nothing_normalizes():
+    assert arrest(cnn()).max_gradient == 1.0 and arrest(resnet()).max_gradient is None
+    assert arrest(resnet(), max_gradient=0.5).max_gradient == 0.5
+    assert arrest(cnn(), optimizer="adamw").max_gradient is None
+    for bound in (1e-3, 1e3):
+        task = arrest(cnn(), max_gradient=bound)
+        norms = []
+        task.optimizer.register_step_pre_hook(
+            lambda optimizer, *_, norms=norms: norms.append(
+                nn.utils.get_total_norm([weight.grad for weight in optimizer.param_groups[0]["params"]])
+            )
+        )
+        train_step(task, batch())
+        assert (float(norms[0]) == pytest.approx(bound)) == (bound < 1)
