@@ -18,6 +18,30 @@ def check_folder(name: str, path: str | Path | None) -> None:
             return
 
 
+#: The files by which `what_is` knows a folder, and what they show. A finished work has all files of an unfinished one.
+CHECKPOINT, MODEL, REPORT = "checkpoint.safetensors", "model.safetensors", "report.json"
+KINDS = {
+    REPORT: "holds a report",
+    "certificates.json": "holds certificates",
+    MODEL: "holds a model",
+    CHECKPOINT: "holds an unfinished training, which `purify-fast train --resume {}` continues",
+    "log.jsonl": "holds a training without a checkpoint so far, which `purify-fast train --resume {}` begins anew",
+    "rows": "holds an unfinished evaluation, which the same command continues",
+    "train": "holds images for --data",
+}
+
+
+def what_is(folder: str | Path) -> str:
+    """Say what a folder holds, as the end of a sentence that begins with the folder."""
+    place = Path(folder)
+    if not place.exists():
+        return "does not exist"
+    if not place.is_dir():
+        return "is a file"
+    found = (text for name, text in KINDS.items() if (place / name).exists())
+    return next(found, "holds no file of a training or an evaluation").format(place)
+
+
 def usable_device(name: str) -> str:
     """Check the name of a device, and replace "auto" by "cuda" or "cpu"."""
     import torch

@@ -11,16 +11,17 @@ import io
 import os
 import sys
 from dataclasses import make_dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
 
 from .._files import folder_lock
 from .._memory import ran_out_of_memory
-from .._places import usable_device
+from .._places import usable_device, what_is
 from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
-from .command import Command, DataCommand, cli, parse
+from .command import RUN_FILE, Command, DataCommand, cli, parse, read_run_file
 
 __all__ = ["main"]
 
@@ -59,11 +60,25 @@ def _read(arguments: list[str]) -> Command:
         empty = {name: {"__doc__": kind.__doc__} for name, kind in _KINDS.items()}
         listed = {name: make_dataclass("Listed", (), namespace=doc) for name, doc in empty.items()}
     trains = {name.split()[1]: kind for name, kind in listed.items() if name.startswith("train ")}
-    doc = {"__doc__": "Train a classifier, or a defence in front of a classifier. torchrun runs several processes."}
+    text = "Train a classifier, or a defence in front of a classifier. torchrun runs several processes."
+    doc = {"__doc__": f"{text} `purify-fast train --resume FOLDER` continues an interrupted training."}
     training = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
     top = {name: listed.get(name, training) for name in (called.split()[0] for called in _KINDS)}
     described = "Adversarial purification: train, attack and evaluate defences of image classifiers."
     return cli(_any_of(top), arguments, prog="purify-fast", description=described)
+
+
+def _resumed(arguments: list[str]) -> list[str]:
+    """Replace ``train --resume FOLDER`` by the command of the folder's run.yaml. Further options win over the file."""
+    if arguments[:2] != ["train", "--resume"]:
+        return arguments
+    if len(arguments) == 2:
+        raise ValueError("--resume needs a folder: purify-fast train --resume FOLDER")
+    folder = Path(arguments[2])
+    command = str(read_run_file(folder / RUN_FILE).get("command")) if (folder / RUN_FILE).is_file() else ""
+    if not command.startswith("train ") or command not in _KINDS:
+        raise ValueError(f"--resume needs the folder of a training with its {RUN_FILE}, but {folder} {what_is(folder)}")
+    return [*command.split(), "--config", str(folder / RUN_FILE), "--out", str(folder), *arguments[3:]]
 
 
 def _run(arguments: list[str]) -> int:
@@ -75,6 +90,7 @@ def _run(arguments: list[str]) -> int:
             from ..training.distributed import torchrun_group
 
             stack.enter_context(torchrun_group())
+        arguments = _resumed(arguments)
         command = _read(arguments)
         from ..speed import retain_freed_memory
         from ..training.distributed import own_device

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
-from .._places import usable_device
+from .._places import REPORT, usable_device, what_is
 from .._validation import Count, Norm, Precision, read_norm
 from ..judge.request.config import EvaluateConfig
 from ..methods.discovery import METHODS
@@ -389,9 +389,10 @@ class Check(Command):
 
         if self.report is None:
             raise ValueError("REPORT must be given: the folder of a report, or of the run that was evaluated")
-        folder = next((one for one in (self.report, self.report / EVALUATION) if (one / "report.json").is_file()), None)
+        places = [one for one in (self.report / EVALUATION, self.report) if one.is_dir()] or [self.report]
+        folder = next((one for one in places if (one / REPORT).is_file()), None)
         if folder is None:
-            raise FileNotFoundError(f"{self.report} contains no report.json: give the folder of a report")
+            raise FileNotFoundError(f"{places[0]} contains no {REPORT}: it {what_is(places[0])}")
         run = folder / RUN_FILE
         if self.model is None and not run.is_file():
             raise ValueError(f"MODEL must be given: a folder, zoo:NAME or your function; {folder} has no {RUN_FILE}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,6 +43,11 @@ class TrainCommand(Training, DataCommand):
             print(f"--batch-size {most}, by default at most a sixth of the {images} training images")
         return sized
 
+    def begin(self, begin: Callable[[], None]) -> None:
+        """Write run.yaml when `fit` has accepted the settings, so that what is interrupted later can be resumed."""
+        begin()
+        write_run_file(self, self.out)
+
     def train(self, images: DataSet) -> None:
         """Train on images, save the result, and print its accuracy."""
         import torch
@@ -52,6 +59,8 @@ class TrainCommand(Training, DataCommand):
         classifier = given_classifier(self, images, first) if isinstance(self, OnClassifier) else None
         torch.manual_seed(self.loop.seed)
         task, bank = self.task(images, classifier), self.bank_config()
+        if first:
+            vars(task)["begin"] = partial(self.begin, task.begin)
         last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, bank=bank)
         if not first:
             return

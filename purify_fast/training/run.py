@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .._files import write_text
 from .._hashes import text_hash
+from .._places import CHECKPOINT, MODEL, what_is
 from .._process import processes
 from .._sealed import read_sealed, write_sealed
 from .._version import __version__
@@ -37,11 +38,6 @@ from .optimizers import RELATIVE, load_state, relative_rates, set_modes, state_o
 from .schedules import RunLength
 from .sources import InMemory, Loader, RawBatch, Sources, seed_draws, step_seed
 from .task import Batch, Metrics, Task
-
-#: The file name of a run's checkpoint.
-CHECKPOINT = "checkpoint.safetensors"
-#: The file name of a saved model.
-MODEL = "model.safetensors"
 
 #: The key of a saved model's values of ``get_extra_state`` that are no tensors.
 _EXTRA = "extra_state"
@@ -112,7 +108,7 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a model that `save_model` wrote."""
     path = Path(folder) / MODEL
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {folder} is not a saved model")
+        raise FileNotFoundError(f"{path} is missing: {folder} is not a saved model, but {what_is(folder)}")
     try:
         facts, state = read_sealed(path)
         if "kind" not in facts:

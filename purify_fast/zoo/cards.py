@@ -20,12 +20,12 @@ from pathlib import Path
 from torch import nn
 
 from .._files import atomic
+from .._places import MODEL
 from .._templates import render
 from .._version import __version__
 from ..methods.loading import load_defence
 from ..ops.dispatch.records import folder as cache_folder
 from ..training import load_classifier
-from ..training.run import MODEL
 
 #: The folder of the cards. A clone has the weights of all models there, and an installed package those on digits.
 MODELS = Path(__file__).parent / "models"
