@@ -10,6 +10,7 @@ tiles in the first loop and reading them in the second.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -267,11 +268,12 @@ def _shape(samples: int, classes: int) -> dict[str, int]:
 
 
 @functools.lru_cache(KEPT)
-def _columns_shape(batch: int, samples: int, classes: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Return the launch grid of a kernel that treats each class separately, and its tile, the same for every batch
-    size.
+def _columns_shape(batch: int, samples: int, classes: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the launch grid of a kernel that treats each class separately, its tile and the compiler's options.
+
+    The tile is the same for every batch size.
     """
-    shape = dict(_shape(samples, classes))
+    shape: dict[str, Any] = _shape(samples, classes) | {"enable_fp_fusion": True}
     images = SHARED // shape["K"] // classes
     if images > 1:
         c = next_power_of_2(images * classes)
@@ -292,7 +294,7 @@ def forward(logits: Tensor, method: int) -> Tensor:
         # the largest s would be the rounding error of s, and not 0.
         launch(_peel, (batch,), x, out, samples, classes, **_shape(samples, classes), enable_fp_fusion=False)
     elif method == VOTE.value:
-        launch(_vote, (batch,), x, out, samples, classes, **_shape(samples, classes))
+        launch(_vote, (batch,), x, out, samples, classes, **_shape(samples, classes), enable_fp_fusion=True)
     else:
         programs, shape = _columns_shape(batch, samples, classes)
         launch(_columns, programs, x, out, batch, samples, classes, METHOD=method, **shape)

@@ -251,5 +251,5 @@ def forward(logits: Tensor, labels: Tensor, kind: int, toward: bool) -> tuple[Te
     if rows:
         shape = _shape(classes)
         given = logits.contiguous(), labels.contiguous(), gradient, loss, wrong, rows, classes
-        launch(_forward, (cdiv(rows, shape["ROWS"]),), *given, KIND=kind, TOWARD=toward, **shape)
+        launch(_forward, (cdiv(rows, shape["ROWS"]),), *given, KIND=kind, TOWARD=toward, **shape, enable_fp_fusion=True)
     return gradient, loss, wrong

@@ -16,6 +16,8 @@ predecessor at i - width, even if they are in another column.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -298,14 +300,14 @@ def _scaled(
     tl.store(parts_ptr + (sample * blocks + block) * size + i, part, mask=inside[:, None])
 
 
-def _layout(size: int, height: int, width: int) -> dict[str, int]:
-    """Return the number of keys per thread, the number of groups of keys, and the number of warps of a program.
+def _layout(size: int, height: int, width: int) -> dict[str, Any]:
+    """Return the number of keys per thread, the number of groups of keys, and the options of a launch.
 
     If the grid has a single line, a group has one key, because the wings are too short for groups of four keys.
     """
     vector = 4 if width % 4 == 0 and height > 1 else 1
     groups = next_power_of_2(cdiv(size, vector))
-    return {"VECTOR": vector, "GROUPS": groups, "num_warps": warps(groups)}
+    return {"VECTOR": vector, "GROUPS": groups, "num_warps": warps(groups), "enable_fp_fusion": True}
 
 
 def _together(width: int) -> int:

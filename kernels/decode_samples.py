@@ -553,7 +553,7 @@ class Decoder:
         made = {"OUT_HEIGHT": layer.height, "OUT_WIDTH": layer.width, "OUT_CHANNELS": layer.channels}
         taps = {"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
         shape = {**read, **made, "COLUMNS": columns, **taps, "PADDING": layer.padding, "WORDS": self.words}
-        launch(_layer, grid(blocks, parts), *given, **settings, **shape, **tile)
+        launch(_layer, grid(blocks, parts), *given, **settings, **shape, **tile, enable_fp_fusion=True)
 
     def last_two(self, x: Tensor, out: Tensor, signs: Tensor, by_pixel: bool) -> None:
         """Compute the image from the feature map that is the input of the second-last layer."""
@@ -579,7 +579,7 @@ class Decoder:
         offsets = {"LOW": low, "HIGH": high, "FROM": start, "TO": end, "WORDS": self.words}
         shape = read | middle | made | taps | last_taps | {"CELLS_Y": cells_y, "CELLS_X": cells_x} | offsets
         numbers = len(x), blocks, int(len(signs) > 0), self.slope
-        launch(_last_two, grid(blocks, 1), *given, *numbers, **settings, **shape, **tile)
+        launch(_last_two, grid(blocks, 1), *given, *numbers, **settings, **shape, **tile, enable_fp_fusion=True)
 
 
 def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: int, draws: int) -> Tensor:
@@ -590,7 +590,7 @@ def draw(decoder: Decoder, seed: Tensor, sample_ids: Tensor, first: int, count: 
     groups = min(32, next_power_of_2(width // 4))
     sizes = {"SIZE": size, "WIDTH": width, "GROUPS": groups}
     given = seed, sample_ids, z, count, first, draws, LATENT
-    launch(_latents, grid(count, cdiv(width, 4 * groups)), *given, **sizes, num_warps=1)
+    launch(_latents, grid(count, cdiv(width, 4 * groups)), *given, **sizes, num_warps=1, enable_fp_fusion=True)
     return z
 
 

@@ -76,7 +76,7 @@ def forward(features: Tensor, dim: int) -> Tensor:
         return out
     sizes, tile = _layout(features, dim)
     programs = (cdiv(sizes[0], tile["ROWS"]) * sizes[2],)
-    launch(_forward, programs, features.contiguous(), out, *sizes, **tile)
+    launch(_forward, programs, features.contiguous(), out, *sizes, **tile, enable_fp_fusion=True)
     return out
 
 
@@ -87,5 +87,5 @@ def backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
         return out
     sizes, tile = _layout(features, dim)
     programs = (cdiv(sizes[0], tile["ROWS"]) * sizes[2],)
-    launch(_backward, programs, grad.contiguous(), features.contiguous(), out, *sizes, **tile)
+    launch(_backward, programs, grad.contiguous(), features.contiguous(), out, *sizes, **tile, enable_fp_fusion=True)
     return out

@@ -176,5 +176,6 @@ def forward(
         KIND=distribution,
         GROUPS=block // 4,
         num_warps=warps,
+        enable_fp_fusion=True,
     )
     return out

@@ -8,6 +8,8 @@ whose numbers are one run of memory.
 # A tuple of columns grows by assignments.
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -296,8 +298,9 @@ def _assign(
     tiles = cdiv(blocks, width)
     cut = blocks // num_passes if num_passes else masked_blocks
     settings = {"PARTITION": num_passes > 0, "SHARED": shared_mask, "STREAM": MASK, "WIDTH": width}
+    options: dict[str, Any] = settings | {"num_warps": warps(width * width), "enable_fp_fusion": True}
     given = seed, sample_ids, out, batch, blocks, tiles, cut
-    launch(_owners, (samples * batch * tiles,), *given, **settings, num_warps=warps(width * width))
+    launch(_owners, (samples * batch * tiles,), *given, **options)
     return out
 
 

@@ -64,9 +64,9 @@ def forward(logits: Tensor, target: Tensor) -> Tensor:
     length = CHUNK if chunks > 1 else cdiv(size, width) * width
     parts = torch.empty((batch, chunks), dtype=torch.float32, device=logits.device) if chunks > 1 else out
     given = dense(logits), dense(target), parts, size, chunks
-    launch(_forward, (batch * chunks,), *given, LENGTH=length, WIDTH=width, num_warps=warps)
+    launch(_forward, (batch * chunks,), *given, LENGTH=length, WIDTH=width, num_warps=warps, enable_fp_fusion=True)
     if chunks > 1:
-        launch(_add, (batch,), parts, out, chunks, WIDTH=128, num_warps=1)
+        launch(_add, (batch,), parts, out, chunks, WIDTH=128, num_warps=1, enable_fp_fusion=True)
     return out
 
 
@@ -79,5 +79,5 @@ def backward(grad: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     width, warps = tile(size, logits, target)
     blocks = cdiv(size, width)
     given = grad.contiguous(), logits.contiguous(), target.contiguous(), out, size, blocks
-    launch(_backward, (logits.shape[0] * blocks,), *given, WIDTH=width, num_warps=warps)
+    launch(_backward, (logits.shape[0] * blocks,), *given, WIDTH=width, num_warps=warps, enable_fp_fusion=True)
     return out

@@ -10,6 +10,8 @@ dtypes and shapes may differ.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -208,11 +210,12 @@ def forward(student: list[Tensor], teacher: list[Tensor], kind: int) -> tuple[Te
         if programs > len(chunks):
             parts = torch.empty((batch, programs, 3), dtype=torch.float32, device=device)
         given, place = (us, vs, sizes, chunks, parts, out, slopes), (programs, layers, layer, kind)
-        shape, difference = {"LENGTH": CHUNK, "WIDTH": width, "num_warps": warps}, kind == L2
-        launch(_forward, (batch * programs,), *given, *place, DIFFERENCE=difference, **shape)
+        shape: dict[str, Any] = {"LENGTH": CHUNK, "WIDTH": width, "num_warps": warps}
+        options: dict[str, Any] = {"DIFFERENCE": kind == L2, "enable_fp_fusion": True}
+        launch(_forward, (batch * programs,), *given, *place, **shape, **options)
         if parts is not None:
             added = parts, out, slopes, chunks
-            launch(_add, (batch * len(chunks),), *added, *place, DIFFERENCE=difference, WIDTH=PARTS, num_warps=1)
+            launch(_add, (batch * len(chunks),), *added, *place, WIDTH=PARTS, num_warps=1, **options)
     return out, slopes
 
 
@@ -231,5 +234,5 @@ def backward(grad: Tensor, student: list[Tensor], teacher: list[Tensor], slopes:
         programs = sum(blocks)
         if programs > 0:
             given = grad, us, vs, slopes, tuple(outs[layer : layer + LAYERS]), sizes, blocks, programs, layers, layer
-            launch(_backward, (batch * programs,), *given, WIDTH=width, num_warps=warps)
+            launch(_backward, (batch * programs,), *given, WIDTH=width, num_warps=warps, enable_fp_fusion=True)
     return outs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -75,9 +77,11 @@ def _backward(
         tl.store(dlogvar_ptr + at, dv.to(dlogvar_ptr.dtype.element_ty), mask=inside)
 
 
-def _pairs(mu: Tensor, logvar: Tensor) -> bool:
-    """Return True if a thread processes eight 16-bit elements together."""
-    return min(mu.element_size(), logvar.element_size()) == 2
+def _options(mu: Tensor, logvar: Tensor, tile: tuple[int, int]) -> dict[str, Any]:
+    """Return the constants of a kernel for a tile's elements and warps, and the options of its launch."""
+    # A thread processes eight 16-bit elements together.
+    pairs, (block, warps) = min(mu.element_size(), logvar.element_size()) == 2, tile
+    return {"STREAM": LATENT, "GROUPS": block // 4, "PAIRS": pairs, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +90,8 @@ def forward(mu: Tensor, logvar: Tensor, seed: Tensor, sample_ids: Tensor) -> tup
     kl = torch.empty(mu.shape[0], dtype=torch.float32, device=mu.device)
     if mu.numel() == 0:
         return z, kl.zero_()
-    block, warps = sum_tile(mu.shape[1])
     given = dense(mu), dense(logvar), seed.contiguous(), sample_ids.contiguous(), z, kl, mu.shape[1]
-    pairs = _pairs(mu, logvar)
-    launch(_forward, (mu.shape[0],), *given, STREAM=LATENT, GROUPS=block // 4, PAIRS=pairs, num_warps=warps)
+    launch(_forward, (mu.shape[0],), *given, **_options(mu, logvar, sum_tile(mu.shape[1])))
     return z, kl
 
 
@@ -101,8 +103,7 @@ def backward(
     dlogvar = torch.empty(mu.shape, dtype=logvar.dtype, device=mu.device)
     if mu.numel() == 0:
         return dmu, dlogvar
-    block, warps = tile(mu.shape[1], mu, logvar)
-    inputs, pairs = (grad_z, grad_kl, mu, logvar, seed, sample_ids), _pairs(mu, logvar)
+    inputs = (grad_z, grad_kl, mu, logvar, seed, sample_ids)
     given = *(one.contiguous() for one in inputs), dmu, dlogvar, mu.shape[1]
-    launch(_backward, (mu.shape[0],), *given, STREAM=LATENT, GROUPS=block // 4, PAIRS=pairs, num_warps=warps)
+    launch(_backward, (mu.shape[0],), *given, **_options(mu, logvar, tile(mu.shape[1], mu, logvar)))
     return dmu, dlogvar

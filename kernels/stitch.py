@@ -109,7 +109,7 @@ def _run(kernel, x: Tensor, owners: Tensor, passes: int, images: int) -> Tensor:
     sizes = size // vector, line // vector, height, cell // vector, height // rows, columns
     given = x, owners.contiguous(), out, samples * batch, size, *sizes, rows * columns, passes
     shape = {"CHANNELS_LAST": last, "GROUPS": block // vector, "VECTOR": vector, "num_warps": warps}
-    launch(kernel, grid(samples * batch, cdiv(size, block)), *given, **shape)
+    launch(kernel, grid(samples * batch, cdiv(size, block)), *given, **shape, enable_fp_fusion=True)
     return out
 
 

@@ -139,6 +139,13 @@ def test_a_difference_from_the_maximum_is_not_fused(case):
     assert [kernel.metadata.enable_fp_fusion for kernel in launched(case, "fp32", 90)] == [False]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_launch_says_whether_products_and_sums_are_fused(case):
+    """Triton's default differs between its versions, and decides the last bits of a result."""
+    chosen = run(case, "bf16", 90, lambda *_, **options: options.get("enable_fp_fusion"))
+    assert chosen and all(type(one) is bool for one in chosen)
+
+
 #: Where a thread cannot read or write 16 bytes at once: kernel or case, instruction, the bytes that it may, and why.
 NARROW = (
     ("contextual_attention.*", "ld", {2, 4, 8}, "the number that moves into a group, and four keys for a thread"),
