@@ -17,8 +17,8 @@ import torch
 logger = logging.getLogger("purify_fast")
 
 BUILD_HINT = (
-    "build it with `PURIFY_FAST_BUILD=cpu pip install --no-build-isolation -e .` "
-    "(needs a C++20 compiler, and torch and setuptools >= 77 in the environment)"
+    "build it in a folder with the sources: `PURIFY_FAST_BUILD=cpu pip install --no-build-isolation .`, with `-e` if "
+    "Python imports it from there (needs a C++20 compiler, and torch, setuptools >= 77 and ninja in the environment)"
 )
 
 

@@ -157,3 +157,7 @@ def test_modes_when_the_build_is_impossible(setup_py, monkeypatch, capsys):
     assert "pure-Python install" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="PURIFY_FAST_BUILD=cpu is impossible: no compiler here"):
         setup_py.extension("cpu")
+
+
+def test_the_advice_on_the_kernels_can_be_followed_without_a_checkout():
+    assert "no-build-isolation .`" in _library.BUILD_HINT and "-e ." not in _library.BUILD_HINT

@@ -190,8 +190,6 @@ def load(name: str) -> nn.Module:
 def address(name: str) -> str:
     """The address of a model's weights, a file of this version's release in the repository of the package."""
     urls = dict(line.split(", ", 1) for line in metadata("purify-fast").get_all("Project-URL", ()))
-    if "Repository" not in urls:
-        raise FileNotFoundError(f"the installed purify-fast does not name its repository, which has the model {name}")
     return f"{urls['Repository']}/releases/download/v{__version__}/{name}.safetensors"
 
 
@@ -217,8 +215,11 @@ def kept_folder(name: str, size: int, sha256: str) -> Path:
 
 def downloaded(name: str, size: int, source: str, path: Path) -> bytes:
     """Download the weights of a model that belong at a path, and say so on stderr."""
-    print(f"purify_fast downloads the model {name} ({size:,} bytes) from {source} to {path}", file=sys.stderr)
     try:
+        # The sources have a placeholder, in place of which a release has the address of its repository.
+        if "/ADDRESS/" in source:
+            raise OSError("this package was built without the address of its repository")
+        print(f"purify_fast downloads the model {name} ({size:,} bytes) from {source} to {path}", file=sys.stderr)
         # A server that is silent for 30 seconds is an error. One byte more than the size shows a file that is too long.
         with urllib.request.urlopen(source, timeout=30) as answer:
             return bytes(answer.read(size + 1))

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import threading
+from email.message import Message
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -97,6 +98,9 @@ def test_the_command_line_lists_and_evaluates(tmp_path, monkeypatch, capsys, sho
 
 
 NAME = "digits-standard"
+#: The address in the sources.
+PLACEHOLDER = Message()
+PLACEHOLDER["Project-URL"] = "Repository, https://github.com/ADDRESS"
 PACKED = cards.MODELS
 
 
@@ -174,3 +178,14 @@ def test_other_weights_are_refused(change, without_weights, release):
     with pytest.raises(ValueError, match=rf"^{without_weights} is not .* {sums}{hashlib.sha256(wrong).hexdigest()}"):
         zoo.folder(NAME)
     assert len(asked) == 1 and without_weights.read_bytes() == wrong
+
+
+def test_a_package_without_the_address_of_its_repository_downloads_nothing(without_weights, monkeypatch, capsys):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("it asked another machine"))
+    monkeypatch.setattr(cards, "metadata", lambda name: PLACEHOLDER)
+    text = (
+        f"the address of its repository; copy the file .*/{NAME}/model.safetensors of a clone .* to {without_weights}"
+    )
+    with pytest.raises(FileNotFoundError, match=text):
+        zoo.load(NAME)
+    assert capsys.readouterr().err == ""
