@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from .._settings import first_tensor
 from ..models.layers import evaluation_mode
 from .watch import CONVOLUTIONS
 
 
-def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The autocast context in which copies compute; float32 switches off an autocast of the caller."""
+class _WholeColumns(TorchFunctionMode):
+    """Computes convolutions with strides whose output has a single column in float32.
+
+    On a CPU, oneDNN computes some of them wrongly in bfloat16: outputs, or gradients of weights of up to 1e37
+    (pytorch/pytorch, issues 163347 and 169688). They are small, so this costs little.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result, stride = function(*args, **kwargs), (*args[3:4], kwargs.get("stride", 1))[0]
+        single = function is torch.conv2d and result.dtype == torch.bfloat16 and result.shape[-1] == 1
+        if not single or stride in (1, (1, 1)):
+            return result
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs).bfloat16()
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16), _WholeColumns():
+        yield
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context in which models compute; float32 switches off an autocast of the caller."""
+    # A compiled step is compared with the step as written.
+    if device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        return _on_cpu()
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 

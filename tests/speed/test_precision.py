@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+import purify_fast
 from purify_fast.evaluation import evaluate
+from purify_fast.speed.agreement import BFLOAT16
+from purify_fast.speed.layout import autocast_to
 from purify_fast.speed.precision import float32_products, whole_float32_by_default
-from purify_fast.training import fit
+from purify_fast.training import FitConfig, TrainingAttack, fit
+from purify_fast.training.classifier import ClassifierConfig, ClassifierTask
 
 
 def settings() -> tuple[bool, bool]:
@@ -48,3 +54,74 @@ def test_training_and_evaluation_use_whole_float32_unless_the_caller_chose():
         assert found() == (True, True)
     assert settings() == before
     assert fit.__wrapped__ and evaluate.__wrapped__  # both are decorated with it
+
+
+#: Stride, kernel, padding and side of the images: the outputs have a single column.
+COLUMNS = [
+    (3, 2, 1, 2),
+    (3, 3, 1, 2),
+    (4, 3, 1, 2),
+    (4, 4, 0, 4),
+    (3, 3, 0, 3),
+    (2, 2, 0, 2),
+    (2, 3, 1, 2),
+    (1, 2, 0, 2),
+]
+
+
+@pytest.mark.parametrize(("stride", "kernel", "padding", "side"), COLUMNS)
+def test_convolutions_with_a_single_column_are_right_in_bfloat16_on_a_cpu(stride, kernel, padding, side):
+    """PyTorch 163347, 169688: oneDNN computes outputs, or gradients of the weights, from memory that nobody wrote."""
+    for channels, outputs, layout in ((1, 1, 0), (3, 8, 0), (3, 64, 1), (16, 16, 0), (16, 16, 1), (64, 64, 1)):
+        layer = nn.Conv2d(channels, outputs, kernel, stride, padding)
+        # The numbers are numbers in bfloat16, so that only the products are rounded.
+        layer.load_state_dict({name: one.bfloat16().float() for name, one in layer.state_dict().items()})
+        x = torch.randn(8, channels, side, side).bfloat16().float()
+        x = x.contiguous(memory_format=torch.channels_last) if layout else x
+        toward, results = torch.randint(1, 9, (8, outputs, 1, 1)) / 8, []
+        for dtype in (torch.float32, torch.bfloat16):
+            leaf = x.clone().requires_grad_()
+            with autocast_to(leaf.device, dtype):
+                out = layer(leaf)
+            assert out.dtype == dtype and out.shape[-1] == 1
+            results.append(
+                (out.detach(), *torch.autograd.grad((out.float() * toward).sum(), [leaf, *layer.parameters()]))
+            )
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(got.float(), want, rtol=BFLOAT16, atol=BFLOAT16 * float(want.abs().max()))
+
+
+def test_a_training_in_bfloat16_has_the_gradients_of_float32_where_products_would_be_wrong():
+    layers = nn.Conv2d(16, 16, 2, stride=3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=3, padding=1), nn.ReLU(), *layers)
+    attack = TrainingAttack(eps=0.0, steps=1)
+    x, gradients = torch.randint(256, (16, 3, 6, 6), dtype=torch.uint8), []
+    for precision in ("float32", "bfloat16"):
+        task = ClassifierTask(model, ClassifierConfig(precision=precision, attack=attack, learning_rate=1e-9))
+        fit(task, x, torch.arange(16) % 10, FitConfig(epochs=1, batch_size=16), progress=False)
+        gradients.append([one.grad.clone() for one in model.parameters()])
+    for want, got in zip(*gradients, strict=True):
+        assert F.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.9
+
+
+class OfItself(nn.Module):
+    """Multiplies images by themselves, so that the gradient of the images needs the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head((x[:, 0] @ x[:, 1]).mean(1))
+
+
+@pytest.mark.slow
+def test_a_compiled_copy_needs_no_images_that_the_caller_overwrites():
+    """PyTorch 197887: a graph of Inductor that saves a view of an input does not notice that the input was written."""
+    model, x = OfItself().eval(), torch.rand(4, 3, 8, 8)
+    copy = purify_fast.frozen_copy(model, x, dtype=torch.float32, compile=True)
+    want = torch.autograd.grad(copy(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+    out = copy(leaf)
+    with torch.no_grad():
+        leaf.mul_(3)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaf)[0], want)

@@ -289,6 +289,8 @@ class InferenceCopy(nn.Module):
 
     def _predict(self, x: Tensor) -> Tensor:
         x = x.float() if self.prepared.channels_last else x.float().contiguous()
+        # Where a compiled graph needs the images for their gradient, it does not notice that they were overwritten.
+        x = x.clone() if self.compiled and x.requires_grad else x
         # An attribute that PyTorch searches among the parts, and a context, take as long as a small layer.
         classifier: Any = self._modules["classifier"]
         if self.dtype == torch.float32 and not torch._C._is_any_autocast_enabled():
