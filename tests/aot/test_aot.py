@@ -114,8 +114,13 @@ def test_only_elementwise_tiles_depend_on_the_device():
         assert (ninety == hundred) == matches(case, FIXED), case
 
 
-#: Kernels in which triton 3.6 keeps a few bytes of a thread in memory, written and read once: kernel, architecture.
-SPILLS = {("contextual_attention._scaled", 80): 8, ("random_transform._backward", 100): 8, ("apgd_step._l2", 100): 8}
+#: Kernels in which a version of Triton keeps a few bytes of a thread in memory, outside of loops: kernel, architecture.
+#: The assembler then has more programs on a multiprocessor. With triton 3.9, these bytes are the index of the program,
+#: which is read once for each layer, and a pair of numbers that is read once.
+SPILLS = {
+    "3.6": {("contextual_attention._scaled", 80): 8, ("random_transform._backward", 100): 8, ("apgd_step._l2", 100): 8},
+    "3.9": {("representation_distance._forward", 90): 8, ("random_transform._backward", 120): 8},
+}
 
 
 @every()
@@ -128,7 +133,7 @@ def test_compiles_without_spills_or_doubles_and_threads_move_16_bytes(case, dtyp
 
 def check_resources(kernel, case: str, architecture: int) -> None:
     name, ptx, used = name_of(kernel.src.fn), kernel.asm["ptx"], usage(kernel.asm["cubin"])
-    allowed = SPILLS.get((name, architecture), 0) if triton.__version__.startswith("3.6.") else 0
+    allowed = SPILLS.get(triton.__version__.rpartition(".")[0], {}).get((name, architecture), 0)
     assert used["STACK"] <= allowed and used["LOCAL"] == 0, (name, used, architecture)  # spills
     assert not re.search(r"\.f64|\.local\b|__local_depot", ptx), (name, architecture)
 
