@@ -25,7 +25,7 @@ RESULTS = tuple(
     for path in sorted(ROOT.glob(f"benchmarks/results/*/{name}.md"))
 )
 #: Files at the root of the repository that are pages of the site too.
-PROJECT = ("CONTRIBUTING", "CHANGELOG", "SECURITY")
+PROJECT = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT")
 
 
 def packages() -> dict[str, ModuleType]:

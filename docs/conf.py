@@ -15,7 +15,7 @@ from purify_fast import __version__  # noqa: E402
 
 project = "purify_fast"
 release = version = __version__
-copyright = "the authors of purify_fast, MIT licence"
+copyright = "the purify_fast developers, MIT licence"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 # what is written between single backticks in a docstring is code
