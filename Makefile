@@ -11,7 +11,9 @@ SHARE  ?=
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 CMAKE  := build/cmake
-PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# `make test VERSIONS=/dev/null` in a fresh clone takes the newest versions.
+VERSIONS ?= constraints.txt
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VERSIONS)
 BUILD  := PURIFY_FAST_BUILD=cpu
 # There is a test process for each core. Threads that wait for work must not spin, because they would slow down the
 # other processes.
@@ -28,7 +30,7 @@ ASIDE   = PYTHONPATH=$(abspath $(COMPAT)/site):$(CURDIR) PURIFY_FAST_EXTENSION=$
 HEADERS = $(shell $(BIN)/python -c "import os, sysconfig; print('ON' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'OFF')")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-python test-avx2 test-interpreter test-cpp quick lint format docs bench cuda-check compat wheel fuzz clean
+.PHONY: help demo test test-python test-avx2 test-interpreter test-cpp quick lint format docs bench cuda-check compat wheel rehearse fuzz clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -122,6 +124,12 @@ wheel: $(STAMPS)/base  ## build a wheel with the CPU kernels in dist/, for every
 	$(BUILD) $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
+KERNELS ?= --kernels
+rehearse: $(STAMPS)/tests  ## do what a tag does, without uploading: build, check and install the files, in build/rehearse
+	rm -rf build/rehearse
+	@mkdir -p build/rehearse
+	$(BIN)/python .ci/release.py rehearse $(KERNELS) build/rehearse
+
 clean:  ## remove the results of builds, except .venv
 	rm -rf build dist docs/api docs/generated purify_fast/_C*.so $(STAMPS)/package *.egg-info
 
@@ -149,7 +157,8 @@ $(STAMPS)/package: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 $(STAMPS)/tests: $(STAMPS)/package
 	@echo "== the packages of the tests"
 	# Tests run AutoAttack's class from RobustBench, and compare a network with RobustBench's.
-	$(PIP) pytest pytest-timeout pytest-xdist hypothesis diffusers robustbench
+	# They also build a release and check its files.
+	$(PIP) pytest pytest-timeout pytest-xdist hypothesis diffusers robustbench build twine 'readme-renderer[md]'
 	# Tests run attacks in AttackBench, and PGD of torchattacks in a report. The other requirements of these two
 	# packages are not needed.
 	$(PIP) --no-deps attackbenchlib torchattacks

@@ -22,13 +22,16 @@ ELSEWHERE = {
     "CHANGELOG.md": ("tests/docs",),
     "CONTRIBUTING.md": ("tests/docs",),
     "SECURITY.md": ("tests/docs",),
+    "CODE_OF_CONDUCT.md": ("tests/docs",),
     "setup.py": ("tests/test_packaging.py", "tests/test_project.py"),
     "pyproject.toml": ("tests/test_packaging.py", "tests/test_project.py"),
     "MANIFEST.in": ("tests/test_packaging.py", "tests/test_project.py"),
     "constraints.txt": ("tests/test_packaging.py", "tests/test_project.py"),
     "Makefile": ("tests/test_packaging.py", "tests/test_project.py"),
     ".pre-commit-config.yaml": ("tests/test_packaging.py", "tests/test_project.py"),
-    ".ci": ("tests/test_project.py", "tests/docs"),
+    ".ci": ("tests/test_project.py", "tests/test_release.py", "tests/docs"),
+    ".github": ("tests/test_project.py", "tests/test_release.py"),
+    ".readthedocs.yaml": ("tests/test_project.py",),
 }
 #: Folders of tests that pytest does not run as they are: the tests in C++, and those in Triton's interpreter.
 CPP, INTERPRETER = "tests/cpp", "tests/interpreter"
