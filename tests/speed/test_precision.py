@@ -1,5 +1,7 @@
 """What float32 means on a GPU; the settings can be read without one."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 import purify_fast
 from purify_fast.evaluation import evaluate
 from purify_fast.speed.agreement import BFLOAT16
+from purify_fast.speed.frozen_copy import auto_dtype
 from purify_fast.speed.layout import autocast_to
 from purify_fast.speed.precision import float32_products, whole_float32_by_default
 from purify_fast.training import FitConfig, TrainingAttack, fit
@@ -125,3 +128,30 @@ def test_a_compiled_copy_needs_no_images_that_the_caller_overwrites():
     with torch.no_grad():
         leaf.mul_(3)
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaf)[0], want)
+
+
+def dilated_or_grouped(dilation, groups, channels=128):
+    layers = [nn.Conv2d(3, channels, 3, padding=1)]
+    for _ in range(3):
+        layers += [nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=groups), nn.ReLU()]
+        layers += [nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dilation", "groups"), [(2, 1), (4, 1), (1, 32), (2, 32), (1, 128)])
+def test_auto_takes_no_slower_dtype_for_dilated_and_grouped_convolutions(dilation, groups, one_thread):
+    """PyTorch 183815: some of them became many times slower in bfloat16. Seconds of this thread, the least of five."""
+    model, x = dilated_or_grouped(dilation, groups), torch.rand(8, 3, 16, 16)
+    copies = [purify_fast.frozen_copy(model, x, dtype=dtype) for dtype in (torch.float32, auto_dtype(model, x))]
+
+    def seconds(copy):
+        began = time.thread_time()
+        for _ in range(3):
+            torch.autograd.grad(copy(leaf := x.clone().requires_grad_()).sum(), leaf)
+        return time.thread_time() - began
+
+    for copy in copies:
+        seconds(copy)
+    exact, auto = (min(times) for times in zip(*[map(seconds, copies) for _ in range(5)], strict=True))
+    assert auto <= exact / 0.97 or copies[1].dtype == torch.float32, (auto, exact)
