@@ -172,7 +172,9 @@ def copied(root: Path, folder: Path) -> Path:
 
 def built(tree: Path, dist: Path, *, kernels: bool) -> tuple[Path, Path]:
     """Build the source distribution of a tree, and a wheel from the source distribution, as `build` does."""
-    environ = os.environ | {"PURIFY_FAST_BUILD": "cpu" if kernels else "none"}
+    # ninja, which compiles several files at once, is beside this Python.
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environ = os.environ | {"PURIFY_FAST_BUILD": "cpu" if kernels else "none", "PATH": programs}
     # The build must not look for its requirements elsewhere: those of the kernels are here.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(tree)]
     subprocess.run(command, env=environ, check=True)
