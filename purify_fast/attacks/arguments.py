@@ -35,13 +35,11 @@ def check_images(
         raise TypeError(f"y must be a torch.Tensor, got {type(y).__name__}: give torch.as_tensor(y)")
     if x.device != y.device:
         check_one_device(x=x, y=y)
-    if x.dim() < 2:
-        raise ValueError(f"x must be [B, ...], got {list(x.shape)}")
+    if x.dim() < 2 or (x.dim() == 3 and len(x) > 1 and y.shape == (1,)):
+        raise ValueError(f"x must be a batch [B, ...], got {list(x.shape)}: give x[None] if x is a single image")
     if not labels and (y.dim() == 0 or len(y) != len(x)):
         raise ValueError(f"y must have a row for each of the {len(x)} images, got {list(y.shape)}")
     if labels and (y.shape != (x.shape[0],) or y.dtype != torch.int64):
-        if x.dim() == 3 and y.shape == (1,):
-            raise ValueError(f"x must be a batch [B, C, H, W], got {list(x.shape)}: give x[None] for a single image")
         raise ValueError(f"y must be int64 [B] = [{x.shape[0]}], got {y.dtype} {list(y.shape)}")
     # See `can_read`.
     if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():

@@ -10,7 +10,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -541,4 +541,5 @@ def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
             reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"
     verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if refuted else "not refuted"
     verdict = "not tested" if reason else verdict
-    return ClaimTest(verdict, claim, row.mean, left, row.n, chance, bound, reason)
+    tested = ClaimTest(verdict, claim, share=row.mean, left=left, images=row.n, chance=chance)
+    return replace(tested, bound=bound, reason=reason)
