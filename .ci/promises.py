@@ -28,7 +28,7 @@ PROMISES = {
     "captured and compiled attack steps": (492, "speed/graphs/*"),
     "frozen copies": (1445, "speed/*"),
     "memory that runs out": (106, "speed/memory.py", "_memory.py"),
-    "ops: definitions": (1831, "ops/*"),
+    "ops: definitions": (1833, "ops/*"),
     "ops: backends, verification, tuning": (743, "ops/dispatch/*", "_library.py"),
     "nn modules": (69, "nn.py"),
     "attacks that a user calls": (1259, "attacks/*"),

@@ -92,7 +92,10 @@ def maps(
         before = [(side - 1) * stride - 2 * padding + kernel for side in out[-1].shape[2:]]
         more = [side - least for side, least in zip(size, before, strict=True)]
         x = F.leaky_relu(out[-1], slope)
-        out.append(F.conv_transpose2d(x, weight, bias, stride=stride, padding=padding, output_padding=more))
+        # In bfloat16 on a CPU, torch 2.15 leaves out the bias where a kernel that is smaller than its stride has gaps.
+        within = None if kernel < stride else bias
+        x = F.conv_transpose2d(x, weight, within, stride=stride, padding=padding, output_padding=more)
+        out.append(x + bias.view(-1, 1, 1).to(x.dtype) if within is None else x)
     return out
 
 

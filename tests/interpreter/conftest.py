@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,6 +17,8 @@ LONG = re.compile(
     r"|test_random_transform_results_of_any_dtype\[torch\.float(16|64)\]"
     r"|test_diffusion_step_one_tensor_in_two_places_compiles"
 )
+
+COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -63,13 +66,20 @@ def fast(interpreter):
             known[name] = get_dtype(dtype)
         return known[name]
 
-    splat = interpreter.InterpreterBuilder.create_splat
+    splat, compute = interpreter.InterpreterBuilder.create_splat, interpreter.InterpreterBuilder.binary_op
 
     def of_its_own_type(self, type_, number):
         made = splat(self, type_, number)
         return interpreter.TensorHandle(made.data.astype(bool), tl.int1) if number.data.dtype == bool else made
 
+    def computed(self, left, right, op):
+        if left.dtype.scalar == right.dtype.scalar == tl.bfloat16 and op in COMPARISONS:
+            left, right = (self.cast_impl(one, tl.float32) for one in (left, right))
+        return compute(self, left, right, op)
+
     with pytest.MonkeyPatch.context() as patch:
+        # Triton 3.9 compares the bits of numbers in bfloat16, as integers without a sign.
+        patch.setattr(interpreter.InterpreterBuilder, "binary_op", computed)
         # Triton 3.9 says that a compared number has the type of an integer, and refuses masks that are made with it.
         patch.setattr(interpreter.InterpreterBuilder, "create_splat", of_its_own_type)
         # A launch replaces the functions of Triton's language once.
@@ -96,7 +106,6 @@ def addresses(interpreter):
 def bfloat16_of_a_gpu(monkeypatch):
     """Rounds to bfloat16 as a GPU does, and multiplies its numbers."""
     # Sums are made in float64, because NumPy's BLAS may sum in another order for every element of a product.
-    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -144,7 +153,5 @@ def backend(monkeypatch) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def quiet():
     """NumPy warns of what the masked lanes compute."""
-    import numpy
-
-    with numpy.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
         yield
