@@ -118,7 +118,7 @@ def markdown(results: Sequence[Row]) -> list[str]:
     every = {name: {one["judge"]: one for one in results if one["model"] == name} for name in ENTRIES}
     every = {name: each for name, each in every.items() if {ADAPTIVE, STANDARD, OFFICIAL} & each.keys()}
     broken = {name: each for name, each in every.items() if ENTRIES[name].paper}
-    head = ["images", "clean, %", "truth, %", *ATTACKERS]
+    head = ["images", "clean, %", "adaptive, %", *ATTACKERS]
     if not every:
         return ["There are no results yet. Run `python -m benchmarks broken`."]
     body = []
