@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The largest sums over all promises: code lines of the package without kernels, and its Python files.
-MOST_LINES, MOST_FILES = 19275, 192
+MOST_LINES, MOST_FILES = 19277, 192
 #: By promise: the budget, and the patterns of its files below `purify_fast`. The longest pattern that fits decides.
 PROMISES = {
     "CARSO": (682, "methods/carso/*"),
