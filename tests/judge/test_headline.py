@@ -177,7 +177,7 @@ def test_an_error_is_that_of_other_images_and_other_draws(shared, own, draws):
     assert 0.9 < printed / np.std([one.mean for one in rows]) < 1.15
     covered = np.mean([one.mean_interval[0] <= true <= one.mean_interval[1] for one in rows])
     # With five draws, Satterthwaite's degrees of freedom are themselves estimated from five numbers.
-    assert covered > (0.85 if shared and draws == 5 else 0.92)
+    assert covered > (0.87 if shared and draws == 5 else 0.93)
     found = np.mean([one.images_share_draws for one in rows])
     assert found > 0.95 if shared else found < 0.03
 

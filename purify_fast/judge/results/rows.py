@@ -44,9 +44,13 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval, by the t distribution."""
-        half = t_quantile(0.975, self.freedom) * self.error
-        return self.mean - half, self.mean + half
+        """The 95 % interval of an accuracy between 0 and 1, by the t distribution of the logarithm of its odds.
+
+        Near 0 and 1, accuracies are skewed, and their odds are less so.
+        """
+        odds = math.log(self.mean / (1 - self.mean))
+        half = t_quantile(0.975, self.freedom) * self.error / (self.mean * (1 - self.mean))
+        return 1 / (1 + math.exp(half - odds)), 1 / (1 + math.exp(-half - odds))
 
     @classmethod
     def of(cls, right: np.ndarray) -> Estimate:
@@ -225,10 +229,8 @@ class Row:
         """The 95 % interval of `mean`, from 0 to 1. It is exact if all predictions of an image have one outcome."""
         estimate = self.estimate
         if self.n_eval == 1 or estimate.error == 0:
-            count = round(self.mean * self.n)
-            return exact_interval(count, self.n)
-        low, high = estimate.interval
-        return max(0.0, low), min(1.0, high)
+            return exact_interval(round(self.mean * self.n), self.n)
+        return estimate.interval
 
     @property
     def images_share_draws(self) -> bool:
