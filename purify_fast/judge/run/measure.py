@@ -191,7 +191,7 @@ class Standing:
             return 0.0
         n, margins = len(self.first), self.margins[: len(self.first)]
         comparable = (self.points.wrong[:n] < 1) & np.isfinite(self.first) & np.isfinite(margins)
-        return float((self.first - margins)[comparable].max(initial=0.0))
+        return float((self.first[comparable] - margins[comparable]).max(initial=0.0))
 
     def add(self, row: Row) -> None:
         """Add the row of another attack."""
