@@ -122,7 +122,7 @@ MOST_READ = {
     "purify_fast.attacks.pgd": 1900,
     "purify_fast.methods.carso.defence": 2455,
     "purify_fast.methods.arrest.task": 2275,
-    "purify_fast.judge.runner": 8630,
+    "purify_fast.judge.runner": 8631,
 }
 #: The count of code lines by which `make lint` compares the package with its budgets.
 code_lines = runpy.run_path(str(ROOT / ".ci" / "promises.py"))["code_lines"]

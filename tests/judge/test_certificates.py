@@ -714,7 +714,7 @@ def test_close_radii_and_their_order_are_kept():
         ("index", [7, 2**31], "index must be another number in .* for each image"),
         ("decided", [[[24, 24]], [[25, 24]]], "right and draws must be counts of draws"),
         ("decided", [[24, 24]], "cannot reshape array"),
-        ("sigma", -1, "sigma must be above 0 and finite, got -1"),
+        ("sigma", -1, "sigma must be in .0, 4. in image units, for images in .0, 1., got -1"),
         ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
         ("radii", [-0.5], "each of radii must be at least 0"),
         ("refuted", {"0.25": [True]}, "cannot reshape array"),
@@ -787,7 +787,7 @@ def test_a_purifier_of_one_step_is_certified():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sigma": math.inf}, "sigma must be above 0 and finite"),
+        ({"sigma": math.inf}, "sigma must be in .0, 4. in image units"),
         ({"alpha": 0.99}, "alpha must be in"),
         ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
         ({"radius": []}, "radius must be a number or at least one number"),
