@@ -88,7 +88,7 @@ def prepare(root: Path, repository: str) -> None:
 
 
 def notes(root: Path, repository: str) -> str:
-    """What the changelog says of the version of a checkout, and of no other."""
+    """Return the section of the changelog about the version of a checkout."""
     newest, text = sections(root)[0]
     check_version(root, f"v{newest}")
     return whole_links(text, root, repository)

@@ -97,13 +97,14 @@ class DataCommand(Command):
 
     def load_data(self, train: bool = True) -> DataSet:
         """Load the images to the device, without training images unless ``train`` is True."""
+        from .._process import processes
         from ..data import load_dataset
 
         device = usable_device(self.device)
         size: Any = self.size * 2 if self.size is not None and len(self.size) == 1 else self.size
         options: Any = {"image_size": size, "train": train, "download": self.download, "cache": self.cache}
         loaded = load_dataset(self.data, self.data_root, self.num_classes, **options)
-        if int(os.environ.get("RANK") or 0) == 0:
+        if processes()[0] == 0:
             print(counted(loaded), file=sys.stderr)
         moved = loaded.to(device)
         return replace(moved, x_train=loaded.x_train) if self.stream else moved

@@ -345,7 +345,7 @@ class Evaluate(ModelCommand):
 def replaced(out: Path, report: Report) -> str:
     """The end of a line: which other report of the folder this one replaces; empty if there is none."""
     try:
-        about = json.loads((out / "report.json").read_text(encoding="utf-8"))["about"]
+        about = json.loads((out / REPORT).read_text(encoding="utf-8"))["about"]
     except (OSError, ValueError, KeyError):
         return ""
     facts = [about.get(name, "") for name in ("threat", "protocol")]

@@ -52,8 +52,8 @@ def read_folder(
 ) -> tuple[dict[str, Tensor], list[str], str]:
     """Read the arrays of a data set from an image folder, the names of the classes, and that of the held-out folder."""
     # Folders of one name in different places have different caches.
-    place = folder.resolve()
-    named = f"{place.name}-{text_hash(str(place)).hexdigest()[:8]}"
+    whole = folder.resolve()
+    named = f"{whole.name}-{text_hash(str(whole)).hexdigest()[:8]}"
     root = folder / CACHE if cache is None else Path(cache) / named
     held_out = _held_out(folder)
     splits, classes = _listed(folder, held_out, train)

@@ -222,7 +222,7 @@ class WithoutNoise(_WithSameAnswer):
     """
 
     mode = "deterministic"
-    #: What a report says of the judged model.
+    #: The words by which a report names the rule.
     judged_as = "without noise: not the model as it is deployed"
 
     def __init__(self, model: Classifier):
@@ -319,7 +319,7 @@ class MajorityVote(nn.Module):
 
     @property
     def judged_as(self) -> str:
-        """What a report says of the judged model."""
+        """The words by which a report names the rule."""
         return f"by the majority vote of {self.draws} draws"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def kept_folder(name: str, size: int, sha256: str) -> Path:
 def downloaded(name: str, size: int, source: str, path: Path) -> bytes:
     """Download the weights of a model that belong at a path, and say so on stderr."""
     try:
-        # The sources have a placeholder, in place of which a release has the address of its repository.
+        # A release writes the address of its repository in place of ADDRESS.
         if "/ADDRESS/" in source:
             raise OSError("this package was built without the address of its repository")
         print(f"purify_fast downloads the model {name} ({size:,} bytes) from {source} to {path}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a training does not own: generators and counts of the model, images of a loader, what callbacks change."""
+"""A training follows what it does not own: generators of a model, images of a loader, changes by callbacks."""
 
 import contextlib
 import os

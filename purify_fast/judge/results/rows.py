@@ -10,7 +10,7 @@ import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -394,6 +394,10 @@ class Points(NamedTuple):
         """The points of the first n images."""
         return Points(*(array[..., :n] for array in self))
 
+    def copy(self) -> Points:
+        """Points with arrays of their own, which may be written."""
+        return Points(*(array.copy() for array in self))
+
     def is_worse(self, than: Points) -> np.ndarray:
         """Tell which points are worse than other points, bool ``[n]``."""
         return (self.wrong > than.wrong) | ((self.wrong == than.wrong) & (self.margins < than.margins))
@@ -426,7 +430,7 @@ def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Points) -> 
     for row in rows:
         if row.kind == "worst" and row.threat is None:
             worst = Points.of_row(row, row.n)
-            probed = Points(*(array.copy() for array in worst))
+            probed = worst.copy()
             for array, new in zip(probed, points, strict=True):
                 array[..., images[images < row.n]] = new[..., images < row.n]
             row.fell_to_probes = int(probed.is_worse(worst).sum())
@@ -435,7 +439,7 @@ def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Points) -> 
 
 
 def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
-    """Make a row over the attacks ``group``, on the first n images; ``clean`` is the clean row of a random model."""
+    """Make a row over the attacks ``group``, on the first n images; ``clean`` has the clean row."""
     first = group[0]
     attacked = [row for row in group if row.attacked]
     # The row is reliable if the model's own gradients were usable in at least one attack, because further attacks can
@@ -541,5 +545,4 @@ def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
             reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"
     verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if refuted else "not refuted"
     verdict = "not tested" if reason else verdict
-    tested = ClaimTest(verdict, claim, share=row.mean, left=left, images=row.n, chance=chance)
-    return replace(tested, bound=bound, reason=reason)
+    return ClaimTest(verdict, claim, row.mean, left, images=row.n, chance=chance, bound=bound, reason=reason)

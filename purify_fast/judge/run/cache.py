@@ -30,7 +30,7 @@ logger = logging.getLogger("purify_fast")
 #: Increase this number by one for every change after which the same settings, weights and data give other rows, probes
 #: or surrogates: cached results are then made again. For a change within a single attack, increase the version of this
 #: attack instead, so that cached rows of the other attacks remain valid.
-RESULTS_VERSION = 8
+RESULTS_VERSION = 9
 
 
 class RowCache:

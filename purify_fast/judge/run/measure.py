@@ -169,9 +169,8 @@ Rule = StoppingRule | NearestRule
 class Standing:
     """The worst point of each image so far, in a threat model; it is the clean image until an attack is added.
 
-    ``margins`` are the smallest margins that an attack has reached, ``[n]``, and ``first`` those
-    after the first attack. ``images`` has, for each image that fell,
-    the label of the attack and the attacked image.
+    ``margins`` are the smallest margins that an attack has reached, ``[n]``, and ``first`` those after the first
+    attack. ``images`` has, for each image that fell, the label of the attack and the attacked image.
     """
 
     points: Points
@@ -182,7 +181,7 @@ class Standing:
     @classmethod
     def begin(cls, clean: Row) -> Standing:
         """Begin with the clean images."""
-        return cls(Points(*(array.copy() for array in Points.of_row(clean, clean.n))), np.full(clean.n, np.inf))
+        return cls(Points.of_row(clean, clean.n).copy(), np.full(clean.n, np.inf))
 
     @property
     def gain(self) -> float:
@@ -262,7 +261,7 @@ class Measure:
         if isinstance(rule, NearestRule):
             images["near"] = rule.margins, rule.gain
         if self.subject.is_random:
-            images["known"] = digest(*(torch.from_numpy(array.copy()) for array in before))
+            images["known"] = digest(*map(torch.from_numpy, before.copy()))
         make = functools.partial(self.judged, spec, index, rule, before)
         row = self.load_or_make(settings_of(spec, self.subject, self.context) | images, spec, make)
         # The key of a cached row does not contain the row's name, so it may have been made under another name.
@@ -365,8 +364,7 @@ class Measure:
 
     def new_row(self, right: np.ndarray, **values: Any) -> Row:
         """Make a row from predictions."""
-        subject = self.subject
-        shared = subject.shares_draws
+        subject, shared = self.subject, self.subject.shares_draws
         return Row(model=self.name, right=right, seed=subject.seed, data=subject.data, shares_draws=shared, **values)
 
     def judged(self, spec: AttackSpec, index: Tensor, rule: Rule | None, before: Points) -> Row:
@@ -413,7 +411,7 @@ class Measure:
 
     def _points(self, judged: Judgement, index: Tensor, images: Tensor) -> Points:
         """The points of an attack on the images ``index``, and the clean points of the others."""
-        points = Points(*(array.copy() for array in Points.of_row(self.clean, len(images))))
+        points = Points.of_row(self.clean, len(images)).copy()
         at, chosen = index.numpy(), judged.of(index.numpy())
         points.right[:, at] = chosen.right
         if self.subject.is_random and len(at):

@@ -74,7 +74,7 @@ class Adversarial:
         if facts is None:
             raise ValueError(f"{folder / 'report.json'} has no adversarial images")
         if facts["about"]["random"] and "wrong" not in facts["about"]:
-            raise ValueError(f"{folder} is of an earlier version, which kept no draws to compare: evaluate again")
+            raise ValueError(f"an earlier version wrote {folder}, without draws to compare: evaluate again")
         try:
             with np.load(folder / FILE) as arrays:
                 adversarial = cls(**{name: arrays[name] for name in ARRAYS}, about=facts["about"])
