@@ -228,6 +228,8 @@ ROBUST_CONTESTANTS: dict[str, Contestant] = {
     OFFICIAL: official("standard"),
     **{f"{name}, seed {seed}" if seed else name: Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS},
 }
+#: On the large networks each attack has one seed.
+LARGE_CONTESTANTS = {name: ROBUST_CONTESTANTS[name] for name in (OFFICIAL, OURS, FAST)}
 #: The order of the contestants in the results of a contest.
 RANKS = [*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]
 
@@ -291,7 +293,8 @@ def _network(name: str, count: int, first: int = 0) -> Contest:
         images, part = load_dataset(card.data, folder), slice(first, first + count)
         return Subject(zoo.load(name), to_float(images.x_test[part]), images.y_test[part], card.eps)
 
-    return Contest(make, ROBUST_CONTESTANTS, partial(zoo.load, name))
+    contestants = LARGE_CONTESTANTS if name.startswith("cifar10") else ROBUST_CONTESTANTS
+    return Contest(make, contestants, partial(zoo.load, name))
 
 
 def _digits_of_seed(seed: int, folder: Path | None) -> Subject:
@@ -347,6 +350,7 @@ ROBUST |= {
         ("cifar10-trades-w16", 0, 350),
         ("cifar10-arrest-w16", 0, 250),
         ("mnist-pgd-at", 0, 250),
+        ("mnist-arrest", 0, 200),
     )
 }
 

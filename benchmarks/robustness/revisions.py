@@ -61,13 +61,14 @@ def of_attacks(specs: Iterable[AttackSpec], random: bool = True) -> list[str]:
 
     Args:
         specs: specifications of the attacks with their final options.
-        random: True for a random model, whose nearest images are not attacked in groups.
+        random: True for a random model, for which a single group of the nearest images is attacked.
     """
     words = []
     for spec in specs:
         attack = spec.attack
         until = "" if spec.until is None else f" until {spec.until} by rule {stopping.REVISION}"
-        nearest = "" if spec.nearest is None else f" {spec.nearest} nearest" + (" in groups" * (not random))
+        groups = "" if random else f" in groups by rule {stopping.NEAREST_REVISION}"
+        nearest = "" if spec.nearest is None else f" {spec.nearest} nearest{groups}"
         # The saved results call the original implementation AutoAttack.
         options = repr(attack).removeprefix("Original")
         words.append(f"{spec.label or ''} {options} {attack.revision()}{until}{nearest}".strip())

@@ -225,10 +225,10 @@ STANDARD = [
     "APGD-30 ce",
     "APGD-T 30",
     "Square, 1000 queries",
-    "FAB-T 100, all targets, 20 nearest",
-    "APGD-T 30 margin, all targets x2, 10 nearest",
-    "APGD-30 ce x20, 10 nearest",
-    "Square, 10 nearest",
+    "FAB-T 100, all targets, from the 10 nearest",
+    "APGD-T 30 margin, all targets x2, from the 10 nearest",
+    "APGD-30 ce x20, from the 10 nearest",
+    "Square, from the 10 nearest",
 ]
 
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from evaluating import evaluate
+from reports import row, said
 from torch import nn
 
-from purify_fast.attacks import APGD, FGSM, PGD, Square
+from purify_fast.attacks import APGD, FGSM, PGD
 from purify_fast.evaluation import AttackSpec
+from purify_fast.judge.results.rows import CUT
 from purify_fast.judge.run import attack_run as stopping
 from purify_fast.judge.run.attack_run import NearestRule, StoppingRule, nearest_first
 
@@ -90,57 +92,83 @@ def test_an_attack_stops_and_the_report_states_what_the_rest_may_hold(monkeypatc
     assert again.row("APGD-20 margin").unsearched > 0
 
 
-def test_the_few_nearest_are_those_of_least_margin():
-    model, x, y = _far_and_near()
-    attacks = [FGSM(), AttackSpec(Square(n_queries=30), survivors_only=True, nearest=20)]
-    report = evaluate(model, x, y, eps=0.02, attacks=attacks)
-    first, row = report.rows[1], report.row("Square, 30 queries, 20 nearest")
-    assert row.attacked == 20 and 0 < row.unsearched <= 15
-    assert any(f"20 nearest: {20 - row.unsearched}" in note for note in report.notes)
-    left = first.margins[first.robust]
-    fell = first.robust & ~row.robust
-    assert np.isin(first.margins[fell], np.sort(left)[: row.attacked - row.unsearched]).all()
-    assert not row.robust[~first.robust].any()
+def near(model, x, y, falls, group=5, **options):
+    """The report of an attack that fools the model on the ``falls`` nearest images, in groups of the nearest images."""
+    # The limit is between two margins, because other batches round differently.
+    limit = margins_of(model, x, y).sort().values[falls - 1 : falls + 1].mean() if falls else -1.0
+
+    def search(target, images, labels):
+        falling = margins_of(target, images, labels) <= limit
+        wrong = torch.stack([x[(y != label).nonzero()[0, 0]] for label in labels])
+        return torch.where(falling[:, None, None, None], wrong, images)
+
+    weak = AttackSpec(PGD(steps=1, random_start=False, alpha=1e-5), survivors_only=True)
+    attacks = [weak, AttackSpec(search, label="search", survivors_only=True, nearest=group)]
+    return evaluate(model, x, y, eps=1.0, attacks=attacks, **options)
 
 
-def test_a_group_of_the_nearest_follows_while_the_next_image_is_within_the_gain():
-    before = [0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.8, 0.9, 1.0, 1.1, 1.2, float("nan")]
-    # The third image came nearer by 0.25, which is less than the sixth would need.
-    rule = NearestRule(before)
-    assert rule.record([0.1, 0.2, 0.05, 0.6, 0.5], 0) and rule.unsearched == 7
-    # The fifth fell: its whole margin was within reach, and so is the next. Then no image comes that far again.
-    rule = NearestRule([*before[:5], 0.5, *before[6:]])
-    assert not rule.record([0.1, 0.2, 0.3, 0.4, -0.3], 0) and rule.gain == 0.5
-    assert rule.record([0.5, 0.8, 0.9, 1.0, 1.1], 0) and rule.unsearched == 2
-    # What earlier searches gained is within reach of this attack too, so the first group has all of these images.
-    rule = NearestRule(before, gain=0.6)
-    assert rule.rounds == [6, 5, 1] and rule.record([0.1, 0.2, 0.3, 0.4, 0.5, 0.55], 0)
-    # The distance of an image that no attack has reached is unknown, so it is not nearer than any gain.
-    rule = NearestRule([float("nan")] * 12)
-    assert not rule.record([0.5] * 5, 0) and not rule.record([0.5] * 5, 0)
-    assert not rule.record([0.5] * 2, 0) and rule.unsearched == 0
-
-
-def _rough():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5))
+def margins_of(model, x, y):
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3)
-    x = 0.3 + 0.4 * torch.rand(96, 3, 2, 2)
-    return model, x, model(x).argmax(1)
+        logits = model(x)
+    own = logits.gather(1, y[:, None])
+    return (own - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
 
 
-def test_a_kept_row_of_the_nearest_images_is_made_again_for_another_gain(tmp_path):
-    model, x, y = _rough()
-    weak = AttackSpec(PGD(steps=1, random_start=False, alpha=1e-4), survivors_only=True)
-    attacks = [AttackSpec(FGSM(), survivors_only=True)]
-    attacks.append(AttackSpec(Square(n_queries=30), survivors_only=True, nearest=40))
-    tried = []
-    for chosen, out in ((attacks, tmp_path), ([weak, *attacks], tmp_path), ([weak, *attacks], None)):
-        row = evaluate(model, x, y, eps=0.02, attacks=chosen, out=out).row("Square, 30 queries, 40 nearest")
-        tried.append(row.attacked - row.unsearched)
-    assert tried[0] < tried[1] == tried[2]
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize(("falls", "tried"), [(1, 10), (5, 10), (23, 30), (94, 96)])
+def test_an_attack_goes_on_until_a_whole_group_of_the_nearest_images_withstands(falls, tried, batch_size):
+    model, x, y = _far_and_near()
+    report = near(model, x, y, falls, batch_size=batch_size)
+    search = report.row("search")
+    assert (search.attacked - search.unsearched, int(search.robust.sum())) == (tried, 96 - falls)
+    # The images that withstood are those farthest from misclassification.
+    assert search.robust.tolist() == [False] * falls + [True] * (96 - falls)
+    assert any(f"search: {tried}" in note for note in report.notes) == (tried < 96)
+    assert f"96 ({tried})" in report.to_text()
+
+
+# Where all of the first 91 or more images fall, no group is left that could withstand.
+@pytest.mark.parametrize(
+    ("falls", "verdict", "last"), [(0, "passed", 0), (23, "passed", 0), (91, "noted", 1), (93, "unreliable", 3)]
+)
+def test_a_sign_tells_where_images_fell_in_the_last_group_that_was_tried(falls, verdict, last):
+    model, x, y = _far_and_near(95)
+    report = near(model, x, y, falls)
+    search = report.row("search")
+    (sign,) = [finding for finding in report.findings if finding.alarm == "nearest images"]
+    assert (sign.verdict, search.last_fallen) == (verdict, last)
+    assert ("nearest images" in report.headline.doubts) == (verdict == "unreliable")
+    assert not last or f"{last} of the last images that search tried fell" in sign.measured
+
+
+def test_the_sign_is_silent_where_the_time_was_over():
+    nearest = row(settings={"nearest": [10, 2]})
+    assert said([nearest])["nearest images"].verdict == "passed"
+    cut = row("Square", settings={"nearest": [10, 2]}, warnings=[CUT])
+    assert said([nearest, cut])["nearest images"].verdict == "not asked"
+    assert "nearest images" not in said([row()])
+
+
+def test_a_random_model_has_a_single_group_and_the_sign():
+    model, x, y = _far_and_near()
+
+    def noisy(images):
+        return model(images) + 1e-4 * torch.randn(len(images), 5)
+
+    report = near(noisy, x, y, 50, group=20, eot_iter=1, n_eval=2)
+    search = report.row("search")
+    assert (search.attacked, search.unsearched, search.last_fallen) == (20, 0, 20)
+    (sign,) = [finding for finding in report.findings if finding.alarm == "nearest images"]
+    assert sign.verdict == "unreliable"
+
+
+def test_the_rule_of_the_nearest_images():
+    rule = NearestRule(25, 10)
+    assert rule.rounds == [10, 10, 5]
+    assert not rule.record([0.1] * 9 + [-0.1], 0) and rule.unsearched == 15
+    assert not rule.record([float("nan"), *[0.1] * 9], 0)
+    assert rule.record([0.1] * 5, 0) and rule.unsearched == 0 and rule.may_hold == 0
+    assert NearestRule(0, 10).rounds == []
 
 
 def test_of_a_random_model_every_image_is_searched():

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...attacks import objective as health
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..results.rows import Row, worst_rows
+from ..results.rows import CUT, Row, worst_rows
 from .probes import STEPS, Missing, Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
@@ -399,6 +399,21 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     row = f"probe: APGD by the gradients of {best}" if count else ""
     return Outcome(verdict, text, row, STRONGER if best == ITSELF else "")
+
+
+@Alarm("nearest images", STRONGER)
+def nearest_images(evidence: Evidence) -> Outcome | None:
+    """Alarm if images still fell in the last group that an attack on the nearest images tried."""
+    nearest = [row for row in evidence.attacks() if row.settings.get("nearest")]
+    falling = [row for row in nearest if row.last_fallen]
+    if not nearest:
+        return None
+    if not falling:
+        cut = any(CUT in row.warnings for row in nearest)
+        text = "the last group that each attack on the nearest images tried withstood it"
+        return Outcome("not asked", "the time was over during these attacks") if cut else Outcome("passed", text)
+    text = "; ".join(f"{row.last_fallen} of the last images that {row.attack} tried fell to it" for row in falling)
+    return Outcome(_verdict(nearest[-1].last_fallen >= MORE_THAN_LUCK, noted=True), text, falling[-1].attack)
 
 
 # -- alarms from probes -----------------------------------------------------------------------------------------------

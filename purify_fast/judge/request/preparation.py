@@ -170,9 +170,9 @@ class AttackSpec:
         seed: a number that is added to the evaluation's seed for this attack, for another random start.
         until: a share of all images. The attack begins with the smallest margins, and stops when at most this share of
             all images can still fall, at 95 % confidence. With None, or on a random model, every image is attacked.
-        nearest: the most images to attack: those with the smallest margins after the earlier attacks. They are attacked
-            in groups, and another group follows only while a search has lowered a margin by as much as the next image
-            would need (`purify_fast.judge.run.attack_run`). A random model has no groups. None: all images.
+        nearest: the number of images in a group. The attack begins with the group of the smallest margins after the
+            earlier attacks, and goes on to the next group until a whole group has withstood it. For a random model, it
+            ends after the first group. None: all images.
         published: the publication of this attack, if its rule for a robust image differs; the report then says so.
 
     Raises:
@@ -305,7 +305,7 @@ def row_name(spec: AttackSpec, context: AttackContext) -> str:
         # The name of another model is its class, or the name of a function.
         through = getattr(spec.through, "__name__", type(spec.through).__name__)
         name = spec.attack.name(context) + ("" if spec.through is None else f" through {through}")
-        name += "" if spec.nearest is None else f", {spec.nearest} nearest"
+        name += "" if spec.nearest is None else f", from the {spec.nearest} nearest"
         name += "" if spec.max_images is None else f", first {spec.max_images}"
     return name + (f", {threat}" if threat is not None and threat not in name else "")
 
@@ -344,10 +344,9 @@ FAST_STEPS = 60
 #: An attack of "fast" or "standard" stops early when hardly any of the images that it has not reached can still fall,
 #: namely at most this share of all images.
 FAST_SHARE, STANDARD_SHARE = 0.01, 0.002
-#: The images with the smallest margins decide the accuracy, so they are attacked again, at most so many of them, and in
-#: groups (`NearestRule`). NEAREST: for FAB-T of "standard", RANDOM_NEAREST: the same on a random model, without groups.
-#: FEWEST_NEAREST: for the slower attacks, and for "fast".
-NEAREST, RANDOM_NEAREST, FEWEST_NEAREST = 20, 24, 10
+#: The images with the smallest margins decide the accuracy, so they are attacked again, in groups of NEAREST images.
+#: RANDOM_NEAREST: the number of images of the first FAB-T of "standard" on a random model.
+NEAREST, RANDOM_NEAREST = 10, 24
 #: Square's number of queries per image in "fast", and in the first of two runs of Square in "standard".
 SHORT_QUERIES = 1000
 #: The number of draws that "rand" averages per step, as AutoAttack's version "rand" does.
@@ -388,8 +387,8 @@ def _left(attack: Attack, label: str | None = None, **options: Any) -> AttackSpe
     return AttackSpec(attack, label=label, survivors_only=True, **options)
 
 
-def _nearest(attack: Attack, images: int = FEWEST_NEAREST) -> AttackSpec:
-    """Specify an attack on the few images with the smallest margins, from another random start."""
+def _nearest(attack: Attack, images: int = NEAREST) -> AttackSpec:
+    """Specify an attack on the images with the smallest margins, from another random start."""
     return _left(attack, nearest=images, seed=1)
 
 
@@ -424,7 +423,7 @@ def _slow(random: bool) -> list[AttackSpec]:
     fab, square = FABT(n_target_classes=None, give_up=not random), Square(give_up=True)
     if random:
         return [_nearest(FABT(give_up=True), RANDOM_NEAREST), *map(_nearest, (every, again, fab, square))]
-    return [_nearest(fab, NEAREST), *map(_nearest, (every, again, square))]
+    return [*map(_nearest, (fab, every, again, square))]
 
 
 def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:

@@ -18,7 +18,7 @@ import numpy as np
 from ...attacks import GradientHealth
 
 #: The fields of a row that describe the outcome of its attack.
-RESULTS = ("attacked", "unsearched", "may_hold", "warnings", "doubts", "fell_to_probes")
+RESULTS = ("attacked", "unsearched", "may_hold", "last_fallen", "warnings", "doubts", "fell_to_probes")
 #: The fields that are arrays, and that only a file of the cache has.
 ARRAYS = ("margins", "fallen", "fallen_images")
 #: The warning of an attack that ran out of time.
@@ -134,6 +134,7 @@ class Row:
         may_end_early: whether a search may have ended before its last step.
         unsearched: number of images that the attack got but did not reach, because it stopped before.
         may_hold: the largest number of unsearched images that would fall, with 95 % confidence.
+        last_fallen: number of images that fell in the last group of an attack on the nearest images.
         warnings: warnings of the attack for the reader of the report.
         doubts: names of the alarms that make a ``worst`` row doubtful.
         fell_to_probes: number of images of a ``worst`` row that fell to a probe; None without probes.
@@ -169,6 +170,7 @@ class Row:
     may_end_early: bool = False
     unsearched: int = 0
     may_hold: float = 0.0
+    last_fallen: int = 0
     warnings: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     fell_to_probes: int | None = None

@@ -32,8 +32,9 @@ from ..results.rows import CUT
 from ..searches.engine.row_batches import Judge
 from ..searches.judge_context import JudgeContext
 
-#: Increase this number whenever the same attack reaches other images: cached rows are then made again.
-REVISION = 1
+#: The revisions of `StoppingRule` and `NearestRule`. Increase a number whenever the same attack reaches other images:
+#: cached rows are then made again.
+REVISION, NEAREST_REVISION = 1, 2
 #: The confidence of the bound on the images that may still fall, over all rounds together.
 CONFIDENCE = 0.95
 #: The most rounds of an attack, and the fewest images of a round: fewer take about the same time.
@@ -42,8 +43,6 @@ ROUNDS, SMALLEST = 8, 32
 #: uniform between 0 and RANDOM_SHARE times the number of images. With this value, about a fifth of the images in the
 #: first round are there because of their random positions.
 RANDOM_SHARE = 4
-#: The number of images in a group of the nearest images, and the fewest in the first.
-GROUP = 5
 
 
 def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
@@ -105,37 +104,22 @@ class StoppingRule:
 
 
 class NearestRule:
-    """Decides after each group of the nearest images whether the next group is attacked.
+    """Goes on to the next group of the nearest images until a whole group has withstood the attack.
 
     Args:
-        margins: the margins of the images before the attack, in ascending order.
-        gain: the largest amount by which earlier searches have lowered the margin of an image after the first attack.
-
-    Attributes:
-        gain: the same, also of this attack; an image that falls has gained its whole margin.
-        rounds: the number of images in each group. The first has all images whose margin is at most the gain.
+        images: number of images that the attack got.
+        group: number of images in a group.
     """
 
     may_hold = 0.0
 
-    def __init__(self, margins: Sequence[float], gain: float = 0.0):
-        # An image that no attack has reached comes last, and its distance is unknown.
-        self.margins = [math.inf if math.isnan(margin) else margin for margin in margins]
-        self.searched, self.gain = 0, gain
-        first = min(len(margins), max(GROUP, sum(margin <= gain for margin in self.margins)))
-        self.rounds = [first, *rounds_of(len(margins) - first, GROUP)]
-
-    @property
-    def unsearched(self) -> int:
-        return len(self.margins) - self.searched
+    def __init__(self, images: int, group: int):
+        self.unsearched, self.rounds = images, rounds_of(images, group)
 
     def record(self, leads: Sequence[float], no_evidence: int) -> bool:
         """Record a group, see `StoppingRule.record`."""
-        before = self.margins[self.searched : self.searched + len(leads)]
-        self.searched += len(leads)
-        gains = [was - max(lead, 0.0) if lead > 0 else was for was, lead in zip(before, leads, strict=True)]
-        self.gain = max(self.gain, *gains)
-        return self.unsearched > 0 and not self.margins[self.searched] <= self.gain
+        self.unsearched -= len(leads)
+        return all(lead > 0 for lead in leads)
 
 
 # -- runs an attack on its images, batch by batch. The batches are independent, so processes can share them ------------
@@ -299,13 +283,13 @@ class AttackRun:
         if self.spec.nearest is not None:
             # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
             most = min(most, max(1, self.spec.nearest * most // USUAL_BATCH))
-        self.parts, self.rounds = list[Tensor](), list[range]()
+        self.parts, self.rounds, self.last = list[Tensor](), list[range](), range(0)
         for images in self.index.split(self.rule.rounds if self.rule else [len(self.index)]):
             if len(images):
                 parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
                 self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
                 self.parts += parts
-        #: The number of images whose batches were attacked.
+        #: The number of images whose batches were attacked; `last` has the numbers of the last round's batches.
         self.reached = 0
         self._made = dict[int, AttackedBatch]()
 
@@ -363,7 +347,7 @@ class AttackRun:
         """Obtain all batches from the processes, and sum up their results; ``reach`` gets the images of each batch."""
         sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
         for numbers_of_round in self.rounds:
-            leads, no_evidence = list[float](), 0
+            self.last, leads, no_evidence = numbers_of_round, list[float](), 0
             for number in numbers_of_round:
                 if CUT in sums.warnings and number not in self._made:
                     break

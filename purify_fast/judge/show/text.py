@@ -102,8 +102,8 @@ _CELLS: dict[str, Callable[[Row], str]] = {
     "model": lambda row: row.model,
     "attack": lambda row: row.attack,
     "EOT": lambda row: str(row.settings.get("eot_iter", "-")),
-    # An attack on survivors also has the number of images that it got.
-    "n": lambda row: f"{row.n} ({row.attacked})" if row.of_survivors else str(row.n),
+    # An attack on survivors also has the number of images that it searched.
+    "n": lambda row: f"{row.n} ({(row.attacked or 0) - row.unsearched})" if row.of_survivors else str(row.n),
     "accuracy": lambda row: row.in_percent,
     "one draw": single_predictions,
     "draws": lambda row: str(row.n_eval),
