@@ -34,7 +34,7 @@ from ..searches.judge_context import JudgeContext
 
 #: The revisions of `StoppingRule` and `NearestRule`. Increase a number whenever the same attack reaches other images:
 #: cached rows are then made again.
-REVISION, NEAREST_REVISION = 1, 2
+REVISION, NEAREST_REVISION = 2, 2
 #: The confidence of the bound on the images that may still fall, over all rounds together.
 CONFIDENCE = 0.95
 #: The most rounds of an attack, and the fewest images of a round: fewer take about the same time.
@@ -81,25 +81,26 @@ class StoppingRule:
 
     def __init__(self, share: float, images: int, total: int):
         self.allowed, self.unsearched, self.misses = share * total, images, 0
-        round_size = max(SMALLEST, math.ceil(images / ROUNDS))
         #: The number of images in each round.
-        self.rounds = rounds_of(images, round_size)
+        self.rounds = rounds_of(images, max(SMALLEST, math.ceil(images / ROUNDS)))
         self._error = (1 - CONFIDENCE) / max(1, len(self.rounds))
 
     @property
     def may_hold(self) -> float:
         """The largest number of unsearched images that would fall, with the confidence `CONFIDENCE`."""
-        if self.misses == 0:
-            return float(self.unsearched)
-        return self.unsearched * (1 - self._error ** (1 / self.misses))
+        left, fall = self.unsearched, 0
+        # If ``fall`` of the unsearched images and those that withstood fall, the chance that all are unsearched.
+        chance = 1.0
+        while fall < left and (chance := chance * (left - fall) / (left + self.misses - fall)) >= self._error:
+            fall += 1
+        return float(fall)
 
     def record(self, leads: Sequence[float], no_evidence: int) -> bool:
         """Record a round: the margins of its images after the attack, and how many searches are no evidence."""
         fell = [not lead > 0 for lead in leads]
         self.unsearched -= len(fell)
         since = next((number for number, has in enumerate(reversed(fell)) if has), len(fell))
-        before = self.misses if since == len(fell) else 0
-        self.misses = before + max(0, since - no_evidence)
+        self.misses = (self.misses if since == len(fell) else 0) + max(0, since - no_evidence)
         return self.may_hold <= self.allowed
 
 
