@@ -33,9 +33,9 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 
 def check_channels(name: str, images: Tensor) -> None:
-    """Raise ValueError for images ``[N, H, W, C]`` in place of ``[N, C, H, W]``."""
-    channels, last = images.shape[1], images.shape[-1]
-    if images.dim() == 4 and last in (1, 3) and channels > 4:
+    """Raise ValueError for square images ``[N, H, W, C]`` in place of ``[N, C, H, W]``."""
+    # Other shapes may be signals: nine channels of a sensor are ``[N, 9, 128, 1]``.
+    if images.dim() == 4 and images.shape[1] == images.shape[2] > 4 and images.shape[3] in (1, 3):
         raise ValueError(f"{name} must be [N, C, H, W], got {list(images.shape)}: give {name}.permute(0, 3, 1, 2)")
 
 

@@ -12,6 +12,7 @@ from torch.utils.data.sampler import BatchSampler, SubsetRandomSampler, Weighted
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, sources
+from purify_fast.training.batches import check_channels
 from purify_fast.training.sources import InMemory, held_out, make_sources
 
 
@@ -208,6 +209,7 @@ REFUSED = [
     ("the images of batch 2 of x .* to 255: divide images in 0..255 by 255", third(lambda x, y: (255 * x, y))),
     ("batch 2 .* values from -.* if they are normalized, undo this", third(lambda x, y: (2 * x - 1, y))),
     ("the images of batch 2 of x must be in .* free of NaN, got values from nan", third(with_nan)),
+    (r"batch 2 .* \[N, C, H, W\], got .*permute", third(lambda x, y: (x.expand(-1, 3, -1, -1).movedim(1, 3), y))),
     ("the labels of batch 2 of x must be at least 0, got -1", third(lambda x, y: (x, y - 1))),
     ("the images of batch 2 of x must be", third(lambda x, y: (x[:0], y[:0]))),
 ]
@@ -222,6 +224,11 @@ def test_wrong_images_and_labels_are_named_and_tensors_before_any_step(tmp_path,
     with pytest.raises((TypeError, ValueError), match=message):
         fit(made, *given, FitConfig(1, 16), tmp_path / "run", progress=False)
     assert not isinstance(given[0], torch.Tensor) or not (steps or (tmp_path / "run").exists())
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 128, 1), (2, 8, 64, 3)])
+def test_signals_with_few_columns_have_their_channels_first(shape):
+    check_channels("x", torch.rand(shape))
 
 
 @pytest.mark.parametrize("more", [(["a.png"] * 16,), (torch.rand(16), "more")])
