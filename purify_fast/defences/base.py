@@ -150,9 +150,12 @@ class Defence(StochasticDefence):
             raise ValueError(f"x must be [B, {', '.join(map(str, self.image_shape))}], got {list(x.shape)}")
         self._follow()
 
-    def _products(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    def _products(
+        self, device: torch.device, network: nn.Module | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
         """The context in which the parts compute: in a copy, their products are in `compute_dtype`."""
-        return contextlib.nullcontext() if self.compute_dtype is None else autocast_to(device, self.compute_dtype)
+        dtype = self.compute_dtype
+        return contextlib.nullcontext() if dtype is None else autocast_to(device, dtype, network)
 
     @property
     def representation(self) -> Any:

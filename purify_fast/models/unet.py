@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._modules import modules_of
 from .._settings import without_autocast
 from .._validation import check_counts
 
@@ -129,6 +130,11 @@ class UNet(nn.Module):
         self.norm = _norm(full, width)
         self.leave = _zero(nn.Conv2d(full, channels * patch**2, 3, padding=1))
         self.to(memory_format=torch.channels_last)
+
+    @property
+    def has_strides(self) -> bool:
+        """True if a convolution has a stride above 1, which `purify_fast.speed.layout.autocast_to` has to know."""
+        return any([isinstance(part, nn.Conv2d) and part.stride != (1, 1) for part in modules_of(self)])
 
     def embed(self, t: Tensor) -> Tensor:
         """Embed the time, given as in `forward`, for the blocks: ``[B, 4 width]``."""

@@ -5,10 +5,13 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import purify_fast
 from purify_fast.evaluation import evaluate
+from purify_fast.models.unet import UNet
 from purify_fast.speed.agreement import BFLOAT16
 from purify_fast.speed.frozen_copy import auto_dtype
 from purify_fast.speed.layout import autocast_to
@@ -92,6 +95,28 @@ def test_convolutions_with_a_single_column_are_right_in_bfloat16_on_a_cpu(stride
             )
         for want, got in zip(*results, strict=True):
             torch.testing.assert_close(got.float(), want, rtol=BFLOAT16, atol=BFLOAT16 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("network", [UNet(1, 16, patch=2), UNet(3, 8, attention=False)])
+def test_convolutions_are_not_looked_at_in_networks_without_strides(network):
+    """The functions of such a network call no convolution with a stride either."""
+    strides = []
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.conv2d:
+                strides.append((*args[3:4], (kwargs or {}).get("stride", 1))[0])
+            return function(*args, **(kwargs or {}))
+
+    x, t = torch.rand(1, network.channels, 8, 8), torch.tensor(3.0)
+    with torch.no_grad(), Record():
+        network(x, t)
+    assert strides and set(strides) <= {1, (1, 1)} and not network.has_strides
+    for part, modes in ((network, 0), (nn.Sequential(network), 1), (None, 1)):
+        with autocast_to(x.device, torch.bfloat16, part):
+            assert _len_torch_function_stack() == modes
+    network.down1 = nn.Conv2d(8, 8, 2, 2)
+    assert network.has_strides
 
 
 def test_a_training_in_bfloat16_has_the_gradients_of_float32_where_products_would_be_wrong():

@@ -203,7 +203,7 @@ class DiffusionPurifier(Defence):
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the denoiser's prediction for states at the times ``t [B]``, for `diffusion_step`."""
-        with self._products(x.device):
+        with self._products(x.device, self.denoiser.module):
             prediction = self.denoiser(x.to(self.purifier_dtype), t)
         return prediction if self.process.learns_variances else prediction[:, : x.shape[1]]
 
