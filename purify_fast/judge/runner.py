@@ -47,10 +47,10 @@ from .request.preparation import (
     warn_of_probabilities,
     without_early_stops,
 )
-from .results.rows import CUT, Row, worst_rows
+from .results.rows import CUT, Row
 from .run.attack_run import Shards
 from .run.cache import RowCache
-from .run.measure import Measure, Progress, Standing, settings_of
+from .run.measure import Measure, Progress, Table, settings_of
 from .searches.judge_context import JudgeContext
 from .searches.model_tests import check_leaves_images, check_model, strays_frozen
 from .show.report import Report, gathered
@@ -228,8 +228,8 @@ class _Evaluation:
         """Run the evaluation. Raises DrawsUnderAttack if only now it shows that the model is random."""
         config, model, name, device = self.config, self.model, self.name, device_of(self.model, self.x)
         self.report = report = Report(about=facts(config, self.ball, model, device), notes=list(self.notes))
-        #: The parts that were left out because the time was over, and the images' states by threat model.
-        self.left_out, self.standings = list[str](), dict[str | None, Standing]()
+        #: The parts that were left out because the time was over, and the tables by threat model.
+        self.left_out, self.tables = list[str](), dict[str | None, Table]()
         with contextlib.ExitStack() as self.stack:
             enter = self.stack.enter_context
             shards = enter(Shards(config.together))
@@ -309,9 +309,8 @@ class _Evaluation:
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
-        fallen = [point for standing in self.standings.values() for point in standing.fallen()]
+        fallen = [point for table in self.tables.values() for point in table.fallen()]
         report.adversarial = gathered(fallen, subject, about)
-        report.rows += worst_rows(report.rows)
         subject.deadline.begin(self.until)
         self.suspicion.conclude(first_probes)
         if subject.deadline.over:
@@ -401,29 +400,27 @@ class _Evaluation:
 
     # -- the rows -----------------------------------------------------------------------------------------------------
 
-    def standing(self, threat: str | None) -> Standing:
-        """The state of the images after the attacks so far."""
-        if threat not in self.standings:
-            self.standings[threat] = Standing.begin(self.measure.clean)
-        return self.standings[threat]
+    def table(self, threat: str | None) -> Table:
+        """The attacks so far in a threat model."""
+        return self.tables.setdefault(threat, Table([self.measure.clean]))
 
     def rows(self) -> list[Row]:
         """Make the row of the clean images, and the rows of the attacks."""
         measure, deadline = self.measure, self.subject.deadline
         rows = [measure.clean]
         for spec in measure.attacks:
-            standing = self.standing(threat_name(spec, measure.context))
+            table = self.table(threat_name(spec, measure.context))
             # A search ends early enough for the judgement of its images.
             deadline.begin(self.until - measure.judging())
             try:
-                row = measure.attacked(spec, standing)
+                row = measure.attacked(spec, table)
             except TimeIsOver:
                 self.left_out.append(row_name(spec, measure.context))
                 continue
             finally:
                 deadline.begin()
             rows.append(row)
-            standing.add(row)
+            table.add(row)
             share = f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
             measure.progress.finished(share)
         return rows
@@ -431,7 +428,7 @@ class _Evaluation:
     def tell_what_was_left_out(self) -> None:
         """Add a note on what the limit of time has left out, if it might have changed the headline."""
         cut = [row.attack for row in self.report.rows if CUT in row.warnings]
-        left, planned = int(self.measure.withstood(self.standing(None).points.wrong).sum()), self.measure.attacks
+        left, planned = int(self.measure.withstood(self.table(None).points.wrong).sum()), self.measure.attacks
         self.report.notes += paragraphs("time.jinja", left_out=self.left_out, cut=cut, left=left)
         attacks = {row_name(spec, self.measure.context) for spec in planned} & {*self.left_out}
         if left and (attacks or cut):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from .._hashes import digest
 from ..attacks.context import TimeIsOver
 from .alarms.probes import PROBED, Before, Probes, compared_gradients, has_no_gradient, measure_before_attacks, probe
 from .alarms.signs import Evidence, findings, signs_of_masking
-from .results.rows import Points, count_fallen
+from .results.rows import Points, Row, worst_rows
 from .run.measure import Measure, counted_model
 from .show.report import Report
 
@@ -30,20 +30,19 @@ class Suspicion:
     compares: bool = True
 
     def conclude(self, measured: Probes | None) -> None:
-        """Add the alarms' findings and the probes' curves to the report, and mark doubtful rows."""
+        """Add the ``worst`` rows, the alarms' findings and the probes' curves to the report, and mark doubtful rows."""
         report, subject, name = self.report, self.measure.subject, self.measure.name
-        rows = [row for row in report.rows if row.kind == "clean" or row.is_attack]
-        evidence = Evidence(rows, None, subject.num_classes, subject.has_probabilities, subject.has_one_hot)
+        evidence = Evidence(report.rows, None, subject.num_classes, subject.has_probabilities, subject.has_one_hot)
+        probed = None
         if self.before is not None and measured is not None:
             probes = self.all_probes(self.before, measured, evidence)
             evidence = replace(evidence, probes=probes)
-            # On a random model, a probe's point also counts if it is worse than the points of the attacks.
-            fallen = probes.found() if subject.is_random else probes.fallen()
-            count_fallen(report.rows, fallen, self.judged_points(probes, fallen))
+            probed = self.column(probes)
             report.curves |= probes.curves()
         else:
             with contextlib.suppress(TimeIsOver):
                 evidence = replace(evidence, **self.about_gradients(evidence))
+        report.rows = [*report.rows, *worst_rows(report.rows, probed)]
         report.findings = [replace(finding, model=name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
         inconsistent = any(finding.of_answers for finding in doubts)
@@ -70,16 +69,19 @@ class Suspicion:
             return {}
         return {"cosine": subject.batch_limit.within(lambda: compared_gradients(subject, self.measure.context))}
 
-    def judged_points(self, probes: Probes, fallen: Sequence[int]) -> Points:
-        """The points of the images that fell to probes; those of a random model are judged by its draws."""
-        subject = self.measure.subject
-        if probes.points is None or not fallen:
-            count = len(fallen)
-            return Points(np.ones(count), np.full(count, -np.inf, np.float32), np.zeros((subject.judges, count), bool))
-        index = torch.tensor(fallen, dtype=torch.int64, device="cpu")
-        points = probes.points[index].to(subject.x.device)
-        chosen, judged = (subject.judge(points, phase, index) for phase in ("choose", "judge"))
-        return Points(chosen.wrong, chosen.margins, judged.right)
+    def column(self, probes: Probes) -> Row:
+        """The column of the probes: the points of the images that fell to them, and the clean points of the others."""
+        subject, row = self.measure.subject, replace(self.measure.clean)
+        # On a random model, a probe's point also counts if it is worse than the points of the attacks.
+        fallen = torch.tensor(probes.found() if subject.is_random else probes.fallen(), dtype=torch.int64, device="cpu")
+        wrong, margins, right = row.points.at(fallen.numpy())
+        points = Points(np.ones_like(wrong), np.full_like(margins, -np.inf), np.zeros_like(right))
+        if probes.points is not None and len(fallen):
+            images = probes.points[fallen].to(subject.x.device)
+            chosen, judged = (subject.judge(images, phase, fallen) for phase in ("choose", "judge"))
+            points = Points(chosen.wrong, chosen.margins, judged.right)
+        row.take(row.points.put(fallen.numpy(), points))
+        return row
 
     def probes_key(self, more: dict[str, Any]) -> str | None:
         """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
@@ -99,12 +101,8 @@ class Suspicion:
         def keep(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             def shown() -> dict[str, Any]:
                 progress.total += 1
-                try:
-                    with progress.row(f"probe: {name}"):
-                        result = make()
-                except BaseException:
-                    progress.total -= 1
-                    raise
+                with progress.row(f"probe: {name}"):
+                    result = make()
                 progress.rows += 1
                 return result
 

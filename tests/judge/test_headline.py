@@ -20,14 +20,7 @@ from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.judge.alarms.signs import Finding
 from purify_fast.judge.request.deadline import Subject
-from purify_fast.judge.results.rows import (
-    Points,
-    chance_of_at_most,
-    count_fallen,
-    judge_claim,
-    t_quantile,
-    worst_rows,
-)
+from purify_fast.judge.results.rows import Points, chance_of_at_most, judge_claim, t_quantile, worst_rows
 from purify_fast.judge.show.text import notes_on_rows
 
 
@@ -44,8 +37,8 @@ def test_other_draws_judge_than_those_that_choose():
     assert worst.right.sum(0).tolist() == [4, 4, 2, 4] and worst.wrong.tolist() == [0.2, 0.5, 0.5, 0]
     assert worst.mean == 14 / 20
     # points of probes count if the choosing draws call them worse
-    points = Points(np.array([0.1, 1.0]), np.array([-5.0, -5.0]), np.arange(5)[:, None] < [0, 1])
-    count_fallen([worst], [0, 3], points)
+    probed = drawn("probes", [0, 5, 5, 1], [1, 0, 0, 10], margins=[-5.0, 1.0, 1.0, -5.0])
+    (worst,) = worst_rows([clean, a, b], probed)
     assert worst.right.sum(0).tolist() == [4, 4, 2, 1] and worst.fell_to_probes == 1
     # the lowest of several noisy numbers is partly luck: the judging draws choose no headline
     lucky = drawn("lucky", [0, 0, 0, 0], [0, 0, 0, 0])
@@ -64,11 +57,12 @@ def test_an_attack_on_fewer_images_does_not_choose_the_headline():
 
 
 def test_what_fell_to_a_probe_is_not_left():
-    rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("A", [1, 1, 1, 0]), row("worst", [1, 1, 1, 0], kind="worst")]
-    far = row("worst, L-inf 0.2", [1, 1, 1, 0], kind="worst", threat="L-inf 0.2")
-    count_fallen([*rows, far], [0, 2, 7], Points(np.ones(3), np.full(3, -np.inf), np.zeros((1, 3), bool)))
-    assert rows[2].robust.tolist() == [False, True, False, False]
-    assert rows[2].mean == 0.25 and rows[1].accuracy == far.accuracy == 0.75
+    rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("A", [1, 1, 1, 0]), row("first two", [1, 1])]
+    far = [row(name, [1, 1, 1, 0], threat="L-inf 0.2") for name in ("B", "C")]
+    worst, first, other = worst_rows([*rows, *far], row("probes", [0, 1, 0, 1]))
+    assert worst.robust.tolist() == [False, True, False, False] and first.robust.tolist() == [False, True]
+    assert (worst.fell_to_probes, first.fell_to_probes, other.fell_to_probes) == (2, 1, None)
+    assert worst.mean == 0.25 and rows[1].accuracy == other.accuracy == 0.75
     # a number of 0 cannot be too high, whoever took the rest
     assert said(rows[:2], probed(4, left=[1, 1, 1, 0], fell=[1, 1, 1, 0]))["missed images"].verdict == "noted"
 

@@ -152,10 +152,6 @@ class Judgement:
         """The share of wrong predictions on each image, float64 ``[n]``."""
         return 1 - self.right.mean(0)
 
-    def of(self, index: np.ndarray) -> Judgement:
-        """The judgement of some of the images; ``nonfinite`` stays that of all."""
-        return Judgement(self.right[:, index], self.nonfinite, self.margins[index], self.classes[index])
-
 
 class Subject:
     """A model with the images on which it is attacked.

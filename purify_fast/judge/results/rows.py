@@ -179,8 +179,8 @@ class Row:
     uses_gradients: bool = True
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
-    fallen: np.ndarray | None = field(default=None, compare=False)
-    fallen_images: np.ndarray | None = field(default=None, compare=False)
+    fallen: Any = field(default=None, compare=False)
+    fallen_images: Any = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
     wrong: np.ndarray | None = field(default=None, compare=False)
     shares_draws: bool = False
@@ -285,6 +285,12 @@ class Row:
         """Return True for a ``worst`` row without attacked images, because all clean images are misclassified."""
         return self.kind == "worst" and self.attacked == 0
 
+    @property
+    def points(self) -> Points:
+        """The points of the row's images."""
+        margins = np.full(self.n, np.inf, dtype=np.float32) if self.margins is None else self.margins
+        return Points(self.share_wrong, margins, self.right)
+
     def take(self, points: Points) -> None:
         """Let the row count these points, one for each image. Only a random model's row keeps how they were chosen."""
         self.right, self.margins = points.right, points.margins
@@ -382,37 +388,37 @@ class Points(NamedTuple):
     right: np.ndarray
 
     @classmethod
-    def of_row(cls, row: Row, n: int) -> Points:
-        """The points of a row's first n images."""
-        margins = np.full(row.n, np.inf, dtype=np.float32) if row.margins is None else row.margins
-        return cls(row.share_wrong, margins, row.right).first(n)
-
-    @classmethod
     def worst(cls, rows: Iterable[Row], n: int) -> Points:
-        """For each of the first n images, the worst of the points that several rows handed over."""
-        return functools.reduce(cls.or_worse, [cls.of_row(row, n) for row in rows])
+        """For each of the first n images, the worst point of several rows, of which the first has all n images."""
+        return functools.reduce(cls.or_worse, [row.points.at(slice(n)) for row in rows])
 
-    def first(self, n: int | None) -> Points:
-        """The points of the first n images."""
-        return Points(*(array[..., :n] for array in self))
+    def at(self, index: Any) -> Points:
+        """The points of some images, by a slice or an index."""
+        return Points(*(array[..., index] for array in self))
 
-    def copy(self) -> Points:
-        """Points with arrays of their own, which may be written."""
-        return Points(*(array.copy() for array in self))
+    def put(self, index: Any, points: Points) -> Points:
+        """A copy with other points of the images at an index."""
+        copy = Points(*(array.copy() for array in self))
+        for array, new in zip(copy, points, strict=True):
+            array[..., index] = new
+        return copy
 
     def is_worse(self, than: Points) -> np.ndarray:
         """Tell which points are worse than other points, bool ``[n]``."""
         return (self.wrong > than.wrong) | ((self.wrong == than.wrong) & (self.margins < than.margins))
 
     def or_worse(self, other: Points) -> Points:
-        """For each image the worse of two points; of equally bad points the first."""
-        which = other.is_worse(self)
-        return Points(*(np.where(which, two, one) for one, two in zip(self, other, strict=True)))
+        """For each image the worse of two points; of equally bad points the first. ``other`` may have fewer images."""
+        which = np.flatnonzero(other.is_worse(self.at(slice(len(other.wrong)))))
+        return self.put(which, other.at(which))
 
 
-def worst_rows(rows: Sequence[Row]) -> list[Row]:
-    """Make the rows over several attacks, in which an image is robust if it is robust in all of their rows."""
-    full = max(row.n for row in rows)
+def worst_rows(rows: Sequence[Row], probed: Row | None = None) -> list[Row]:
+    """Make the rows over several attacks, in which an image is robust if it is robust in all of their rows.
+
+    ``probed`` is the column of the probes, which counts in the report's threat model.
+    """
+    full = max((row.n for row in rows), default=0)
     attacks = [row for row in rows if row.is_attack]
     clean = [row for row in rows if row.kind == "clean"]
     worst = []
@@ -422,26 +428,13 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
             name = "worst" if threat is None else f"worst, {threat}"
             for n in sorted({row.n for row in within}, reverse=True):
                 label = name if n == full else f"{name}, first {n}"
-                worst.append(_row(label, [row for row in within if row.n >= n], n, clean))
+                group = [row for row in within if row.n >= n]
+                worst.append(_row(label, group, n, clean, probed if threat is None else None))
     return worst
 
 
-def count_fallen(rows: Sequence[Row], fallen: Sequence[int], points: Points) -> None:
-    """Count the images that fell to probes, and their points, in the ``worst`` rows."""
-    images = np.asarray(fallen, dtype=np.int64)
-    for row in rows:
-        if row.kind == "worst" and row.threat is None:
-            worst = Points.of_row(row, row.n)
-            probed = worst.copy()
-            for array, new in zip(probed, points, strict=True):
-                array[..., images[images < row.n]] = new[..., images < row.n]
-            row.fell_to_probes = int(probed.is_worse(worst).sum())
-            row.take(worst.or_worse(probed))
-            row.reliable = row.reliable or bool((row.share_wrong == 1).all())
-
-
-def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
-    """Make a row over the attacks ``group``, on the first n images; ``clean`` has the clean row."""
+def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row], probed: Row | None) -> Row:
+    """Make a row over the attacks ``group`` and the probes, on the first n images; ``clean`` has the clean row."""
     first = group[0]
     attacked = [row for row in group if row.attacked]
     # The row is reliable if the model's own gradients were usable in at least one attack, because further attacks can
@@ -463,7 +456,12 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row]) -> Row:
         shares_draws=first.shares_draws,
         wrong=first.wrong,
     )
-    worst.take(Points.worst([*clean, *group], n))
+    points = Points.worst([*clean, *group], n)
+    if probed is not None:
+        probes = probed.points.at(slice(n))
+        worst.fell_to_probes = int(probes.is_worse(points).sum())
+        points = points.or_worse(probes)
+    worst.take(points)
     # Missing gradients are no reason for doubt if no image was attacked, or if every image fell.
     worst.reliable = not attacked or had_gradients or bool((worst.share_wrong == 1).all())
     return worst

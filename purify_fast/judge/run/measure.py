@@ -166,36 +166,37 @@ Rule = StoppingRule | NearestRule
 
 
 @dataclass
-class Standing:
-    """The worst point of each image so far, in a threat model; it is the clean image until an attack is added.
+class Table:
+    """The columns of a threat model: the clean row, and the rows of the attacks so far.
 
-    ``margins`` are the smallest margins that an attack has reached, ``[n]``. ``images`` has, for each image that fell,
-    the label of the attack and the attacked image.
+    ``images`` has, for each image that fell, the label of the attack and the attacked image.
     """
 
-    points: Points
-    margins: np.ndarray
+    rows: list[Row]
     images: dict[int, tuple[str, np.ndarray]] = field(default_factory=dict)
 
-    @classmethod
-    def begin(cls, clean: Row) -> Standing:
-        """Begin with the clean images."""
-        return cls(Points.of_row(clean, clean.n).copy(), np.full(clean.n, np.inf))
+    @property
+    def points(self) -> Points:
+        """The worst point of each image; it is the clean image until an attack is added."""
+        return Points.worst(self.rows, self.rows[0].n)
+
+    @property
+    def margins(self) -> np.ndarray:
+        """The smallest margin that an attack has reached on each image, ``[N]``."""
+        reached = np.full(self.rows[0].n, np.inf)
+        for row in self.rows[1:]:
+            reached[: row.n] = np.fmin(reached[: row.n], row.points.margins)
+        return reached
 
     def add(self, row: Row) -> None:
         """Add the row of another attack."""
-        before, own = self.points.first(row.n), Points.of_row(row, row.n)
-        worse = own.is_worse(before)
-        for array, new in zip(self.points, before.or_worse(own), strict=True):
-            array[..., : row.n] = new
-        if row.margins is not None:
-            self.margins[: row.n] = np.fmin(self.margins[: row.n], row.margins)
-        if row.fallen is not None and row.fallen_images is not None:
-            for index, image in zip(row.fallen.tolist(), row.fallen_images, strict=True):
-                if worse[index] or index not in self.images:
-                    # A view would keep the memory of all images.
-                    self.images[index] = row.attack, image.copy()
-            row.fallen = row.fallen_images = None
+        worse = row.points.is_worse(self.points.at(slice(row.n)))
+        for index, image in zip(row.fallen, row.fallen_images, strict=True):
+            if worse[index] or index not in self.images:
+                # A view would keep the memory of all images.
+                self.images[index] = row.attack, image.copy()
+        row.fallen = row.fallen_images = None
+        self.rows.append(row)
 
     def fallen(self) -> list[tuple[int, str, np.ndarray]]:
         """The attacked images of the images that fell: their indices, the labels of their attacks, and the images."""
@@ -240,15 +241,14 @@ class Measure:
         # random model predicts those that fell once more, for `check_adversarial`.
         return self.clean.seconds * (2 if self.subject.is_random else 3)
 
-    def attacked(self, spec: AttackSpec, standing: Standing) -> Row:
+    def attacked(self, spec: AttackSpec, table: Table) -> Row:
         """The row of an attack."""
-        before = standing.points if spec.survivors_only else Points.of_row(self.clean, self.clean.n)
-        before = before.first(spec.max_images)
+        before = (table.points if spec.survivors_only else self.clean.points).at(slice(spec.max_images))
         alive = self.withstood(before.wrong)
-        index, rule = self.in_order(spec, torch.from_numpy(alive.copy()).nonzero()[:, 0], standing)
+        index, rule = self.in_order(spec, torch.from_numpy(alive).nonzero()[:, 0], table.margins)
         images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
         if self.subject.is_random:
-            images["known"] = digest(*map(torch.from_numpy, before.copy()))
+            images["known"] = digest(*map(torch.from_numpy, before))
         make = functools.partial(self.judged, spec, index, rule, before)
         row = self.load_or_make(settings_of(spec, self.subject, self.context) | images, spec, make)
         # The key of a cached row does not contain the row's name, so it may have been made under another name.
@@ -256,12 +256,12 @@ class Measure:
         self.progress.rows += 1
         return row
 
-    def in_order(self, spec: AttackSpec, index: Tensor, standing: Standing) -> tuple[Tensor, Rule | None]:
+    def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> tuple[Tensor, Rule | None]:
         """Return the indices of the images that an attack gets, int64, in their order, and when the attack stops."""
         if spec.nearest is not None:
-            return by_margin(index, standing.margins), NearestRule(len(index), spec.nearest)
+            return by_margin(index, margins), NearestRule(len(index), spec.nearest)
         if spec.until is not None:
-            index = nearest_first(index, standing.margins, self.subject.seed + spec.seed)
+            index = nearest_first(index, margins, self.subject.seed + spec.seed)
             return index, StoppingRule(spec.until, len(index), len(self.subject.y))
         return index, None
 
@@ -347,7 +347,7 @@ class Measure:
 
     def withstood(self, wrong: np.ndarray) -> np.ndarray:
         """Tell which images have not fallen, bool ``[n]``, by the shares of draws that are wrong."""
-        return ~has_fallen(torch.from_numpy(wrong.copy()), self.context.judge_share).numpy()
+        return ~has_fallen(torch.tensor(wrong), self.context.judge_share).numpy()
 
     def new_row(self, right: np.ndarray, **values: Any) -> Row:
         """Make a row from predictions."""
@@ -386,7 +386,12 @@ class Measure:
             transferred=other is not None and not same,
             nonfinite_predictions=judged.nonfinite,
         )
-        own = self._points(judged, index, sums.images)
+        at, chosen = index.numpy(), (judged.wrong[index], judged.margins[index])
+        if subject.is_random and len(index):
+            choice = subject.judge(sums.images[index], "choose", index)
+            chosen = choice.wrong, choice.margins
+        # An image that was not attacked keeps its clean point.
+        own = self.clean.points.at(slice(len(sums.images))).put(at, Points(*chosen, judged.right[:, at]))
         points = before.or_worse(own) if spec.survivors_only else own
         row.wrong = own.wrong if subject.is_random else None
         row.take(points)
@@ -398,16 +403,6 @@ class Measure:
         row.fallen, row.fallen_images = fallen.numpy(), sums.images[fallen].cpu().numpy()
         row.seconds = time.perf_counter() - begin + sums.seconds
         return row
-
-    def _points(self, judged: Judgement, index: Tensor, images: Tensor) -> Points:
-        """The points of an attack on the images ``index``, and the clean points of the others."""
-        points = Points.of_row(self.clean, len(images)).copy()
-        at, chosen = index.numpy(), judged.of(index.numpy())
-        points.right[:, at] = chosen.right
-        if self.subject.is_random and len(at):
-            chosen = self.subject.judge(images[index], "choose", index)
-        points.wrong[at], points.margins[at] = chosen.wrong, chosen.margins
-        return points
 
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
         """Select the images that a page shows: some of the fallen images, or some others if no image fell."""
