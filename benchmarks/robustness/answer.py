@@ -31,7 +31,7 @@ from purify_fast import zoo
 from purify_fast._hashes import weights_fingerprint
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
-from purify_fast.judge.searches.engine.row_batches import has_fallen
+from purify_fast.judge.searches.engine import has_fallen
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.speed.precision import fast_bfloat16
 

@@ -44,7 +44,7 @@ from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.judge.request import deadline as evaluated
 from purify_fast.judge.request.preparation import protocol_attacks
-from purify_fast.judge.searches.engine.row_batches import Judge, has_fallen
+from purify_fast.judge.searches.engine import Judge, has_fallen
 from purify_fast.judge.searches.original_autoattack import implementation
 from purify_fast.judge.show.text import markdown_table
 from purify_fast.ops.pgd_step import pgd_step

@@ -18,8 +18,8 @@ from .pgd import FGSM as FGSM, PGD as PGD
 # The searches that only a judge runs are imported when they are first used, so a training does not import them.
 if TYPE_CHECKING:
     from ..judge.searches.apgd import APGD as APGD
+    from ..judge.searches.engine import JudgeContext as JudgeContext
     from ..judge.searches.fab import FABT as FABT
-    from ..judge.searches.judge_context import JudgeContext as JudgeContext
     from ..judge.searches.model_tests import AttackersHead as AttackersHead
     from ..judge.searches.original_autoattack import OriginalAutoAttack as OriginalAutoAttack
     from ..judge.searches.search_functions import (

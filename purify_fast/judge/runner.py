@@ -31,7 +31,6 @@ from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
 from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
 from .request.deadline import DrawsUnderAttack, Subject, device_of
-from .request.fingerprint import state_digest
 from .request.preparation import (
     SEARCHES,
     AttackFunction,
@@ -47,11 +46,11 @@ from .request.preparation import (
     warn_of_probabilities,
     without_early_stops,
 )
+from .results.cache import RowCache, state_digest
 from .results.rows import CUT, Row
 from .run.attack_run import Shards
-from .run.cache import RowCache
 from .run.measure import Measure, Progress, Table, settings_of
-from .searches.judge_context import JudgeContext
+from .searches.engine import JudgeContext
 from .searches.model_tests import check_leaves_images, check_model, strays_frozen
 from .show.report import Report, gathered
 from .show.text import notes_on_rows, paragraphs

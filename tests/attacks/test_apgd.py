@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
 from purify_fast.attacks.context import Ball
+from purify_fast.judge.searches import engine
 from purify_fast.judge.searches.apgd import checkpoints
-from purify_fast.judge.searches.engine import row_batches as engine_rows, row_batches as judging
-from purify_fast.judge.searches.engine.row_batches import ActiveSet, Judge
+from purify_fast.judge.searches.engine import ActiveSet, Judge
 
 
 def test_checkpoints():
@@ -82,8 +82,8 @@ def test_fallen_images_leave_the_batch():
     steps = [size for size, gradient in sizes if gradient]
     judged = sum(size for size, gradient in sizes if not gradient)
     assert steps[0] == 64 and steps == sorted(steps, reverse=True) and 0 < stood < 40
-    assert judging.bucket(stood, x.device) <= steps[-1] < 64
-    assert {judging.bucket(n, x.device) for n in steps} == set(steps)
+    assert engine.bucket(stood, x.device) <= steps[-1] < 64
+    assert {engine.bucket(n, x.device) for n in steps} == set(steps)
     # the clean images, the last points and each of those that fell
     assert judged >= 64 + (64 - stood)
 
@@ -91,15 +91,14 @@ def test_fallen_images_leave_the_batch():
 @pytest.mark.parametrize("padded", [False, True])
 def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded):
     """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""
-    for module in (engine_rows, judging):
-        monkeypatch.setattr(module, "takes_every_size", lambda device: not padded)
+    monkeypatch.setattr(engine, "takes_every_size", lambda device: not padded)
     x, y = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64)
     judge = Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2))
     active = ActiveSet(x, y, Ball(torch.full((90,), 0.1)), judge, JudgeContext())
     active.judge_clean_images()
     goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
     sizes, seen = [], []
-    for rows in engine_rows.waves(active, goals, 1, JudgeContext(batch_size=90)):
+    for rows in engine.waves(active, goals, 1, JudgeContext(batch_size=90)):
         sizes.append(len(rows.x))
         assert torch.equal(rows.x, x[rows.owner])
         assert not active.fallen[rows.owner].any()

@@ -15,7 +15,7 @@ from purify_fast.attacks.context import Ball
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.run.measure import Progress, counted_model
-from purify_fast.judge.searches.engine.row_batches import ActiveSet, Judge, PaceMonitor, has_fallen
+from purify_fast.judge.searches.engine import ActiveSet, Judge, PaceMonitor, has_fallen
 from purify_fast.judge.searches.model_tests import HEADS, AttackersHead, head_logits
 from purify_fast.judge.searches.square import pattern, side
 from purify_fast.ops.aggregate import aggregate

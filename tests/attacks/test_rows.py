@@ -12,9 +12,7 @@ from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Squar
 from purify_fast.attacks.context import AttackContext, Ball
 from purify_fast.attacks.objective import Objective, margin
 from purify_fast.judge.run.measure import Progress, counted_model
-from purify_fast.judge.searches.engine.engine_attack import nearest_borders
-from purify_fast.judge.searches.engine.row_batches import ActiveSet, Judge
-from purify_fast.judge.searches.judge_context import JudgeContext
+from purify_fast.judge.searches.engine import ActiveSet, Judge, JudgeContext, nearest_borders
 from purify_fast.models.classifiers import SmallCNN
 
 EPS = 0.05

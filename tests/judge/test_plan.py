@@ -15,7 +15,7 @@ from purify_fast.evaluation import as_attack
 from purify_fast.judge.request.deadline import Deadline
 from purify_fast.judge.results.rows import CUT
 from purify_fast.judge.run.measure import Progress, counted_model
-from purify_fast.judge.searches.engine.engine_attack import BLIND
+from purify_fast.judge.searches.engine import BLIND
 from purify_fast.protocols import Passes
 from purify_fast.speed.graphs.graphed_loop import GraphedSteps
 

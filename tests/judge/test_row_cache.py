@@ -11,7 +11,7 @@ from torch import nn
 
 from purify_fast.attacks import APGD, PGD, AttackResult
 from purify_fast.evaluation import AttackSpec, as_attack
-from purify_fast.judge.run import cache
+from purify_fast.judge.results import cache
 from purify_fast.ops import use_backend
 from purify_fast.speed.memory import BatchLimit
 from purify_fast.speed.precision import float32_products

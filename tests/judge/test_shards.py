@@ -17,7 +17,7 @@ from small_models import labelled
 from purify_fast.attacks import PGD
 from purify_fast.judge import runner
 from purify_fast.judge.alarms import probes
-from purify_fast.judge.run import cache
+from purify_fast.judge.results import cache
 from purify_fast.judge.run.attack_run import AttackRun
 from purify_fast.judge.run.measure import Measure
 

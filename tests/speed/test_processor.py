@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from purify_fast.judge.run.cache import RowCache
+from purify_fast.judge.results.cache import RowCache
 from purify_fast.speed import precision as processor
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_tiles_or_a_processor_of_amd_make_bfloat16_fast(monkeypatch, name, bf16,
 
 def test_rows_of_another_answer_are_not_used(monkeypatch, tmp_path):
     def key(fast):
-        monkeypatch.setattr("purify_fast.judge.run.cache.fast_bfloat16", lambda device: fast)
+        monkeypatch.setattr("purify_fast.judge.results.cache.fast_bfloat16", lambda device: fast)
         return RowCache(tmp_path / "rows").key({"seed": 0}, None)
 
     assert key(True) == key(True) != key(False)

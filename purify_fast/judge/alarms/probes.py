@@ -24,9 +24,9 @@ from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.deadline import Subject
-from ..request.fingerprint import state_digest
+from ..results.cache import state_digest
 from ..searches.apgd import APGD
-from ..searches.judge_context import JudgeContext
+from ..searches.engine import JudgeContext
 from ..surrogates.copies import Surrogates, in_order
 
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.

@@ -44,8 +44,8 @@ from ...speed.precision import whole_float32_by_default
 from ...speed.reading import reading
 from ..request.deadline import ASKED, device_of, precision_name
 from ..request.preparation import collect, note_of_modes
+from ..results.cache import RowCache
 from ..run.attack_run import Shards
-from ..run.cache import RowCache
 from ..searches.model_tests import check_classes, strays_frozen
 from .certificates import LARGEST, MOST, NORMAL, Certificates, leads, looks, spent
 

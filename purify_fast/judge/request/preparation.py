@@ -29,7 +29,7 @@ from ...ops.pgd_step import pgd_step
 from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnAttacks, SampleLogits, is_purifier, supports
 from ...training.batches import as_tensor, check_channels, check_range
 from ..searches.apgd import APGD
-from ..searches.engine.engine_attack import EngineAttack
+from ..searches.engine import EngineAttack
 from ..searches.fab import FABT
 from ..searches.model_tests import HEADS, AttackersHead
 from ..searches.square import Square

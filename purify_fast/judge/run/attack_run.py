@@ -29,8 +29,7 @@ from ..request.config import USUAL_BATCH
 from ..request.deadline import Subject
 from ..request.preparation import AttackSpec, check_adversarial
 from ..results.rows import CUT
-from ..searches.engine.row_batches import Judge
-from ..searches.judge_context import JudgeContext
+from ..searches.engine import Judge, JudgeContext
 
 #: The revisions of `StoppingRule` and `NearestRule`. Increase a number whenever the same attack reaches other images:
 #: cached rows are then made again.

@@ -21,9 +21,9 @@ from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, Passes, SharesDraws, supports
 from ..request.deadline import Deadline, Judgement, Subject
 from ..request.preparation import AttackSpec, row_name, threat_name
+from ..results.cache import RowCache
 from ..results.rows import CUT, Examples, Points, Row
-from ..searches.engine.row_batches import has_fallen
-from ..searches.judge_context import JudgeContext
+from ..searches.engine import JudgeContext, has_fallen
 from .attack_run import (
     NEAREST_REVISION,
     REVISION as STOPPING,
@@ -35,7 +35,6 @@ from .attack_run import (
     by_margin,
     nearest_first,
 )
-from .cache import RowCache
 
 #: The shortest time between two lines of a log, and the time of the first line, in seconds.
 LINE_EVERY, FIRST_LINE = 30.0, 10.0

@@ -32,9 +32,8 @@ from ...attacks.objective import (
 )
 from ...ops.apgd_step import apgd_step
 from ...speed.graphs.step_loop import State
-from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
-from .engine.row_batches import ActiveSet, Rows, RowSearch, waves
-from .judge_context import JudgeContext
+from . import engine
+from .engine import USUAL_TARGETS, ActiveSet, EngineAttack, JudgeContext, Rows, RowSearch
 
 #: A run on a random model ends if the gradients of this number of its first draws are all useless.
 BLIND_DRAWS = 20
@@ -84,7 +83,7 @@ class APGD(EngineAttack):
         if targets is None:
             return f"APGD-{steps} {loss}" + times(self.restarts)
         margin = "" if loss == "dlr_targeted" else " margin"
-        return f"APGD-T {steps}{margin}" + targets_and_times(self.n_target_classes, self.restarts)
+        return f"APGD-T {steps}{margin}" + engine.targets_and_times(self)
 
     def resolved_for(self, context: AttackContext) -> Resolved:
         resolved = super().resolved_for(context)
@@ -98,9 +97,9 @@ class APGD(EngineAttack):
         if loss in FEWEST_CLASSES:
             check_classes(loss, active.logits.shape[1])
         # A loss without targets needs no target classes, so the only element of `goals` is None.
-        goals = nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
+        goals = engine.nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
         by_pace = self.give_up and self.leave_when_fallen
-        for rows in waves(active, goals, self.restarts, context):
+        for rows in engine.waves(active, goals, self.restarts, context):
             if active.ball.norm == "l1":
                 run_from_larger(objective, active, rows, steps)
             else:

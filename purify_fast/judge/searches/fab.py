@@ -18,9 +18,8 @@ from ...attacks.context import AttackContext, Ball, keeping, projected
 from ...attacks.objective import FAULTS, Gradient, Objective, ObjectiveStep, faults
 from ...ops.hyperplane_projection import hyperplane_projection
 from ...speed.graphs.step_loop import State, Steps
-from .engine.engine_attack import USUAL_TARGETS, EngineAttack, nearest_borders, targets_and_times
-from .engine.row_batches import ActiveSet, Rows, RowSearch, has_fallen, waves
-from .judge_context import JudgeContext
+from . import engine
+from .engine import USUAL_TARGETS, ActiveSet, EngineAttack, JudgeContext, Rows, RowSearch
 
 #: The authors' values. STEPS: the steps of a run. LARGEST_PULL: the largest weight of the step that begins at the clean
 #: image. OVERSHOOT: a step is the distance to the border times this factor. BACK: a point across the border is moved
@@ -51,12 +50,12 @@ class FABT(EngineAttack):
     n_target_classes: Count | None = USUAL_TARGETS
 
     def name(self, context: AttackContext) -> str:
-        return f"FAB-T {self.resolved_for(context).steps}" + targets_and_times(self.n_target_classes, self.restarts)
+        return f"FAB-T {self.resolved_for(context).steps}" + engine.targets_and_times(self)
 
     def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
-        goals = nearest_borders(active, objective, self.n_target_classes)
+        goals = engine.nearest_borders(active, objective, self.n_target_classes)
         steps = self.resolved_for(context).steps
-        for rows in waves(active, goals, self.restarts, context, at_image=True):
+        for rows in engine.waves(active, goals, self.restarts, context, at_image=True):
             search = _FabSearch(objective, active, rows, steps, give_up=self.give_up)
             with keeping(search.keep):
                 search.run()
@@ -78,7 +77,7 @@ class FabStep(ObjectiveStep):
             counts = {name: state[name] + count for name, count in zip(FAULTS[:2], faulty, strict=True)}
         if draws > 1:
             gradient = gradient._replace(image=gradient.image / draws)
-        across, moved = has_fallen(gradient.wrong), point - x
+        across, moved = engine.has_fallen(gradient.wrong), point - x
         near = nearer(self.ball, state, across)
         origin = torch.where(per_image(across, point), torch.add(x, moved, alpha=BACK), point)
         return {"point": _step(self.ball, x, origin, point, gradient), **near, **counts}
@@ -120,7 +119,7 @@ class _FabSearch(RowSearch):
             self.count_gradients()
         # Only a copy of the state remains, because the steps have ended.
         self.loop = Steps(self.step, self.loop.values())
-        across = has_fallen(self.objective.score(self.loop.state["point"], self.rows.labels)[0])
+        across = engine.has_fallen(self.objective.score(self.loop.state["point"], self.rows.labels)[0])
         self.loop.put(**nearer(self.rows.ball, self.loop.state, across))
         self.active.tried.index_fill_(0, self.rows.owner, True)
         self._try(self.rows, self.loop.state["nearest"])

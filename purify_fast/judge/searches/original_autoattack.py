@@ -25,7 +25,7 @@ from ...attacks.base import AttackResult, InBall, Resolved
 from ...attacks.context import AttackContext, ball_around, projected
 from ...attacks.objective import GradientHealth, Objective
 from ...protocols import Classifier
-from .judge_context import JudgeContext
+from .engine import JudgeContext
 from .model_tests import SAMPLE, check_model
 
 OriginalVersion = Literal["standard", "rand"]

@@ -18,7 +18,7 @@ from ...attacks.objective import ApgdLoss, Gradient, GradientHealth, Loss, Objec
 from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, begin_steps
 from .apgd import APGD
-from .engine.engine_attack import USUAL_TARGETS
+from .engine import USUAL_TARGETS
 from .fab import FABT, STEPS
 from .square import QUERIES, Square
 

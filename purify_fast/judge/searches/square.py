@@ -30,9 +30,8 @@ from ...ops import square_proposal
 from ...ops.philox import Stream, philox, philox_key
 from ...ops.square_proposal import PLACES, TINY, signs
 from ...speed.graphs.step_loop import State, Steps, begin_steps
-from .engine.engine_attack import EngineAttack
-from .engine.row_batches import ActiveSet, PaceMonitor, bucket, repeated_to, some_of, take_rows, takes_every_size
-from .judge_context import JudgeContext
+from . import engine
+from .engine import ActiveSet, EngineAttack, JudgeContext, PaceMonitor
 
 #: The number of queries in the authors' code.
 QUERIES = 5000
@@ -95,9 +94,9 @@ class Square(EngineAttack):
             left = active.left()
             if len(left) == 0:
                 break
-            if not takes_every_size(left.device):
+            if not engine.takes_every_size(left.device):
                 # Copies of the first rows fill the batch up to one of few sizes, so that few graphs are needed.
-                left = repeated_to(left, bucket(len(left), left.device))
+                left = engine.repeated_to(left, engine.bucket(len(left), left.device))
             search = _SquareSearch(objective, active, left, context.seed + restart)
             with keeping(search.keep):
                 search.run(self.n_queries, self.give_up and objective.eot_iter == 1)
@@ -198,7 +197,7 @@ class _SquareSearch:
         """Continue with some of the rows, or with all of them. `_read` was called after the last round."""
         if index is not None:
             self.loop = None
-            take_rows(self, index)
+            engine.take_rows(self, index)
 
     def run(self, n_queries: int, give_up: bool = False) -> None:
         """Make ``n_queries`` queries for every image; with ``give_up``, images out of reach are removed earlier."""
@@ -218,7 +217,7 @@ class _SquareSearch:
                 self._shrink()
             if monitor is not None and monitor.due(query):
                 self._read()
-                lost = some_of(monitor.lost(query, -self.margin))
+                lost = engine.some_of(monitor.lost(query, -self.margin))
                 if lost is not None:
                     self.active.tried.index_fill_(0, self.owner[lost & monitor.came_nearer], True)
                     self._judge(lost.nonzero()[:, 0])

@@ -22,7 +22,7 @@ from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..alarms.signs import Finding
 from ..request.deadline import Subject
-from ..request.fingerprint import state_digest
+from ..results.cache import state_digest
 from ..results.rows import REFUTED, ClaimTest, Estimate, Paired, Row, judge_claim
 from .text import html_page, render
 

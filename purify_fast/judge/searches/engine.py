@@ -1,4 +1,4 @@
-"""The rows that are searched together, and the images that are still attacked.
+"""The engine of the searches: the judge's settings, the rows that are searched together, and the attacks' base.
 
 A row is an image with one target class and one restart. The model itself must confirm its success, by fresh draws if it
 is random: among a hundred steps, some draw is misclassified by luck. Then all rows of the image are removed. A new
@@ -7,23 +7,76 @@ batch size takes time, so a shrinking batch has only sizes from a fixed list, an
 
 from __future__ import annotations
 
+import abc
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ...._library import section
-from ....attacks.attacked_model import logits_of
-from ....attacks.context import Ball, sample_in_ball
-from ....attacks.objective import FAULTS, GradientHealth, Objective, better_of
-from ....protocols import Classifier
-from ....speed.graphs.step_loop import State, StepFunction, Steps, begin_steps
-from ....speed.watch import FEWEST_WEIGHTS, matrix_weights
-from ..judge_context import JudgeContext
+from ..._library import section
+from ..._validation import Count, GradientPrecision, check_counts
+from ...attacks.attacked_model import frozen, logits_of
+from ...attacks.base import AttackResult, InBall, times
+from ...attacks.context import AttackContext, Ball, keeping, sample_in_ball
+from ...attacks.objective import FAULTS, GradientHealth, Objective, better_of
+from ...attacks.shared_draws import drawn_once_per_call
+from ...protocols import Classifier
+from ...speed.graphs.step_loop import State, StepFunction, Steps, begin_steps
+from ...speed.watch import FEWEST_WEIGHTS, matrix_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeContext(AttackContext):
+    """The settings of an attack whose images are judged.
+
+    Args:
+        judge_draws: number of fresh predictions that check a success on a random model. None takes the number of
+            predictions that a step averages.
+        judge_share: the share of these fresh predictions that must be wrong for a success.
+        gradients_from: another model from which attacks with `Attack.follows_gradients` take their gradients. The
+            attacked model still checks every success. With None, the attacked model gives the gradients.
+        batch_size: the largest number of images in one batch of a search; a search with another target or restart takes
+            the place of an image. None stands for 64, or for the number of images if that is larger.
+        copies: the `Copies` of an evaluation, which an attack with the precision "auto" attacks; None: the model.
+
+    Raises:
+        ValueError: a count that is not allowed.
+    """
+
+    seed: int = 0
+    judge_draws: int | None = None
+    judge_share: float = 1.0
+    gradients_from: Classifier | None = None
+    batch_size: int | None = None
+    copies: Any = None  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(judge_draws=self.judge_draws, batch_size=self.batch_size)
+
+    @classmethod
+    def of(cls, context: AttackContext) -> JudgeContext:
+        """Return the context itself, or a judge's context with the same settings."""
+        if isinstance(context, cls):
+            return context
+        return cls(**{field.name: getattr(context, field.name) for field in fields(context)})
+
+    def judges(self, draws: int) -> int:
+        """Return how many fresh predictions judge an image, for an attack whose steps average ``draws`` draws."""
+        return (self.judge_draws or draws) if self.draws_differ else 1
+
+    def source(self, model: Classifier, x: Tensor, precision: GradientPrecision) -> Classifier:
+        if self.copies is None or precision == "float32" or not len(x):
+            return super().source(model, x, precision)
+        return self.copies.copy_for(model, precision)
+
+
+# -- the sizes of batches, and the judge of claims --------------------------------------------------------------------
 
 #: From this number of draws on, one more row takes a CPU longer than a change of the batch size.
 MANY_DRAWS = 4
@@ -423,3 +476,114 @@ class RowSearch:
     def may_end(self) -> Tensor | bool:
         """Tell which rows may be given up, bool ``[R]``, or True for all rows."""
         return True
+
+
+# -- the base of attacks that search on a copy of the model, and the target classes of such attacks --------------------
+
+#: The number of wrong classes that AutoAttack's targeted attacks try.
+USUAL_TARGETS = 9
+#: The distance to the border is computed for this number of wrong classes: those with the highest logits. An attack
+#: with more target classes than this computes the distance for as many classes as it has target classes.
+CANDIDATES = 20
+#: The order of the dual norm for each ball's norm. Within the ball a linear function changes by at most the radius
+#: times the dual norm of its gradient.
+DUAL = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
+#: The warning of a search whose gradients were useless.
+BLIND = "runs ended after their first steps, because all of their gradients were zero or not finite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineAttack(InBall):
+    """The options of attacks that search on a fast copy of the model, such as `apgd`, `fab_t` and `square`.
+
+    A success on the copy is only a claim. The model itself must confirm it in its own precision, and a random model by
+    fresh draws. The image then has fallen, and leaves the batch.
+
+    Args:
+        restarts: number of runs for each target; a run attacks only the images that have not fallen yet.
+        precision: precision of the search: "float32", "bfloat16" (on a copy of the model) or "auto" (bfloat16 if the
+            device is faster in it and the model is large enough). Every success is checked on the model itself.
+        give_up: whether the search of an image stops early if it would not reach the decision boundary even at several
+            times its recent pace. Attacks with gradients check this after 40, 60 and 80 % of at least 50 steps. After
+            15 % of the steps they also stop if the distance to the boundary is much larger than the largest progress of
+            earlier searches after their first 15 %. Square checks the pace from query 500 on. Auto-PGD ignores the
+            option in the l1 ball and with ``leave_when_fallen=False``. Square ignores it with several draws.
+    """
+
+    restarts: Count = 1
+    precision: GradientPrecision = "auto"
+    give_up: bool = False
+
+    def search(self, target: Classifier, x: Tensor, y: Tensor, context: AttackContext) -> AttackResult:
+        ball = self.ball(x, y, context)
+        if ball.eps.dim() > 1 or isinstance(ball.clip_min, Tensor) or isinstance(ball.clip_max, Tensor):
+            raise ValueError(f"eps, clip_min and clip_max must be numbers, or eps [B], for {type(self).__name__}")
+        if len(x) == 0:
+            return AttackResult(x.clone())
+        x = x.detach().clone()
+        _, draws, loss, _ = self.resolved_for(context)
+        context = JudgeContext.of(context)
+        judges, most = context.judges(draws), context.max_forward_batch
+        source = context.gradients_from if self.follows_gradients else None
+        with frozen(target):
+            apart = context.shares_draws or drawn_once_per_call(target, x, max(judges, draws), most)
+            judge = Judge(target, judges, most, apart, context.judge_share)
+            active = ActiveSet(x, y, ball, judge, context)
+            if source is None:
+                source = context.source(target, x, self.precision)
+            with frozen(source):
+                if source is context.gradients_from:
+                    apart = context.shares_draws or drawn_once_per_call(source, x, draws, most)
+                loss, graphs, toward = context.loss_function or loss, context.graphs, context.toward
+                objective = Objective(source, loss, draws, most, graphs=graphs, apart=apart, toward=toward)
+                with keeping(lambda: active.best):
+                    active.judge_clean_images(leave=getattr(self, "leave_when_fallen", True))
+                    self.explore(active, objective, context)
+        gave_up = (~active.fallen & ~active.tried).sum()
+        return AttackResult(active.best, active.health, [BLIND] * active.ended_blind, gave_up)
+
+    def may_end_early(self, context: AttackContext) -> bool:
+        return self.give_up and self.resolved_for(context).steps >= FEWEST_STEPS
+
+    @abc.abstractmethod
+    def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
+        """Search for an adversarial image of each clean image in ``active``, by the loss ``objective``."""
+
+
+def targets_and_times(attack: Any) -> str:
+    """Return the end of an attack's name: the number of targets if it is not the usual number, and the restarts."""
+    count = attack.n_target_classes
+    return ("" if count == USUAL_TARGETS else f", {count or 'all'} targets") + times(attack.restarts)
+
+
+def likeliest_wrong(logits: Tensor, y: Tensor, count: int | None) -> tuple[Tensor, ...]:
+    """Return the ``count`` wrong classes of highest logit (None: all), in descending order, each int64 ``[B]``."""
+    classes = logits.shape[1]
+    wrong = logits.masked_fill(F.one_hot(y, classes).bool(), -torch.inf)
+    return wrong.topk(min(count or classes, classes - 1), 1).indices.unbind(1)
+
+
+def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) -> tuple[Tensor, ...]:
+    """Find the classes whose borders are nearest to each image, by the linear approximation at the clean image.
+
+    The distance to a border is the difference of the two logits, divided by the dual norm of its gradient (MALT:
+    Melamed, Yehudai & Shamir, NeurIPS 2024, arXiv 2407.02240). It is computed for `CANDIDATES` or ``count`` classes of
+    highest logit.
+    """
+    left, by_margin = active.left(), replace(objective, loss="margin_targeted")
+    x, y = active.x[left], active.y[left]
+    logits = active.logits[left]
+    count = min(count or logits.shape[1], logits.shape[1] - 1)
+    candidates = likeliest_wrong(logits, y, max(count, CANDIDATES))
+    goals = torch.zeros((len(active.y), count), dtype=torch.int64, device=active.y.device)
+    if len(left):
+        distances = []
+        for candidate in candidates:
+            at_image = by_margin.gradient(x, torch.stack([y, candidate], 1))
+            slope = torch.linalg.vector_norm(at_image.image.flatten(1), ord=DUAL[active.ball.norm], dim=1)
+            # The gradient is a sum over the draws, but the loss is a mean. The loss is negative while the label has the
+            # higher logit.
+            distances.append(-objective.eot_iter * at_image.loss / slope.clamp_min(torch.finfo(slope.dtype).tiny))
+        ranked = torch.stack(distances, 1).nan_to_num(nan=torch.inf).argsort(dim=1, stable=True)
+        goals[left] = torch.stack(candidates, 1).gather(1, ranked[:, :count])
+    return goals.unbind(1)
