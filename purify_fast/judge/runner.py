@@ -29,23 +29,10 @@ from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.reading import reading
 from .alarms.probes import Before, Probes
 from .alarms.signs import signs_of_masking
+from .request import preparation
 from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
 from .request.deadline import DrawsUnderAttack, Subject, device_of
-from .request.preparation import (
-    SEARCHES,
-    AttackFunction,
-    AttackSpec,
-    collect,
-    facts,
-    feasible,
-    note_of_modes,
-    protocol_attacks,
-    read_attacks,
-    row_name,
-    threat_name,
-    warn_of_probabilities,
-    without_early_stops,
-)
+from .request.preparation import AttackFunction, AttackSpec, row_name, threat_name
 from .results.cache import RowCache, state_digest
 from .results.rows import CUT, Row
 from .run.attack_run import Shards
@@ -154,11 +141,11 @@ def evaluate(
     check_folder("out", out)
     norm = read_norm(norm)
     check_eps(eps, norm)
-    images, labels, notes = collect(x, y)
+    images, labels, notes = preparation.collect(x, y)
     # A ball that contains every image is refused.
     check_eps(eps, norm, pixels=images[0].numel())
     ball, folder = ThreatModel(norm, float(eps)), None if out is None else Path(out)
-    config, specs = read_attacks(config, attacks, ball, images[0].numel())
+    config, specs = preparation.read_attacks(config, attacks, ball, images[0].numel())
     until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     evaluation = functools.partial(_Evaluation, model, images, labels, ball, base=base, attacks=specs, config=config)
     evaluation = functools.partial(
@@ -226,26 +213,26 @@ class _Evaluation:
     def run(self) -> Report:
         """Run the evaluation. Raises DrawsUnderAttack if only now it shows that the model is random."""
         config, model, name, device = self.config, self.model, self.name, device_of(self.model, self.x)
-        self.report = report = Report(about=facts(config, self.ball, model, device), notes=list(self.notes))
-        #: The parts that were left out because the time was over, and the tables by threat model.
-        self.left_out, self.tables = list[str](), dict[str | None, Table]()
+        self.report = report = Report(about=preparation.facts(config, self.ball, model, device), notes=list(self.notes))
+        #: The parts that were left out because the time was over, the tables by threat model, and the ids of models.
+        self.left_out, self.tables, self.admitted = list[str](), dict[str | None, Table](), set[int]()
         with contextlib.ExitStack() as self.stack:
             enter = self.stack.enter_context
             shards = enter(Shards(config.together))
             enter(torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []))
             enter(torch.no_grad())
             enter(raced_convolutions(config.cudnn_benchmark, device))
-            modes = note_of_modes(model, name)
+            modes = preparation.note_of_modes(model, name)
             enter(frozen(model))
             enter(reading(model, self.base, *(spec.through for spec in self.attacks)))
             judging: dict[str, Any] = {"n_eval": config.n_eval, "predict": config.predict, "seed": config.seed}
             size = config.images_together
             with strays_frozen(model, self.stack) as strays:
                 self.subject = subject = Subject(model, self.x, self.y, batch_size=size, draws=self.draws, **judging)
-            modes += note_of_modes(model, name, strays) if strays else []
+            modes += preparation.note_of_modes(model, name, strays) if strays else []
             weights = state_digest(model)
             report.about |= {"model": weights} if weights else {}
-            warn_of_probabilities(subject, name)
+            preparation.warn_of_probabilities(subject, name)
             report.notes += [f"the model: {VARYING}"] * self.draws
             report.notes += paragraphs("first_notes.jinja", subject=subject, config=config, name=name, modes=modes)
             probes = config.protocol is not None if config.probes is None else config.probes
@@ -261,23 +248,20 @@ class _Evaluation:
 
     def planned(self) -> Sequence[AttackSpec]:
         """The attacks of the protocol, or those of the caller, whose models are admitted."""
-        specs = self.attacks
-        if self.config.protocol is not None:
-            specs = protocol_attacks(self.config.protocol, self.subject, self.ball, self.base, self.config.steps)
-        self.admit([("base", self.base), *self.followed(specs)])
+        config, specs = self.config, self.attacks
+        if config.protocol is not None:
+            specs = preparation.protocol_attacks(config.protocol, self.subject, self.ball, self.base, config.steps)
+        self.admit(specs)
         return specs
 
-    def followed(self, specs: Sequence[AttackSpec]) -> list[tuple[str, Classifier | None]]:
-        """The models that attacks follow, with their names in an error."""
-        return [(f"through of {row_name(spec, self.measure.context)!r}", spec.through) for spec in specs]
-
-    def admit(self, models: Sequence[tuple[str, Classifier | None]]) -> None:
-        """Freeze and check the other models that attacks use, with their names, and register them in the cache."""
-        subject, cache, admitted = self.subject, self.measure.cache, set[int]()
-        for what, model in models:
-            if model is None or id(model) in admitted:
+    def admit(self, specs: Sequence[AttackSpec]) -> None:
+        """Freeze and check the other models that attacks use, and register them in the cache."""
+        subject, cache = self.subject, self.measure.cache
+        followed = [(f"through of {row_name(spec, self.measure.context)!r}", spec.through) for spec in specs]
+        for what, model in [("base", self.base), *followed]:
+            if model is None or id(model) in self.admitted:
                 continue
-            admitted.add(id(model))
+            self.admitted.add(id(model))
             self.stack.enter_context(frozen(model))
             timed_model = subject.deadline.watch(model)
             check_leaves_images(timed_model, subject.sample_images()[:1])
@@ -318,10 +302,8 @@ class _Evaluation:
         headline = report.lowest.get(None)
         report.notes += notes_on_rows(report.rows, headline)
         if headline is None and self.config.claim is not None:
-            told = (
-                f"no attack ran within {report.about['threat']}, so the claim of {self.config.claim:g} % is not tested"
-            )
-            report.notes.append(told)
+            claim = f"the claim of {self.config.claim:g} % is not tested"
+            report.notes.append(f"no attack ran within {report.about['threat']}, so {claim}")
         elif headline is not None and (test := report.claim_test(headline)) is not None:
             report.about["claim_test"] = test.verdict
         if torch.bfloat16 in context.copies.dtypes:
@@ -374,20 +356,20 @@ class _Evaluation:
     def choose_attacks(self, specs: Sequence[AttackSpec]) -> None:
         """Select the attacks that the model allows."""
         measure, self.specs = self.measure, specs
-        measure.attacks, notes = feasible(specs, self.subject, measure.context, self.name)
+        measure.attacks, notes = preparation.feasible(specs, self.subject, measure.context, self.name)
         self.report.notes += [note for note in notes if note not in self.report.notes]
 
     def strengthen(self, probes: Probes) -> list[AttackSpec]:
         """Return stronger attacks for signs of masked gradients in a protocol in `SEARCHES`; without signs, none."""
         signs, protocol = signs_of_masking(probes, self.subject.is_random), self.config.protocol
-        if not signs or protocol not in SEARCHES:
+        if not signs or protocol not in preparation.SEARCHES:
             return []
         quick = protocol == "fast"
         own = self.specs[:1] if quick and self.subject.is_random and probes.is_blind else self.specs
-        further = without_early_stops(own, self.subject, self.ball, probes.order, quick)
+        further = preparation.without_early_stops(own, self.subject, self.ball, probes.order, quick)
         if further == list(self.specs):
             return []
-        self.admit(self.followed(further))
+        self.admit(further)
         joined = len(further) - len(own)
         added = f"{joined} rows were added" if joined > 1 else "a row was added"
         rows = f", and {added} for attacks along the gradients of other models" if joined else ""

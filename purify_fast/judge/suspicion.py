@@ -108,16 +108,15 @@ class Suspicion:
 
             return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
 
-        def probes() -> Probes:
-            most = subject.batch_limit.limit(measure.context.max_forward_batch)
-            limited = replace(measure.context, max_forward_batch=most)
-            settled = functools.partial(signs_of_masking, is_random=subject.is_random)
-            return measure_before_attacks(before, limited, model, keep, settled)
-
         def values() -> dict[str, Any] | None:
+            settled = functools.partial(signs_of_masking, is_random=True)
+
+            def ask() -> Probes:
+                return measure_before_attacks(before, measure.context, model, keep, settled)
+
             # If memory runs out, the probes run again with fewer images at once.
             with contextlib.suppress(TimeIsOver):
-                return asdict(subject.batch_limit.within(probes))
+                return asdict(subject.batch_limit.within(ask))
             return None
 
         result = measure.shards.from_first(values)
@@ -125,14 +124,13 @@ class Suspicion:
 
     def all_probes(self, before: Before, measured: Probes, evidence: Evidence) -> Probes:
         """Return the results of all probes; cached results are used only if the attacks before them were the same."""
-        context, subject = self.measure.context, self.measure.subject
-        # `left`: the first images that withstood every attack; without an attack, none.
-        n = min(measured.n, max(row.n for row in evidence.rows))
-        wrong = evidence.wrong(n)
-        left = np.zeros(n, dtype=bool) if wrong is None else wrong == 0
-        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.from_numpy(left.copy()))}
-        ask = functools.partial(probe, before, context, measured, left.tolist())
+        wrong = evidence.wrong(measured.n)
+        # The images that withstood every attack; without an attack, none.
+        left = np.zeros(measured.n, dtype=bool) if wrong is None else wrong == 0
+        measured = replace(measured, left=left.tolist())
+        key = self.probes_key({"attacks": [row.attack for row in evidence.rows], "left": digest(torch.tensor(left))})
+        ask = functools.partial(probe, before, self.measure.context, measured)
         with contextlib.suppress(TimeIsOver):
-            key = self.probes_key(attacks)
-            return Probes(**self.measure.cache.values(key, lambda: asdict(subject.batch_limit.within(ask))))
-        return replace(measured, left=left.tolist(), whole=False)
+            limit = self.measure.subject.batch_limit
+            return Probes(**self.measure.cache.values(key, lambda: asdict(limit.within(ask))))
+        return replace(measured, whole=False)

@@ -155,7 +155,8 @@ def measure_before_attacks(
     measured = Probes(0, [], compared=len(x[some]), **keep("gradients and small steps", {}, compare))
     # On a random model every search costs several draws. If its gradients are useless, no search follows them.
     blind = is_random and measured.is_blind
-    short = replace(context, batch_size=subject.batch_size)
+    most = subject.batch_limit.limit(context.max_forward_batch)
+    short = replace(context, batch_size=subject.batch_size, max_forward_batch=most)
     for part in torch.arange(len(x), device=x.device).split(GROUP if is_random else context.batch_size or len(x)):
         try:
             measured = _joined(measured, _sweep(before, _Short(before, model, part, short, keep), measured, blind))
@@ -218,21 +219,19 @@ def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Prob
     return replace(measured, n=len(short.part), absent=absent, order=order, **results)
 
 
-def probe(before: Before, context: JudgeContext, measured: Probes, left: Sequence[bool]) -> Probes:
+def probe(before: Before, context: JudgeContext, measured: Probes) -> Probes:
     """Make the measurements after the attacks.
 
     Args:
         before: the model's predictions before the attacks.
         context: the settings of the attacks.
-        measured: the measurements before the attacks.
-        left: for each of the first images, whether it withstood every attack of the report.
+        measured: the measurements before the attacks, with `Probes.left`.
     """
     subject, x, y = before.subject, before.x, before.y
     # The seed is set, because the state of the generator depends on whether the attacks were run or read from a cache.
     torch.manual_seed(context.seed)
     return replace(
         measured,
-        left=[*left],
         batch_changes=batch_changes(subject, x),
         varying=varying(before.model, x, y) if subject.is_random else 0.0,
         # The predictions are compared after all attacks, because a model may change after some number of calls.

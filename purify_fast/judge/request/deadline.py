@@ -25,15 +25,8 @@ from ...protocols import Classifier, FixedNoise, Passes, SharesDraws, draws_for_
 from ...speed.agreement import FLOAT32, apart, differ
 from ...speed.memory import BatchLimit
 from ...speed.precision import float32_settings
-from ..searches.model_tests import (
-    SAMPLE,
-    check_classes,
-    check_leaves_images,
-    check_model,
-    draws_elsewhere,
-    images_share_draws,
-    predicts_otherwise,
-)
+from ..searches import model_tests
+from ..searches.model_tests import SAMPLE, check_classes, check_model
 from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
 
@@ -190,7 +183,7 @@ class Subject:
         for i, label in enumerate(y.tolist()):
             if not 0 <= label < self.num_classes:
                 raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")
-        check_leaves_images(base, self.sample_images()[:1])
+        model_tests.check_leaves_images(base, self.sample_images()[:1])
         first, second = (self.logits(base, self.sample_images()) for _ in range(2))
         if first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr():
             raise ValueError("model must return new logits in each call, but two calls use the same memory: clone them")
@@ -199,7 +192,7 @@ class Subject:
         self.is_random |= (base is not model or predict is not None) and draws_for_each_image(base)
         #: Whether the predictions of a call have a random part in common. No promise of a class is trusted here,
         #: because a part of the model may break it.
-        self.shares_draws = self.is_random and images_share_draws(base, self.sample_images())
+        self.shares_draws = self.is_random and model_tests.images_share_draws(base, self.sample_images())
         self.has_probabilities = are_probabilities(first) and are_probabilities(second)
         self.has_one_hot = self.has_probabilities and are_one_hot(first) and are_one_hot(second)
         #: The predictions that judged images.
@@ -250,7 +243,7 @@ class Subject:
             if not elsewhere:
                 return False
             some = self.x[:TRIED].to(self.device)
-            return self.batch_limit.within(lambda: draws_elsewhere(model, some, self.batch_size))
+            return self.batch_limit.within(lambda: model_tests.draws_elsewhere(model, some, self.batch_size))
 
     def check_repeats(self, x: Tensor) -> None:
         """Raise DrawsUnderAttack if the model, which was taken as deterministic, predicts images differently again."""
@@ -258,7 +251,7 @@ class Subject:
             return
         some = x[:TRIED].to(self.device)
         with self._forked_generators():
-            if self.batch_limit.within(lambda: predicts_otherwise(self.model, some, self.batch_size)):
+            if self.batch_limit.within(lambda: model_tests.predicts_otherwise(self.model, some, self.batch_size)):
                 raise DrawsUnderAttack
 
     def _forked_generators(self) -> contextlib.AbstractContextManager[None]:

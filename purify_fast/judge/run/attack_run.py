@@ -291,6 +291,9 @@ class AttackRun:
                 self.parts += parts
         #: The number of images whose batches were attacked; `last` has the numbers of the last round's batches.
         self.reached = 0
+        #: The attacked images, with the clean images in place of others, and the sums over the batches.
+        self.images, self.health = self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0))
+        self.seconds, self.warnings = 0.0, list[str]()
         self._made = dict[int, AttackedBatch]()
 
     def make(self, number: int) -> AttackedBatch:
@@ -343,29 +346,27 @@ class AttackRun:
         logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
         return (-attack_loss(logits.double(), subject.y[part].to(logits.device), "margin")[1]).tolist()
 
-    def sums(self, shards: Shards, reach: Callable[[int], None]) -> AttackedBatch:
+    def run(self, shards: Shards, reach: Callable[[int], None]) -> None:
         """Obtain all batches from the processes, and sum up their results; ``reach`` gets the images of each batch."""
-        sums = AttackedBatch(self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0)), 0.0)
         for numbers_of_round in self.rounds:
             self.last, leads, no_evidence = numbers_of_round, list[float](), 0
             for number in numbers_of_round:
-                if CUT in sums.warnings and number not in self._made:
-                    break
                 if number not in self._made:
+                    if CUT in self.warnings:
+                        break
                     # Each further process makes one of the following batches.
                     numbers = range(number, len(self.parts))[: shards.world]
                     self._made |= zip(numbers, shards.share(numbers, self.make), strict=True)
-                batch = self._made.pop(number)
-                reach(len(self.parts[number]))
-                self.reached += 0 if CUT in batch.warnings else len(self.parts[number])
-                sums.images[self.parts[number]] = batch.images.to(self.subject.x.device)
-                sums.seconds += batch.seconds
-                sums.health.add(**batch.health.counts)
-                sums.warnings += [text for text in batch.warnings if text not in sums.warnings]
+                part, batch = self.parts[number], self._made.pop(number)
+                reach(len(part))
+                self.reached += 0 if CUT in batch.warnings else len(part)
+                self.images[part] = batch.images.to(self.images.device)
+                self.seconds += batch.seconds
+                self.health.add(**batch.health.counts)
+                self.warnings += [text for text in batch.warnings if text not in self.warnings]
                 # A search that stood still or lacked gradients says nothing about other images.
                 usable = not batch.health.count("gradients") or batch.health.reliable
                 no_evidence += batch.gave_up if usable else len(batch.leads)
                 leads += batch.leads
-            if CUT in sums.warnings or (self.rule is not None and self.rule.record(leads, no_evidence)):
+            if CUT in self.warnings or (self.rule is not None and self.rule.record(leads, no_evidence)):
                 break
-        return sums

@@ -24,17 +24,8 @@ from ..request.preparation import AttackSpec, row_name, threat_name
 from ..results.cache import RowCache
 from ..results.rows import CUT, Examples, Points, Row
 from ..searches.engine import JudgeContext, has_fallen
-from .attack_run import (
-    NEAREST_REVISION,
-    REVISION as STOPPING,
-    AttackedBatch,
-    AttackRun,
-    NearestRule,
-    Shards,
-    StoppingRule,
-    by_margin,
-    nearest_first,
-)
+from . import attack_run
+from .attack_run import AttackRun, NearestRule, Shards, StoppingRule
 
 #: The shortest time between two lines of a log, and the time of the first line, in seconds.
 LINE_EVERY, FIRST_LINE = 30.0, 10.0
@@ -258,9 +249,9 @@ class Measure:
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> tuple[Tensor, Rule | None]:
         """Return the indices of the images that an attack gets, int64, in their order, and when the attack stops."""
         if spec.nearest is not None:
-            return by_margin(index, margins), NearestRule(len(index), spec.nearest)
+            return attack_run.by_margin(index, margins), NearestRule(len(index), spec.nearest)
         if spec.until is not None:
-            index = nearest_first(index, margins, self.subject.seed + spec.seed)
+            index = attack_run.nearest_first(index, margins, self.subject.seed + spec.seed)
             return index, StoppingRule(spec.until, len(index), len(self.subject.y))
         return index, None
 
@@ -288,17 +279,6 @@ class Measure:
         # Missing gradients are no reason for doubt if every image fell.
         row.reliable = row.reliable or bool((row.share_wrong == 1).all())
         return row
-
-    def attack(self, spec: AttackSpec, index: Tensor, rule: Rule | None) -> tuple[AttackRun, AttackedBatch]:
-        """Run an attack on some of the images."""
-        number = self.attacks.index(spec)
-        with self._run(number, index, rule) as run:
-            left = self.subject.deadline.until - time.monotonic()
-            self.shards.from_first(lambda: (left, number, index, rule, run.context.draws_differ))
-            with self.progress.row(row_name(spec, self.context), len(run.index)):
-                sums = run.sums(self.shards, self.progress.reach)
-        sums.images = sums.images[: spec.max_images]
-        return run, sums
 
     def follow(self) -> str:
         """In another process than the first: make a part of all batches; return the report of the first process."""
@@ -355,16 +335,22 @@ class Measure:
 
     def judged(self, spec: AttackSpec, index: Tensor, rule: Rule | None, before: Points) -> Row:
         """Run an attack, judge its images, and make the row. ``before`` are the points from which the row counts."""
-        run, sums = self.attack(spec, index, rule)
+        number = self.attacks.index(spec)
+        with self._run(number, index, rule) as run:
+            left = self.subject.deadline.until - time.monotonic()
+            self.shards.from_first(lambda: (left, number, index, rule, run.context.draws_differ))
+            with self.progress.row(row_name(spec, self.context), len(run.index)):
+                run.run(self.shards, self.progress.reach)
         begin, subject, other, index = time.perf_counter(), self.subject, spec.through, run.index
+        attacked = run.images[: spec.max_images]
         # A model that differs only in the aggregation of its samples is not taken as another model.
         same = isinstance(other, WithAggregation) and other.defence is subject.base_model and not other.without_noise
-        subject.check_repeats(sums.images[index])
-        judged = subject.judge(sums.images, "judge")
+        subject.check_repeats(attacked[index])
+        judged = subject.judge(attacked, "judge")
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
         draws = {name: value for name, value in spec.attack.settings(run.context).items() if name == "eot_iter"}
         stopped: dict[str, Any] = {}
-        if CUT in sums.warnings:
+        if CUT in run.warnings:
             # Nothing bounds how many of the images would fall to a whole search.
             stopped = {"unsearched": len(index) - run.reached, "may_hold": float(len(index))}
         elif run.rule is not None:
@@ -374,11 +360,11 @@ class Measure:
             attack="",
             kind=spec.attack.kind,
             # None if no gradient was counted.
-            health=sums.health.counts if sums.health.count("gradients") else None,
-            reliable=sums.health.reliable,
+            health=run.health.counts if run.health.count("gradients") else None,
+            reliable=run.health.reliable,
             settings=settings_of(spec, subject, self.context) | draws,
             attacked=len(index),
-            warnings=sums.warnings,
+            warnings=run.warnings,
             may_end_early=spec.attack.may_end_early(run.context),
             uses_gradients=spec.attack.uses_gradients,
             **stopped,
@@ -387,10 +373,10 @@ class Measure:
         )
         at, chosen = index.numpy(), (judged.wrong[index], judged.margins[index])
         if subject.is_random and len(index):
-            choice = subject.judge(sums.images[index], "choose", index)
+            choice = subject.judge(attacked[index], "choose", index)
             chosen = choice.wrong, choice.margins
         # An image that was not attacked keeps its clean point.
-        own = self.clean.points.at(slice(len(sums.images))).put(at, Points(*chosen, judged.right[:, at]))
+        own = self.clean.points.at(slice(len(attacked))).put(at, Points(*chosen, judged.right[:, at]))
         points = before.or_worse(own) if spec.survivors_only else own
         row.wrong = own.wrong if subject.is_random else None
         row.take(points)
@@ -398,9 +384,9 @@ class Measure:
         if spec.nearest is not None:
             group = torch.cat([index[:0], *(run.parts[number] for number in run.last)])
             row.last_fallen = int((~self.withstood(row.share_wrong))[group.numpy()].sum())
-        row.examples = self._examples(index, index[torch.from_numpy(own.wrong > 0.5)[index]], sums.images, judged)
-        row.fallen, row.fallen_images = fallen.numpy(), sums.images[fallen].cpu().numpy()
-        row.seconds = time.perf_counter() - begin + sums.seconds
+        row.examples = self._examples(index, index[torch.from_numpy(own.wrong > 0.5)[index]], attacked, judged)
+        row.fallen, row.fallen_images = fallen.numpy(), attacked[fallen].cpu().numpy()
+        row.seconds = time.perf_counter() - begin + run.seconds
         return row
 
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
@@ -423,8 +409,8 @@ def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> di
         "through": None if spec.through is None else type(spec.through).__name__,
         "seed": spec.seed or None,
         "published": spec.published,
-        "until": None if spec.until is None else [spec.until, STOPPING],
-        "nearest": None if spec.nearest is None else [spec.nearest, NEAREST_REVISION],
+        "until": None if spec.until is None else [spec.until, attack_run.REVISION],
+        "nearest": None if spec.nearest is None else [spec.nearest, attack_run.NEAREST_REVISION],
     }
     return spec.attack.settings(context) | {
         "max_images": spec.max_images,
