@@ -327,8 +327,7 @@ class Row:
         if not all(isinstance(draw, str) for draw in draws):
             raise ValueError(f"the row {values['attack']!r} has numbers of right draws only: evaluate again")
         fields["right"] = np.array([[bit == "1" for bit in draw] for draw in draws], dtype=bool)
-        if "wrong" in fields:
-            fields["wrong"] = np.array(fields["wrong"], dtype=np.float64)
+        fields["wrong"] = np.array(values["wrong"], dtype=np.float64) if "wrong" in values else None
         rest = dict(arrays or {})
         fields |= {name: rest.pop(name, None) for name in ARRAYS}
         return cls(**fields, examples=Examples(**rest) if rest else None)
@@ -418,25 +417,22 @@ def worst_rows(rows: Sequence[Row], probed: Row | None = None) -> list[Row]:
 
     ``probed`` is the column of the probes, which counts in the report's threat model.
     """
-    full = max((row.n for row in rows), default=0)
-    attacks = [row for row in rows if row.is_attack]
-    clean = [row for row in rows if row.kind == "clean"]
+    attacks, clean = [row for row in rows if row.is_attack], [row for row in rows if row.kind == "clean"]
     worst = []
     for threat in dict.fromkeys([None, *(row.threat for row in attacks)]):
         within = [row for row in attacks if row.threat == threat]
-        if threat is None or len(within) > 1:
-            name = "worst" if threat is None else f"worst, {threat}"
-            for n in sorted({row.n for row in within}, reverse=True):
-                label = name if n == full else f"{name}, first {n}"
-                group = [row for row in within if row.n >= n]
-                worst.append(_row(label, group, n, clean, probed if threat is None else None))
+        sizes = {row.n for row in within if threat is None or len(within) > 1}
+        for n in sorted(sizes, reverse=True):
+            label = "worst" + (f", {threat}" if threat else "")
+            label += "" if n == max(row.n for row in rows) else f", first {n}"
+            group = [row for row in within if row.n >= n]
+            worst.append(_row(label, group, n, clean, probed if threat is None else None))
     return worst
 
 
 def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row], probed: Row | None) -> Row:
     """Make a row over the attacks ``group`` and the probes, on the first n images; ``clean`` has the clean row."""
-    first = group[0]
-    attacked = [row for row in group if row.attacked]
+    first, attacked = group[0], [row for row in group if row.attacked]
     # The row is reliable if the model's own gradients were usable in at least one attack, because further attacks can
     # only lower the accuracy. Transferred images say nothing about these gradients.
     had_gradients = any(row.reliable and row.health is not None for row in attacked if row.own_gradients)
@@ -543,6 +539,5 @@ def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
         refuted = refuted and bound < claim
         if row.n_eval < CLAIM_DRAWS:
             reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"
-    verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if refuted else "not refuted"
-    verdict = "not tested" if reason else verdict
+    verdict: Any = "not tested" if reason else "refuted" if refuted else "not refuted"
     return ClaimTest(verdict, claim, row.mean, left, images=row.n, chance=chance, bound=bound, reason=reason)
