@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -127,11 +127,9 @@ class Evidence:
     @property
     def nothing_left(self) -> bool:
         """Return True if every image has fallen to an attack or to a probe, on a random model in at least one draw."""
-        for row in worst_rows(self.rows) if self.rows else []:
-            if row.attack == "worst":
-                fallen = [] if self.probes is None else self.probes.fallen()
-                return not np.delete(row.robust, fallen).any()
-        return False
+        fallen = [] if self.probes is None else self.probes.fallen()
+        whole = (row for row in worst_rows(self.rows) if row.attack == "worst")
+        return any(not np.delete(row.robust, fallen).any() for row in whole)
 
     def blind(self) -> str:
         """The reason why the model's gradients could not lead to a success; empty if none is known."""
@@ -228,17 +226,15 @@ def findings(evidence: Evidence) -> list[Finding]:
         outcome = rule(evidence, evidence.probes) if alarm.of_probes else rule(evidence)
         if outcome is not None:
             advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
-            more: dict[str, Any] = {"of_answers": alarm.of_answers, "prominent": alarm.prominent, "advice": advice}
-            every.append(Finding(alarm.name, *outcome[:3], **more))
+            finding = Finding(alarm.name, *outcome[:3], advice=advice)
+            every.append(replace(finding, of_answers=alarm.of_answers, prominent=alarm.prominent))
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
         return every
     draws = any(row.n_eval > 1 for row in evidence.attacks())
-    remark = f"but no image is left that {'is right in all draws' if draws else 'could fall'}"
-    for place, finding in enumerate(every):
-        if finding in doubts:
-            every[place] = replace(finding, verdict="noted", measured=f"{finding.measured}; {remark}")
-    return every
+    remark = f"; but no image is left that {'is right in all draws' if draws else 'could fall'}"
+    noted = {finding: replace(finding, verdict="noted", measured=finding.measured + remark) for finding in doubts}
+    return [noted.get(finding, finding) for finding in every]
 
 
 def _verdict(unreliable: bool, noted: bool = False) -> Verdict:
@@ -266,10 +262,8 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
         return None
     chance = 1 / evidence.classes
     what = "clean images" if clean.n_eval == 1 else "single draws on clean images"
-    text = (
-        f"{100 * clean.mean:.1f} % of the {what} are classified correctly; a guess among {evidence.classes} classes is "
-        f"right for {100 * chance:.1f} %"
-    )
+    text = f"{100 * clean.mean:.1f} % of the {what} are classified correctly; "
+    text += f"a guess among {evidence.classes} classes is right for {100 * chance:.1f} %"
     if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
         return Outcome("passed", text)
     question = "is the model trained, are the labels numbered like its classes, and does it take images in [0, 1]?"
@@ -279,10 +273,9 @@ def better_than_guessing(evidence: Evidence) -> Outcome | None:
 @Alarm("finite predictions", OVERFLOW, of_answers=True)
 def finite_predictions(evidence: Evidence) -> Outcome:
     """Alarm if a prediction has no class because of NaN or infinite logits."""
-    broken = [row for row in evidence.rows if row.nonfinite_predictions]
-    if not broken:
+    worst = max(evidence.rows, key=lambda row: row.nonfinite_predictions / (row.n * row.n_eval), default=None)
+    if worst is None or not worst.nonfinite_predictions:
         return Outcome("passed", "every prediction names a class")
-    worst = max(broken, key=lambda row: row.nonfinite_predictions / (row.n * row.n_eval))
     text = f"{worst.nonfinite_predictions} of {worst.n * worst.n_eval} predictions name no class; they count as wrong"
     return Outcome("unreliable", text, worst.attack)
 
@@ -294,13 +287,8 @@ def logits(evidence: Evidence) -> Outcome | None:
         return None
     if not evidence.probabilities:
         return Outcome("passed", "the model does not return probabilities")
-    if evidence.one_hot:
-        return Outcome("unreliable", f"the model {ONE_HOT}")
-    text = (
-        "the model returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish if the model is "
-        f"confident: {INSTEAD_OF_PROBABILITIES}"
-    )
-    return Outcome("unreliable", text)
+    kind = "returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish if the model is confident"
+    return Outcome("unreliable", f"the model {ONE_HOT if evidence.one_hot else f'{kind}: {INSTEAD_OF_PROBABILITIES}'}")
 
 
 @Alarm("gradient health", f"look for rounding, .detach() or a custom backward in forward; {BY_BPDA}")
@@ -392,10 +380,9 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
     gradients += "" if probes.points is None else " in most draws"
-    text = f"{count} of {probes.n} images withstood every attack of the report, but fell to {gradients}"
-    if not count:
-        text = f"none of the first {probes.n} images withstood the report's attacks but fell to {gradients}"
-    text = f"{text}; {absent}" if absent else text
+    some = f"{count} of {probes.n} images withstood every attack of the report, but fell to {gradients}"
+    none = f"none of the first {probes.n} images withstood the report's attacks but fell to {gradients}"
+    text = (some if count else none) + (f"; {absent}" if absent else "")
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     row = f"probe: APGD by the gradients of {best}" if count else ""
     return Outcome(verdict, text, row, STRONGER if best == ITSELF else "")
@@ -406,12 +393,11 @@ def nearest_images(evidence: Evidence) -> Outcome | None:
     """Alarm if images still fell in the last group that an attack on the nearest images tried."""
     nearest = [row for row in evidence.attacks() if row.settings.get("nearest")]
     falling = [row for row in nearest if row.last_fallen]
-    if not nearest:
-        return None
     if not falling:
-        cut = any(CUT in row.warnings for row in nearest)
+        if any(CUT in row.warnings for row in nearest):
+            return Outcome("not asked", "the time was over during these attacks")
         text = "the last group that each attack on the nearest images tried withstood it"
-        return Outcome("not asked", "the time was over during these attacks") if cut else Outcome("passed", text)
+        return Outcome("passed", text) if nearest else None
     text = "; ".join(f"{row.last_fallen} of the last images that {row.attack} tried fell to it" for row in falling)
     return Outcome(_verdict(nearest[-1].last_fallen >= MORE_THAN_LUCK, noted=True), text, falling[-1].attack)
 
@@ -454,11 +440,9 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
         f"a short attack with gradients over {many:.0f} draws leaves {n * by_many:.0f} of {n} images right in most "
         f"draws, and with gradients over {few:.0f} it leaves {n * by_few:.0f}"
     )
-    strong = _surely_above(DRAWS_UNRELIABLE, gain, n)
-    wrong = evidence.wrong(n)
-    left = None if wrong is None else float((wrong <= 0.5).mean())
+    strong, wrong = _surely_above(DRAWS_UNRELIABLE, gain, n), evidence.wrong(n)
     # The report's attacks are stronger than this probe. If they found more images, they had enough draws.
-    if strong and left is not None and left < by_many:
+    if strong and wrong is not None and (left := float((wrong <= 0.5).mean())) < by_many:
         strong = False
         text += f"; the attacks of the report leave {n * left:.0f} of the same images, which is less"
     verdict = _verdict(strong, noted=probes.varying > VARYING or gain > DRAWS_NOTED)
