@@ -149,9 +149,9 @@ def measure_before_attacks(
     A random model is probed in groups of images, until surrogates found no image of a group, or until the measurements
     are ``settled``: they contain a sign of masked gradients.
     """
-    subject, x, y = before.subject, before.x, before.y
-    some, is_random = slice(subject.batch_size), subject.is_random
-    compare = functools.partial(differences, subject, y[some], x[some], near(context, x)[some])
+    subject, x, is_random = before.subject, before.x, before.subject.is_random
+    some = slice(subject.batch_size)
+    compare = functools.partial(differences, subject, before.y[some], x[some], near(context, x)[some])
     measured = Probes(0, [], compared=len(x[some]), **keep("gradients and small steps", {}, compare))
     # On a random model every search costs several draws. If its gradients are useless, no search follows them.
     blind = is_random and measured.is_blind
@@ -172,7 +172,6 @@ def measure_before_attacks(
 def _joined(measured: Probes, more: Probes) -> Probes:
     if measured.n == 0:
         return more
-
     parts, n = (measured, more), measured.n + more.n
 
     def means(first: Curve, second: Curve) -> Curve:
@@ -192,8 +191,7 @@ def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Prob
     surrogates, absent = before.subject.surrogates(ThreatModel(context.norm, float(context.eps)))
     loss = usable_loss("dlr_targeted", context.num_classes)
     targeted: dict[str, Any] = {"steps": STEPS, "loss": loss, "n_target_classes": TARGETS, "seed": context.seed + 1}
-    right = standing = short.right
-    steps, eot = Curve(), Curve()
+    right, standing, steps, eot = short.right, short.right, Curve(), Curve()
     if not is_random:
         for count in ITERATIONS:
             standing = short.robust(f"{count} steps", standing, steps=count)
@@ -204,7 +202,7 @@ def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Prob
         for draws in DRAWS:
             left = short.robust(f"gradients over {draws} draws", torch.ones_like(right), eot_iter=draws)
             eot.append((float(draws), _share(left)))
-    own, copies, order = right & ~standing, dict[str, list[int]](), measured.order
+    fell, copies, order = (right & ~standing).int().tolist(), dict[str, list[int]](), measured.order
     if bool(standing.any()):
         if is_random and not order:
             order = short.order(standing, surrogates)
@@ -213,10 +211,9 @@ def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Prob
             options = {"steps": STEPS} if is_random else targeted
             left = short.robust(f"the gradients of {name}", standing, gradients_from=surrogate, **options)
             standing, copies[name] = left, (standing & ~left).int().tolist()
-    fell, points = own.int().tolist(), short.points.cpu() if is_random else None
+    measured = replace(measured, n=len(right), steps=steps, eot=eot, fell=fell, copies=copies, absent=absent)
     order = order or sorted(copies, key=lambda name: -sum(copies[name]))
-    results: dict[str, Any] = {"steps": steps, "eot": eot, "fell": fell, "copies": copies, "points": points}
-    return replace(measured, n=len(short.part), absent=absent, order=order, **results)
+    return replace(measured, order=order, points=short.points.cpu() if is_random else None)
 
 
 def probe(before: Before, context: JudgeContext, measured: Probes) -> Probes:
@@ -270,8 +267,7 @@ class _Short:
         settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
 
         def make() -> dict[str, Any]:
-            robust, points = among.clone(), self.points.clone()
-            attacked = self.attacked(at, settings, gradients_from)
+            robust, points, attacked = among.clone(), self.points.clone(), self.attacked(at, settings, gradients_from)
             robust[at] = self.rightly(attacked, self.y[at])
             fell = ~robust[at]
             points[at[fell]] = attacked[fell]
@@ -284,21 +280,15 @@ class _Short:
 
     def attacked(self, at: Tensor, settings: dict[str, Any], gradients_from: Classifier | None) -> Tensor:
         """The points of a short attack on the images ``at``."""
-        context = self.context
+        context, options = self.context, dict(settings)
         torch.manual_seed(context.seed)
-        options = dict(settings)
-        direct = JudgeContext(
-            eps=context.eps,
-            norm=context.norm,
-            seed=options.pop("seed"),
-            judge_draws=self.judges,
-            sample_ids=self.part[at],
-            copies=context.copies,
-            # The attacked model counts its images, and so does a wrapper like it around the surrogate.
-            gradients_from=None if gradients_from is None else self.model.around(lambda _: gradients_from),
-            max_forward_batch=context.max_forward_batch or context.batch_size,
-        )
-        return APGD(**options).run(self.model, self.x[at], self.y[at], direct).images
+        ball = JudgeContext(eps=context.eps, norm=context.norm, seed=options.pop("seed"), sample_ids=self.part[at])
+        # The attacked model counts its images, and so does a wrapper like it around the surrogate.
+        source = None if gradients_from is None else self.model.around(lambda _: gradients_from)
+        most = context.max_forward_batch or context.batch_size
+        direct = replace(ball, judge_draws=self.judges, copies=context.copies, max_forward_batch=most)
+        attack, direct = APGD(**options), replace(direct, gradients_from=source)
+        return attack.run(self.model, self.x[at], self.y[at], direct).images
 
     def order(self, among: Tensor, surrogates: Surrogates) -> list[str]:
         """The names of surrogates; first come those whose gradients lower the margins of a few images most."""
@@ -389,24 +379,22 @@ def watched_changes(subject: Subject, model: Classifier, *points: Tensor) -> flo
     """The share of the images whose logits change while gradients are recorded."""
     if not subject.can_repeat:
         return None
+    shares = list[float]()
     with subject.repeating():
-        return max(_watched(model, point, subject.seed) for point in points)
-
-
-def _watched(model: Classifier, x: Tensor, seed: int) -> float:
-    torch.manual_seed(seed)
-    plain = model(x).float()
-    torch.manual_seed(seed)
-    with torch.enable_grad():
-        recorded = model(x.clone().requires_grad_()).detach().float()
-    return _share(apart(plain, recorded, BFLOAT16) | (plain.argmax(1) != recorded.argmax(1)))
+        for x in points:
+            torch.manual_seed(subject.seed)
+            plain = model(x).float()
+            torch.manual_seed(subject.seed)
+            with torch.enable_grad():
+                recorded = model(x.clone().requires_grad_()).detach().float()
+            shares.append(_share(apart(plain, recorded, BFLOAT16) | (plain.argmax(1) != recorded.argmax(1))))
+    return max(shares)
 
 
 def varying(model: Classifier, x: Tensor, y: Tensor) -> float:
     """The share of images that some of 8 draws misclassify, among those that most draws classify correctly."""
     right = torch.stack([model(x).argmax(1) == y for _ in range(AGAIN)]).float().mean(0)
-    mostly = right > 0.5
-    return float(((right < 1) & mostly).sum() / mostly.sum().clamp(min=1))
+    return float(((right < 1) & (right > 0.5)).sum() / (right > 0.5).sum().clamp(min=1))
 
 
 def sets_seed(model: Classifier, x: Tensor) -> bool:
@@ -453,13 +441,16 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
         gradient = torch.zeros_like(x) if gradient is None else gradient
         flat = gradient.flatten(1)
         without = _share(~(flat.isfinite().all(1) & flat.any(1)))
-        cosines: list[float] = []
+        cosines = list[float]()
         for length in SMALL:
-            steps = [length * _signs(x, seed) for seed in range(DIRECTIONS)]
-            # The model may not accept images outside of [0, 1].
-            ends = [((x + step).clamp(0, 1), (x - step).clamp(0, 1)) for step in steps]
-            promised = [(gradient * (right - left)).flatten(1).sum(1) for right, left in ends]
-            measured = [margin(_seeded(subject, a), y) - margin(_seeded(subject, b), y) for a, b in ends]
+            promised, measured = list[Tensor](), list[Tensor]()
+            for seed in range(DIRECTIONS):
+                generator = torch.Generator().manual_seed(seed)
+                signs = torch.randint(0, 2, x.shape, generator=generator, device="cpu").to(x) * 2 - 1
+                # The model may not accept images outside of [0, 1].
+                right, left = (x + length * signs).clamp(0, 1), (x - length * signs).clamp(0, 1)
+                promised.append((gradient * (right - left)).flatten(1).sum(1))
+                measured.append(margin(_seeded(subject, right), y) - margin(_seeded(subject, left), y))
             a, b = torch.cat(promised).double(), torch.cat(measured).double()
             if not bool(a.isfinite().all() and b.isfinite().all()):
                 return "not finite", without
@@ -467,12 +458,6 @@ def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missin
                 return reason, without
             cosines.append(float(a @ b / (a.norm() * b.norm()).clamp(min=1e-30)))
     return max(cosines), without
-
-
-def _signs(x: Tensor, seed: int) -> Tensor:
-    """Random signs for each image, shape of x."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, x.shape, generator=generator, device="cpu").to(x) * 2 - 1
 
 
 def _seeded(subject: Subject, x: Tensor) -> Tensor:
