@@ -69,8 +69,7 @@ class Settings:
         vars(self).update(attack=attack, names=names)
 
     def __getattr__(self, name: str) -> Any:
-        field = self._field(name)
-        return getattr(self.attack, field)
+        return getattr(vars(self).get("attack"), self._field(name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         vars(self)["attack"] = replace(self.attack, **{self._field(name): value})
@@ -139,11 +138,10 @@ class AutoAttack:
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
         self.log_path, self.device = log_path, None if device is None else torch.device(device)
         self.attacks_to_run: list[AttackName] = list(attacks_to_run)
-        common, of_apgd = ("n_restarts", "n_iter", "n_target_classes"), ("eot_iter", "thr_decr")
-        apgd = APGD(steps=100, eot_iter=1, restarts=5, give_up=True)
-        self.apgd = Settings(apgd, *common, *of_apgd)
-        self.apgd_targeted = Settings(replace(apgd, loss="dlr_targeted", restarts=1), *common, *of_apgd)
-        self.fab = Settings(FABT(steps=100, restarts=5, give_up=True), *common)
+        apgd, names = APGD(steps=100, eot_iter=1, restarts=5, give_up=True), ("n_restarts", "n_iter", "n_target_classes")
+        self.apgd = Settings(apgd, *names, "eot_iter", "thr_decr")
+        self.apgd_targeted = Settings(replace(apgd, loss="dlr_targeted", restarts=1), *self.apgd.names)
+        self.fab = Settings(FABT(steps=100, restarts=5, give_up=True), *names)
         self.square = Settings(Square(give_up=True), "n_queries", "n_restarts")
         self.logger: Any = SimpleNamespace(log=self._log)
         self.set_version(version)
