@@ -138,9 +138,9 @@ class AutoAttack:
         self.model, self.norm, self.epsilon, self.seed, self.verbose = model, norm, eps, seed, verbose
         self.log_path, self.device = log_path, None if device is None else torch.device(device)
         self.attacks_to_run: list[AttackName] = list(attacks_to_run)
-        apgd, names = APGD(steps=100, eot_iter=1, restarts=5, give_up=True), ("n_restarts", "n_iter", "n_target_classes")
-        self.apgd = Settings(apgd, *names, "eot_iter", "thr_decr")
-        self.apgd_targeted = Settings(replace(apgd, loss="dlr_targeted", restarts=1), *self.apgd.names)
+        names = ("n_restarts", "n_iter", "n_target_classes")
+        self.apgd = Settings(APGD(steps=100, eot_iter=1, restarts=5, give_up=True), *names, "eot_iter", "thr_decr")
+        self.apgd_targeted = Settings(replace(self.apgd.attack, loss="dlr_targeted", restarts=1), *self.apgd.names)
         self.fab = Settings(FABT(steps=100, restarts=5, give_up=True), *names)
         self.square = Settings(Square(give_up=True), "n_queries", "n_restarts")
         self.logger: Any = SimpleNamespace(log=self._log)

@@ -1,5 +1,6 @@
 """Protocols by name: what each runs, what surrogates find that gradients do not, and clear answers."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from purify_fast.attacks import APGD, PGD, OriginalAutoAttack, checkpointed_step
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, EvaluateConfig
+from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.request.preparation import protocol_attacks, without_early_stops
 from purify_fast.judge.searches.model_tests import HEADS
 from purify_fast.judge.surrogates.copies import surrogates
@@ -267,8 +269,10 @@ BALL = ThreatModel("linf", 0.1)
 
 
 def of(random: bool) -> SimpleNamespace:
-    found = [(name, nn.Identity()) for name in "abc"]
-    return SimpleNamespace(is_random=random, votes=1, base_model=nn.Identity(), surrogates=lambda ball: (found, {}))
+    found = {BALL: ([(name, nn.Identity()) for name in "abc"], {})}
+    subject = SimpleNamespace(is_random=random, votes=1, base_model=nn.Identity(), _surrogates=found)
+    subject.surrogates = partial(Subject.surrogates, subject)
+    return subject
 
 
 def transfers(random: bool, quick: bool) -> list[tuple]:

@@ -27,7 +27,6 @@ from ..request.deadline import Subject
 from ..results.cache import state_digest
 from ..searches.apgd import APGD
 from ..searches.engine import JudgeContext
-from ..surrogates.copies import Surrogates, in_order
 
 #: The reasons why a model's gradients cannot be compared with the measured changes of its output.
 Missing = Literal["not finite", "no gradient", "zero gradient"]
@@ -188,7 +187,8 @@ def _joined(measured: Probes, more: Probes) -> Probes:
 def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Probes:
     """Attack some images shortly by the gradients of the model itself, and of its surrogates."""
     context, is_random = short.context, before.subject.is_random
-    surrogates, absent = before.subject.surrogates(ThreatModel(context.norm, float(context.eps)))
+    ball = ThreatModel(context.norm, float(context.eps))
+    surrogates, absent = before.subject.surrogates(ball)
     loss = usable_loss("dlr_targeted", context.num_classes)
     targeted: dict[str, Any] = {"steps": STEPS, "loss": loss, "n_target_classes": TARGETS, "seed": context.seed + 1}
     right, standing, steps, eot = short.right, short.right, Curve(), Curve()
@@ -207,7 +207,7 @@ def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Prob
         if is_random and not order:
             order = short.order(standing, surrogates)
         most = 0 if blind else MOST_COPIES if is_random else len(surrogates)
-        for name, surrogate in in_order(surrogates, order)[:most]:
+        for name, surrogate in before.subject.surrogates(ball, order)[0][:most]:
             options = {"steps": STEPS} if is_random else targeted
             left = short.robust(f"the gradients of {name}", standing, gradients_from=surrogate, **options)
             standing, copies[name] = left, (standing & ~left).int().tolist()
@@ -290,7 +290,7 @@ class _Short:
         attack, direct = APGD(**options), replace(direct, gradients_from=source)
         return attack.run(self.model, self.x[at], self.y[at], direct).images
 
-    def order(self, among: Tensor, surrogates: Surrogates) -> list[str]:
+    def order(self, among: Tensor, surrogates: Sequence[tuple[str, Classifier]]) -> list[str]:
         """The names of surrogates; first come those whose gradients lower the margins of a few images most."""
         at = among.nonzero()[:RANKED, 0]
         settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": 1, "loss": "margin"}

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,8 +28,10 @@ from ...speed.memory import BatchLimit
 from ...speed.precision import float32_settings
 from ..searches import model_tests
 from ..searches.model_tests import SAMPLE, check_classes, check_model
-from ..surrogates.copies import Surrogates, surrogates
 from .config import Predict
+
+if TYPE_CHECKING:
+    from ..surrogates.copies import Surrogates
 
 #: No passes. Who asks for them only asks whether the time is over.
 NONE = Passes()
@@ -224,12 +227,19 @@ class Subject:
         """A copy of images from all places of the data, whose answers tell models apart."""
         return self.x[:: max(1, len(self.x) // ASKED)][:ASKED].to(self.device, copy=True)
 
-    def surrogates(self, ball: ThreatModel) -> tuple[Surrogates, dict[str, str]]:
-        """Surrogates, which an adaptive attacker would attack, by name; and the reason why others are missing."""
+    def surrogates(self, ball: ThreatModel, order: Sequence[str] = ()) -> tuple[Surrogates, dict[str, str]]:
+        """Surrogates, which an adaptive attacker would attack, by name; and the reason why others are missing.
+
+        They are sorted by the ``order`` of their names; others come last.
+        """
+        # Most evaluations of a list of attacks make no surrogates.
+        from ..surrogates.copies import surrogates
+
         if ball not in self._surrogates:
             subject, absent = (self.base_model, self.sample_images(), self.num_classes, ball), dict[str, str]()
             self._surrogates[ball] = surrogates(*subject, absent, self.deadline.ask), absent
-        return self._surrogates[ball]
+        pairs, absent = self._surrogates[ball]
+        return sorted(pairs, key=lambda pair: [*order, pair[0]].index(pair[0])), absent
 
     def answers_vary(self, model: Classifier, elsewhere: bool) -> bool:
         """Return True if predictions of the same images differ. Two may be equal by chance, so more are made."""

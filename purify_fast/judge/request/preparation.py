@@ -33,7 +33,6 @@ from ..searches.engine import EngineAttack
 from ..searches.fab import FABT
 from ..searches.model_tests import HEADS, AttackersHead
 from ..searches.square import Square
-from ..surrogates.copies import in_order
 from .config import EvaluateConfig, ProtocolName
 from .deadline import Subject, precision_name
 
@@ -474,7 +473,7 @@ def without_early_stops(
     The surrogates come in the ``order`` of their names. On a random model each has a short attack first, so that few
     images are left for the long ones. With ``quick``, only the first of them have a long attack.
     """
-    surrogates = in_order(subject.surrogates(ball)[0], order)
+    surrogates, _ = subject.surrogates(ball, order)
     joined = [_transferred(*pair) for pair in surrogates]
     if subject.is_random:
         long = [_transferred(*pair, FAST_TRANSFER) for pair in surrogates[:QUICK_TRANSFERS]] if quick else joined

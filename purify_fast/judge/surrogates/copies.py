@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks import BpdaModel, frozen
+from ...attacks.attacked_model import gradient_to
 from ...attacks.base import ThreatModel
 from ...attacks.context import ball_around, normal_in_ball
 from ...defences.stochastic import WithFixedNoise, WithoutNoise, with_samples
@@ -41,11 +42,6 @@ OUTSIDE = 0.1
 
 #: Surrogates with their names. A name completes "the gradients of ...".
 Surrogates = list[tuple[str, Classifier]]
-
-
-def in_order(surrogates: Surrogates, order: Sequence[str]) -> Surrogates:
-    """Sort surrogates by the order of their names; others come last."""
-    return sorted(surrogates, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order))
 
 
 def surrogates(
@@ -127,9 +123,7 @@ def _gradient(model: Classifier, x: Tensor, num_classes: int) -> Tensor | str:
                 return f"it gives no logits of {num_classes} classes"
             if not bool(logits.isfinite().all()):
                 return "its logits are not finite"
-            gradient = None
-            if logits.requires_grad:
-                gradient = torch.autograd.grad(logits.float().square().sum(), leaf, allow_unused=True)[0]
+            gradient = gradient_to(leaf, logits.float().square().sum())
     except Exception as error:
         return f"{type(error).__name__}: {error}".partition("\n")[0][:REASON]
     if gradient is None:
@@ -152,11 +146,10 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> Surrogates:
     parts: Surrogates = [("classifier", model.classifier)] if has_classifier(model) else []
     for name, part in _inside(model):
         inside = {module for _, other in parts if isinstance(other, nn.Module) for module in other.modules()}
-        if len(parts) < MOST_PARTS and part not in inside:
-            logits = _logits(part, x)
-            same = own is not None and logits is not None and torch.equal(own, logits)
-            if logits is not None and logits.shape == (len(x), num_classes) and not same:
-                parts.append((name, part))
+        logits = _logits(part, x) if len(parts) < MOST_PARTS and part not in inside else None
+        same = own is not None and logits is not None and torch.equal(own, logits)
+        if logits is not None and logits.shape == (len(x), num_classes) and not same:
+            parts.append((name, part))
     return parts
 
 
@@ -177,8 +170,7 @@ def _logits(model: Classifier, x: Tensor) -> Tensor | None:
         # With a fixed seed, a random model and a module that only passes images on to it draw the same noise.
         torch.manual_seed(0)
         logits = model(x)
-        if isinstance(logits, Tensor) and logits.dim() == 2:
-            return logits
+        return logits if isinstance(logits, Tensor) and logits.dim() == 2 else None
     return None
 
 
@@ -319,12 +311,10 @@ def _within(output: Tensor, x: Tensor) -> bool:
 
 def _blocks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return True if the gradient through a module is missing, zero or not finite for every image."""
-    gradient = None
     with contextlib.suppress(Exception), torch.enable_grad(), frozen(module):
         leaf = args[0].detach().clone().requires_grad_()
         output = module(leaf, *args[1:], **kwargs)
-        gradient = torch.autograd.grad((output * torch.randn_like(output)).sum(), leaf, allow_unused=True)[0]
-    if gradient is None:
-        return True
-    useless = (gradient == 0).flatten(1).all(1) | ~gradient.isfinite().flatten(1).all(1)
-    return bool(useless.all())
+        gradient = gradient_to(leaf, (output * torch.randn_like(output)).sum())
+        if gradient is not None:
+            return not bool((gradient.flatten(1).any(1) & gradient.isfinite().flatten(1).all(1)).any())
+    return True
