@@ -3,7 +3,8 @@
 The smoothed classifier of a model f predicts the class that f gives most often to x + n, n ~ N(0, sigma^2 I). If f
 gives the class y to x + n with a probability above Phi(r / sigma), then the smoothed classifier predicts y for every
 image at an L2 distance of at most r from x (theorem 1, with all other classes together as the second class). The draws
-are counted in a table (`counted`), and `certificates` makes answers of counts.
+are counted in a table (`Counted`), and `certificates` makes answers of counts. `refute` attacks a smoothed classifier,
+and proves which of the attacked images it does not classify correctly.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,14 @@ from tqdm import tqdm
 from ..._hashes import digest, weights_fingerprint
 from ..._places import check_folder
 from ..._settings import without_autocast
+from ..._tensors import per_image
 from ..._validation import Range, check_counts
 from ..._version import __version__
 from ...attacks import frozen
 from ...attacks.arguments import check_labels
 from ...attacks.attacked_model import logits_of
 from ...attacks.context import TimeIsOver
-from ...defences.stochastic import StochasticDefence, undecided
+from ...defences.stochastic import MajorityVote, NoisyEnsemble, StochasticDefence, undecided
 from ...ops import kernels_now
 from ...ops.philox import Stream, philox, philox_key
 from ...protocols import Classifier, draws_for_each_image
@@ -46,7 +49,9 @@ from ..request.deadline import ASKED, device_of, precision_name
 from ..request.preparation import collect, note_of_modes
 from ..results.cache import RowCache
 from ..run.attack_run import Shards
+from ..runner import evaluate
 from ..searches.model_tests import check_classes, strays_frozen
+from ..show.report import Report
 from .certificates import LARGEST, MOST, NORMAL, Certificates, leads, looks, spent
 
 Counts = NDArray[np.int64]
@@ -204,13 +209,13 @@ class Counted:
         """
         counts = {place: self.known[self.marks[place]] for place in places.tolist()}
         while missing := [place for place in counts if last not in counts[place]]:
-            firsts = [max(number for number in counts[place] if number < last) for place in missing]
-            some = [place for place, first in zip(missing, firsts, strict=True) if first == firsts[0]]
+            firsts = {place: max(number for number in counts[place] if number < last) for place in missing}
+            first = firsts[missing[0]]
+            some = [place for place in missing if firsts[place] == first]
             # Each process draws for some of the images, in a number of passes.
-            fit = max(1, PASSES * self.noisy.limit.most // (last - firsts[0]))
-            size = min(fit, -(-len(some) // self.shards.world))
+            size = min(max(1, PASSES * self.noisy.limit.most // (last - first)), -(-len(some) // self.shards.world))
             starts = range(0, len(some), size)[: self.shards.world]
-            self._next_part([(tuple(some[start : start + size]), firsts[0], last) for start in starts])
+            self._next_part([(tuple(some[start : start + size]), first, last) for start in starts])
         return np.array([known[last] for known in counts.values()], np.int64).reshape(-1, self.noisy.classes + 1)
 
     def _next_part(self, jobs: list[Job]) -> None:
@@ -230,8 +235,8 @@ class Counted:
 
         named = {"counts": [PARTS, self.noisy.sigma, self.noisy.seed, self.noisy.classes], "part": self.parts}
         part = self.cache.values(self.cache.key(named, self.noisy.model), make)
-        self.parts, self.drawn = self.parts + 1, self.drawn + part["draws"]
-        self.seconds += part["seconds"]
+        self.parts += 1
+        self.drawn, self.seconds = self.drawn + part["draws"], self.seconds + part["seconds"]
         totals = defaultdict[tuple[int, int], Counts](lambda: np.zeros(self.noisy.classes + 1, np.int64))
         for mark, last, number, count in part["rows"].tolist():
             totals[mark, last][number] = count
@@ -348,19 +353,11 @@ def certify(
     n, data = len(labels), digest(images, labels)
     # Draws choose the class that is tested. Until then, none is tested.
     extra = choosing if y is None or not radii else 0
-    result = Certificates(
-        right=np.zeros(n, dtype=np.int64),
-        draws=np.zeros(n, dtype=np.int64),
-        sigma=sigma,
-        radii=radii,
-        alpha=alpha,
-        refuted={0.0: np.zeros(n, dtype=np.bool_)} if radii == (0.0,) and y is not None else {},
-        notes=notes,
-        index=np.arange(n) if index is None else torch.as_tensor(index).cpu().numpy(),
-        labels=np.full(n, -1) if y is None else labels.numpy(),
-        tested=np.full(n, -1) if extra else labels.numpy(),
-        decided=np.zeros((n, max(1, len(radii)), 2), dtype=np.int64),
-    )
+    none, ids = np.zeros(n, dtype=np.int64), None if index is None else torch.as_tensor(index).cpu().numpy()
+    result = Certificates(none, none.copy(), sigma, radii, alpha, notes=notes, index=ids)  # type: ignore[arg-type]
+    result.labels[:], result.tested[:] = -1 if y is None else labels, -1 if extra else labels
+    if radii == (0.0,) and y is not None:
+        result.refuted[0.0] = np.zeros(n, dtype=np.bool_)
     steps = steps_of(result.sigma, result.radii, result.alpha, draws, batch_size=batch_size, choosing=choosing)
     if radii and steps[-1] < draws:
         notes.append(f"the draws end at {steps[-1]}, the last look within {draws} draws")
@@ -378,8 +375,8 @@ def certify(
             check_labels("y", labels, noisy.classes)
         # A function has no weights.
         weights = weights_fingerprint(model) if isinstance(model, nn.Module) else ""
-        version, kind = f"purify_fast {__version__}, PyTorch {torch.__version__}", type(model).__name__
-        result.about.update(name=name, predicted_by=kind, precision=noisy.precision, version=version, weights=weights)
+        result.about.update(name=name, predicted_by=type(model).__name__, precision=noisy.precision)
+        result.about.update(version=f"purify_fast {__version__}, PyTorch {torch.__version__}", weights=weights)
         result.about.update(seed=str(int(seed)), most_draws=str(steps[-1]), data=data)
         same = {"images": [data, result.index.tolist()], "model": [weights, noisy.classes]}
         shards.check_same(same | {"certificate": [y is None, sigma, radii, alpha, steps[-1], int(seed), choosing]})
@@ -412,8 +409,7 @@ def _cohen(result: Certificates, counted: Counted, n0: int, steps: Sequence[int]
     at = np.arange(len(result.draws))
     if n0:
         # The last column of counts has predictions without a class.
-        counts0 = counted.after(at, MOST + n0)[:, :-1]
-        result.tested[:] = counts0.argmax(1)
+        result.tested[:] = counted.after(at, MOST + n0)[:, :-1].argmax(1)
     for n in steps:
         bar.total = bar.n + int((steps[-1] - result.draws[at]).sum())
         counts = counted.after(at, n)
@@ -449,3 +445,91 @@ def _stay_open(result: Certificates, at: NDArray[np.int64], counts: NDArray[np.i
     # A look without an answer does not count while draws go on.
     result.decided[at] = np.where((go_on[:, None] & (answer == 0))[..., None], 0, result.decided[at])
     return go_on
+
+
+# -- attacks on smoothed classifiers ----------------------------------------------------------------------------------
+
+#: An attacked image is moved towards the image until its distance is this share below the radius, against rounding.
+INSIDE = 1e-6
+
+
+class _Smoothed(NoisyEnsemble):
+    """The noisy model whose majority is attacked. Its class promises what an evaluation cannot see in a few draws."""
+
+    draws_for_each_image = True
+
+
+def refute(
+    certificates: Certificates,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    radius: float,
+    votes: int = 10,
+    draws: int = 100_000,
+    batch_size: int = 1000,
+    **settings: Any,
+) -> tuple[Certificates, Report]:
+    """Attack the smoothed classifier within an L2 radius, and add the images that fall to the certificates.
+
+    `purify_fast.evaluation.evaluate` attacks the majority of ``votes`` noisy predictions. A fallen image counts as
+    refuted only if confidence sequences prove that the model gives another class more often than the label there, with
+    the probability ``alpha`` of an error for each image, because a vote of few draws may be wrong by chance. Without
+    this proof, the answer is left open, even if the label has less than half of the draws.
+
+    Args:
+        certificates: the certificates of these images; they are not changed.
+        model: the module that was certified.
+        x: the images that were certified, ``[N, C, H, W]``.
+        y: their labels, integers ``[N]``.
+        radius: L2 radius of the attacks in image units, above 0.
+        votes: number of predictions of which attacks and the first judgement take the majority.
+        draws: largest number of draws of an attacked image.
+        batch_size: largest number of noisy images in a forward pass of the proof.
+        **settings: further keywords of `evaluate`, such as ``attacks``, ``steps``, ``out`` or ``name``. The default of
+            ``protocol`` is "strong", that of ``seed`` is the seed of the certificates, and that of ``name`` says that
+            the smoothed classifier is attacked. A ``config`` does not change these three.
+
+    Returns:
+        The certificates with `Certificates.refuted` at this radius, and the report of the attacks.
+
+    Raises:
+        ValueError: the images or the model are not those of the certificates, or a setting is not allowed.
+        TypeError: a setting is one that this function sets itself.
+    """
+    sigma, alpha, about = certificates.sigma, certificates.alpha, certificates.about
+    usual: dict[str, Any] = {"seed": int(about["seed"]), "name": f"{about['name']}, smoothed with sigma {sigma:g}"}
+    settings = usual | ({} if "attacks" in settings else {"protocol": "strong"}) | settings
+    images, labels, _ = collect(x, y)
+    steps_of(sigma, (0.0,), alpha, draws, batch_size=batch_size)
+    same = isinstance(model, nn.Module) and weights_fingerprint(model) == about["weights"]
+    if not same or digest(images.cpu(), labels.cpu()) != about["data"]:
+        raise ValueError("model, x and y must be the module, images and labels of the certificates, got others")
+    majority = MajorityVote(_Smoothed(model, sigma, samples=1, clamp=False).eval(), votes)
+    report = evaluate(majority, images, labels, eps=radius, norm="l2", n_eval=1, **settings)
+    together = "config" not in settings or settings["config"].together
+    with Shards(together) as shards:
+        # Only the first process has the attacked images.
+        number, points = shards.from_first(lambda: _points(report, images.cpu(), radius))
+    wrong = np.zeros(len(labels), dtype=bool)
+    if len(points):
+        # Other draws than those of the certificates. An image may have several points, of which each may err.
+        how: Any = {"draws": draws, "batch_size": batch_size, "together": together, "name": "attacked images"}
+        how |= {"seed": (settings["seed"] + 1) % LARGEST, "progress": settings.get("progress", True)}
+        alpha /= int(np.bincount(number).max())
+        judged = certify(model, points, labels[number], sigma=sigma, radius=0.0, alpha=alpha, **how)
+        wrong[number[judged.refuted[0.0]]] = True
+    about = about | {"protocol": str(report.about.get("protocol", "own attacks")), "votes": str(votes)}
+    return replace(certificates, refuted={**certificates.refuted, float(radius): wrong}, about=about), report
+
+
+def _points(report: Report, x: Tensor, radius: float) -> tuple[NDArray[np.int64], Tensor]:
+    """The images that are misclassified clean and the attacked images that fell, and their numbers before them."""
+    adversarial: Any = report.adversarial
+    wrong = np.flatnonzero(~report.rows[0].robust)
+    number = np.concatenate([wrong, adversarial.indices])
+    moved = torch.cat([x[wrong], torch.from_numpy(adversarial.images)]).double() - x[number].double()
+    # An attack of a list may have a larger ball of its own.
+    shrink = radius * (1 - INSIDE) / moved.flatten(1).norm(dim=1).clamp(min=radius * (1 - INSIDE))
+    return number, (x[number] + moved * per_image(shrink, moved)).float()
