@@ -212,30 +212,22 @@ class AutoPgd(RowSearch):
         state |= {"top_gradient": zeros, "top_loss": nothing, "last_loss": -nothing}
         return state | {"rises": torch.zeros_like(nothing)}
 
-    def run(self) -> None:
-        """Take all steps, or stop when no row is left."""
-        try:
-            self._climb()
-        finally:
-            self.count_gradients()
-        if len(self.rows.owner) == 0:
-            return
+    def ends_after(self, step: int) -> bool:
+        if self.claims and self.active.leave and self.shrinks_after(step):
+            if not self.sighted and self._is_blind():
+                return True
+            self._shrink(step)
+        if len(self.rows.owner):
+            self._turn(step - 1)
+        if step == self.steps:
+            self.loop.put(point=self.loop.state["next"])
+        return False
+
+    def finish(self) -> None:
         self._see_move(slice(None))
         if self.claims:
             self.active.tried.index_fill_(0, self.rows.owner, True)
             self._finish(slice(None))
-
-    def _climb(self) -> None:
-        for i in range(self.steps):
-            self.advance()
-            if self.claims and self.active.leave and self.shrinks_after(i + 1):
-                if not self.sighted and self._is_blind():
-                    return
-                self._shrink(i + 1)
-                if len(self.rows.owner) == 0:
-                    return
-            self._turn(i)
-        self.loop.put(point=self.loop.state["next"])
 
     def keep(self) -> Tensor:
         """Remember the best points so far without a judgement, and return the best point of each image."""

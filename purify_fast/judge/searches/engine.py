@@ -435,16 +435,29 @@ class RowSearch:
         """Begin the loop of a step."""
         self.step, self.loop = step, begin_steps(self.objective.graphs, step, state)
 
-    def advance(self) -> None:
-        """Do a step, in which the objective takes a gradient of each row."""
-        self.loop.advance()
-        self.gradients += len(self.rows.owner)
+    def run(self) -> None:
+        """Take all steps, or stop when no row is left, and count the gradients of the rows."""
+        try:
+            for step in range(1, self.steps + 1):
+                self.loop.advance()
+                self.gradients += len(self.rows.owner)
+                if self.ends_after(step):
+                    break
+                if len(self.rows.owner) == 0:
+                    return
+        finally:
+            if self.health is not None:
+                nonfinite, zero, exempt = (self.loop.state[name] for name in FAULTS)
+                self.health.add(gradients=self.gradients - exempt, nonfinite=nonfinite, zero=zero)
+        self.finish()
 
-    def count_gradients(self) -> None:
-        """Add the counts of gradients in the state to the counts of the attack, at the end of the search."""
-        if self.health is not None:
-            nonfinite, zero, exempt = (self.loop.state[name] for name in FAULTS)
-            self.health.add(gradients=self.gradients - exempt, nonfinite=nonfinite, zero=zero)
+    def ends_after(self, step: int) -> bool:
+        """Do what follows this number of steps. Return True if the run ends."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Do what follows the last step."""
+        raise NotImplementedError
 
     @staticmethod
     def shrinks_after(step: int) -> bool:

@@ -106,17 +106,7 @@ class _FabSearch(RowSearch):
             state |= {name: eps.new_zeros((), dtype=torch.int64) for name in FAULTS}
         self.begin(FabStep(self.objective, self.rows.ball, self.health is not None), state)
 
-    def run(self) -> None:
-        """Take all steps, or stop when no row is left."""
-        try:
-            for i in range(self.steps):
-                self.advance()
-                if self.shrinks_after(i + 1):
-                    self._shrink(i + 1)
-                if len(self.rows.owner) == 0:
-                    return
-        finally:
-            self.count_gradients()
+    def finish(self) -> None:
         # Only a copy of the state remains, because the steps have ended.
         self.loop = Steps(self.step, self.loop.values())
         across = engine.has_fallen(self.objective.score(self.loop.state["point"], self.rows.labels)[0])
@@ -131,8 +121,10 @@ class _FabSearch(RowSearch):
         score = torch.stack([(distance <= ball.eps).float(), -distance])
         return self.active.keep_best(self.rows.owner, points, score)
 
-    def _shrink(self, step: int) -> None:
-        """Remove the rows of fallen images, and the rows that are given up; ``step`` is the number of steps so far."""
+    def ends_after(self, step: int) -> bool:
+        """Remove the rows of fallen images, and the rows that are given up."""
+        if not self.shrinks_after(step):
+            return False
         rows, state = self.rows, self.loop.state
         inside = (state["distance"] <= rows.ball.eps).float()
         judged, fell = self.active.confirm_successes(rows.owner, state["nearest"], inside)
@@ -146,6 +138,7 @@ class _FabSearch(RowSearch):
         kept = self.active.rows_to_keep(rows.owner, lost) if fell or lost is not None else None
         if kept is not None:
             self.take(kept)
+        return False
 
     def _try(self, rows: Rows, nearest: Tensor) -> None:
         """Project the nearest points onto the ball, let the model judge them, and keep the best points."""
