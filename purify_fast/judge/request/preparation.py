@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import logging
@@ -11,7 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, cast
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..._validation import Count, NormName, Range, check_types
 from ..._version import __version__
-from ...attacks import PGD, Attack, AttackContext, AttackResult, LeavingPGD, frozen
+from ...attacks import PGD, Attack, AttackContext, AttackResult, frozen
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
 from ...attacks.base import InBall, ThreatModel
 from ...attacks.objective import ApgdLoss, usable_loss
@@ -76,9 +75,8 @@ def as_attack(
         text = "an attack must be an object of purify_fast.attacks, such as PGD(), an AttackSpec, or a function "
         raise TypeError(f"{text}(model, x, y) -> x_adv, got {function!r}")
     name = getattr(function, "__name__", type(function).__name__) if name is None else name
-    return FunctionAttack(
-        function=function, row_name=name, eps=eps, norm=norm, own_revision=revision, uses_gradients=uses_gradients
-    )
+    attack = FunctionAttack(function=function, row_name=name, own_revision=revision, uses_gradients=uses_gradients)
+    return replace(attack, eps=eps, norm=norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +130,9 @@ def check_adversarial(name: str, images: object, x: Tensor, threat: ThreatModel)
     images, order = images.detach(), {"linf": torch.inf, "l2": 2.0, "l1": 1.0}.get(threat.norm)
     if len(images) == 0:
         return
+    low, high = map(float, images.aminmax())
     # The condition is negated so that NaN is refused too.
-    if not bool(((images >= -BALL_SLACK) & (images <= 1 + BALL_SLACK)).all()):
-        low, high = float(images.amin()), float(images.amax())
+    if not (low >= -BALL_SLACK and high <= 1 + BALL_SLACK):
         raise ValueError(f"the attack {name!r} returned values from {low:.6g} to {high:.6g}: all must be in [0, 1]")
     if order is None:
         return
@@ -220,6 +218,9 @@ def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
     Raises:
         ValueError: eps is below 0 or above 1.
     """
+    # Few evaluations have this attack.
+    from ...attacks import LeavingPGD
+
     check_eps(eps, "linf")
     kind, label = (LeavingPGD, f"{LEE_KIM}, left when 20 draws are wrong") if leave else (PGD, LEE_KIM)
     attack = kind(steps=200, alpha=0.007 * eps / (8 / 255), eot_iter=20, random_start=False, eps=eps, norm="linf")
@@ -237,14 +238,12 @@ def feasible(
     specs: Sequence[AttackSpec], subject: Subject, context: AttackContext, name: str
 ) -> tuple[list[AttackSpec], list[str]]:
     """Select the attacks that this model allows, without duplicates, and make notes on the others."""
-    notes: list[str] = []
-    plan: list[AttackSpec] = []
+    notes, plan = list[str](), list[AttackSpec]()
     for spec in specs:
         if spec.max_images is not None and spec.max_images >= len(subject.y):
             # The limit excludes no image, so it is removed. The name of the row then does not mention it.
-            spec = dataclasses.replace(spec, max_images=None)
-        rand = spec.attack.kind == "autoattack" and getattr(spec.attack, "version", "") == "rand"
-        if rand and not subject.is_random:
+            spec = replace(spec, max_images=None)
+        if getattr(spec.attack, "version", "") == "rand" and not subject.is_random:
             notes.append(f"{name}: {row_name(spec, context)} was left out: the model is deterministic")
             continue
         # An attack that is already in the plan would find nothing new.
@@ -254,8 +253,7 @@ def feasible(
         notes.append(f"{name}: no attack ran, so this report does not say how robust the model is")
         logger.warning(notes[-1])
     names = [row_name(spec, context) for spec in plan]
-    double = [label for label in dict.fromkeys(names) if names.count(label) > 1]
-    if double:
+    if double := [label for label in dict.fromkeys(names) if names.count(label) > 1]:
         raise ValueError(f"attacks must have different labels, got twice {', '.join(double)}: AttackSpec(label=...)")
     return plan, notes
 
@@ -268,17 +266,17 @@ def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> b
     if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
         return False
     attacks = [_as_it_runs(attack, context) for attack in (spec.attack, earlier.attack)]
-    spec = dataclasses.replace(spec, until=None, nearest=None, survivors_only=earlier.survivors_only, attack=attacks[0])
-    return spec == dataclasses.replace(earlier, attack=attacks[1])
+    spec = replace(spec, until=None, nearest=None, survivors_only=earlier.survivors_only, attack=attacks[0])
+    return spec == replace(earlier, attack=attacks[1])
 
 
 def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
     """The attack with the options with which it runs on this model."""
-    own = {field.name for field in dataclasses.fields(attack)}
+    own = {field.name for field in fields(attack)}
     options = {option: value for option, value in attack.resolved_for(context)._asdict().items() if option in own}
     if "give_up" in own:
         options["give_up"] = attack.may_end_early(context)
-    return dataclasses.replace(attack, **options)
+    return replace(attack, **options)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -292,9 +290,8 @@ def ball_name(norm: str, eps: float) -> str:
 def threat_name(spec: AttackSpec, context: AttackContext) -> str | None:
     """The attack's threat model in words; None if it is the threat model of the report."""
     norm, eps = spec.attack.threat_model(context)
-    if norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6):
-        return None
-    return ball_name(norm, eps)
+    same = norm == context.norm and math.isclose(eps, context.eps, rel_tol=1e-6)
+    return None if same else ball_name(norm, eps)
 
 
 def row_name(spec: AttackSpec, context: AttackContext) -> str:
@@ -327,10 +324,8 @@ def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None
     """Return the attacks that the protocol "strong" adds for a model; None if the model has none of its own."""
     if not supports(model, OwnAttacks):
         return None
-    attacks = cast(OwnAttacks, model).strong_attacks(norm, eps)
-    return as_specs(
-        [MAKERS[item[0]](**item[1]) if type(item) is tuple and item[0] in MAKERS else item for item in attacks]
-    )
+    own = cast(OwnAttacks, model).strong_attacks(norm, eps)
+    return as_specs([MAKERS[it[0]](**it[1]) if type(it) is tuple and it[0] in MAKERS else it for it in own])
 
 
 # -- attack lists ------------------------------------------------------------------------------------------------------
@@ -407,29 +402,18 @@ def _fast(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     losses: tuple[ApgdLoss, ...] = ("margin_targeted", "ce", "dlr_targeted")
     searches = [*(APGD(loss=loss, give_up=True) for loss in losses), Square(n_queries=SHORT_QUERIES, give_up=True)]
-    return [
-        _left(APGD(loss="margin", steps=FIRST_STEPS)),
-        *(_left(attack, until=STANDARD_SHARE) for attack in searches),
-        *_without_noise(subject, ball),
-        *_slow(subject.is_random),
-    ]
-
-
-def _slow(random: bool) -> list[AttackSpec]:
-    """Specify the attacks of `_standard` on the nearest images. On a random model they run to the end."""
+    attacks = [_left(APGD(loss="margin", steps=FIRST_STEPS))]
+    attacks += [_left(attack, until=STANDARD_SHARE) for attack in searches]
+    if (random := subject.is_random) and supports(subject.base_model, DeterministicMode):
+        pairs = subject.surrogates(ball)[0]
+        attacks += [_transferred(*pair) for pair in pairs if isinstance(pair[1], WithoutNoise)]
+    # On a random model, the attacks on the nearest images run to the end.
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32", restarts=2, give_up=not random)
     again = APGD(steps=50, precision="float32", restarts=20, give_up=not random)
     fab, square = FABT(n_target_classes=None, give_up=not random), Square(give_up=True)
     if random:
-        return [_nearest(FABT(give_up=True), RANDOM_NEAREST), *map(_nearest, (every, again, fab, square))]
-    return [*map(_nearest, (fab, every, again, square))]
-
-
-def _without_noise(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    """Specify, for a random model, an attack with the gradients of the model without noise."""
-    if not (subject.is_random and supports(subject.base_model, DeterministicMode)):
-        return []
-    return [_transferred(*pair) for pair in subject.surrogates(ball)[0] if isinstance(pair[1], WithoutNoise)]
+        return [*attacks, _nearest(FABT(give_up=True), RANDOM_NEAREST), *map(_nearest, (every, again, fab, square))]
+    return [*attacks, *map(_nearest, (fab, every, again, square))]
 
 
 def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
@@ -565,7 +549,7 @@ def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     if not x.is_floating_point():
         raise ValueError(f"x must be uint8 or floating point, got {x.dtype}: if x is in 0..255, give x.byte()")
     x = x.float()
-    least, most = (float(value) for value in x.detach().aminmax())
+    least, most = map(float, x.detach().aminmax())
     check_range("x", least, most)
     x, notes = x.clone() if x.is_inference() else x.detach(), list[str]()
     if least < 0 or most > 1:
@@ -612,8 +596,7 @@ def changes(config: EvaluateConfig) -> str:
     """The settings that change the attacks or the probes of a protocol, such as "steps 5"; may be empty."""
     # Every protocol has probes by default.
     usual, config = EvaluateConfig(), replace(config, probes=None) if config.probes else config
-    values = {name: value for name, value in vars(config).items() if name not in APART}
-    changed = {name: value for name, value in values.items() if value != getattr(usual, name)}
+    changed = {n: value for n, value in vars(config).items() if n not in APART and value != getattr(usual, n)}
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in changed.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
@@ -659,10 +642,9 @@ def note_of_modes(model: Classifier, name: str, strays: Sequence[nn.Module] = ()
     put = "they were put into evaluation mode"
     stayed = "they stayed so, because they belong to a function; if this is not intended, call .eval() on them"
     notes = list[str]()
-    for names, what in (
-        ([] if strays else inside, f"{put}; to keep them as they are, give a function: lambda x: model(x)"),
-        (outside, f"no part of it is registered, so {put}" if isinstance(model, nn.Module) else stayed),
-    ):
+    kept = f"{put}; to keep them as they are, give a function: lambda x: model(x)"
+    unregistered = f"no part of it is registered, so {put}" if isinstance(model, nn.Module) else stayed
+    for names, what in (([] if strays else inside, kept), (outside, unregistered)):
         if names:
             named = ", ".join([*dict.fromkeys(names)][:_NAMED])
             notes.append(f"{name} has modules in training mode, {named}: {what}")
