@@ -325,7 +325,7 @@ def strong_attacks(model: Any, norm: str, eps: float) -> list[AttackSpec] | None
     if not supports(model, OwnAttacks):
         return None
     own = cast(OwnAttacks, model).strong_attacks(norm, eps)
-    return as_specs([MAKERS[it[0]](**it[1]) if type(it) is tuple and it[0] in MAKERS else it for it in own])
+    return as_specs([MAKERS[item[0]](**item[1]) if type(item) is tuple and item[0] in MAKERS else item for item in own])
 
 
 # -- attack lists ------------------------------------------------------------------------------------------------------

@@ -330,15 +330,11 @@ class AttackRun:
         if subject.deadline.over and CUT not in result.warnings:
             result.warnings.append(CUT)
         check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
-        health = result.health or GradientHealth()
-        return AttackedBatch(
-            # The transfer to the CPU waits until the device has finished, so that the duration below is complete.
-            images=result.images.detach().cpu(),
-            health=GradientHealth({name: health.count(name) for name in COUNTS}),
-            seconds=time.perf_counter() - begin,
-            warnings=result.warnings,
-            gave_up=int(result.gave_up),
-        )
+        counted = result.health or GradientHealth()
+        health = GradientHealth({name: counted.count(name) for name in COUNTS})
+        # The transfer to the CPU waits until the device has finished, so that the duration is complete.
+        images, gave_up = result.images.detach().cpu(), int(result.gave_up)
+        return AttackedBatch(images, health, time.perf_counter() - begin, result.warnings, gave_up=gave_up)
 
     def _leads(self, part: Tensor, images: Tensor) -> list[float]:
         """Return the margin of the attacked model on each attacked image."""

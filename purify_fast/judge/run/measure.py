@@ -61,11 +61,10 @@ class Progress:
         """A context in which passes are counted for a row, which attacks a number of images."""
         self.in_row, self.row_began = 0, time.monotonic()
         place = f"{self.rows + 1} of {max(self.total, self.rows + 1)}"
-        self.label = f"{place}, {label}"
+        self.label, text = f"{place}, {label}", f"{self.name}: {label} ({place})"
         options: dict[str, Any] = {"unit": " images", "leave": False, "dynamic_ncols": True, "miniters": 0}
-        hidden = self.lines or not self.shown
         try:
-            with tqdm(total=images, desc=f"{self.name}: {label} ({place})", disable=hidden, **options) as self.bar:
+            with tqdm(total=images, desc=text, disable=self.lines or not self.shown, **options) as self.bar:
                 yield
         finally:
             self.bar = None
@@ -213,10 +212,8 @@ class Measure:
         """The row of the clean images."""
 
         def make() -> Row:
-            begin = time.monotonic()
-            judged = self.subject.judge(self.subject.x, "judge")
-            row = self.new_row(judged.right, attack="clean", kind="clean")
-            row.nonfinite_predictions = judged.nonfinite
+            begin, judged = time.monotonic(), self.subject.judge(self.subject.x, "judge")
+            row = self.new_row(judged.right, attack="clean", kind="clean", nonfinite_predictions=judged.nonfinite)
             if self.subject.is_random:
                 chosen = self.subject.judge(self.subject.x, "choose")
                 row.wrong, row.margins = chosen.wrong, chosen.margins
@@ -308,12 +305,10 @@ class Measure:
             hidden = subject.is_random and (subject.draws or not timed(subject.sample_images()).isfinite().all())
             # Every process makes this test, whose draws must leave all random generators in the same state.
             varies = hidden or subject.answers_vary(timed, elsewhere=subject.is_random)
-            context = replace(
-                self.context,
-                draws_differ=varies if draws_differ is None else draws_differ,
-                gradients_from=None if followed is None else self._counted(followed),
-                seed=subject.seed + spec.seed,
-            )
+            varies = varies if draws_differ is None else draws_differ
+            source = None if followed is None else self._counted(followed)
+            seed = subject.seed + spec.seed
+            context = replace(self.context, draws_differ=varies, gradients_from=source, seed=seed)
             if context.draws_differ:
                 rule, index = None, index[: spec.nearest]
             yield AttackRun(spec, self._counted(target), index, subject, context, rule=rule)
@@ -349,34 +344,24 @@ class Measure:
         judged = subject.judge(attacked, "judge")
         # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
         draws = {name: value for name, value in spec.attack.settings(run.context).items() if name == "eot_iter"}
-        stopped: dict[str, Any] = {}
+        row = self.new_row(judged.right, attack="", kind=spec.attack.kind, attacked=len(index), warnings=run.warnings)
+        # None if no gradient was counted.
+        row.health = run.health.counts if run.health.count("gradients") else None
+        row.reliable, row.nonfinite_predictions = run.health.reliable, judged.nonfinite
+        row.settings = settings_of(spec, subject, self.context) | draws
+        row.may_end_early, row.uses_gradients = spec.attack.may_end_early(run.context), spec.attack.uses_gradients
+        row.transferred = other is not None and not same
         if CUT in run.warnings:
             # Nothing bounds how many of the images would fall to a whole search.
-            stopped = {"unsearched": len(index) - run.reached, "may_hold": float(len(index))}
+            row.unsearched, row.may_hold = len(index) - run.reached, float(len(index))
         elif run.rule is not None:
-            stopped = {"unsearched": run.rule.unsearched, "may_hold": run.rule.may_hold}
-        row = self.new_row(
-            judged.right,
-            attack="",
-            kind=spec.attack.kind,
-            # None if no gradient was counted.
-            health=run.health.counts if run.health.count("gradients") else None,
-            reliable=run.health.reliable,
-            settings=settings_of(spec, subject, self.context) | draws,
-            attacked=len(index),
-            warnings=run.warnings,
-            may_end_early=spec.attack.may_end_early(run.context),
-            uses_gradients=spec.attack.uses_gradients,
-            **stopped,
-            transferred=other is not None and not same,
-            nonfinite_predictions=judged.nonfinite,
-        )
-        at, chosen = index.numpy(), (judged.wrong[index], judged.margins[index])
+            row.unsearched, row.may_hold = run.rule.unsearched, run.rule.may_hold
+        own = Points(judged.wrong, judged.margins, judged.right).at(index.numpy())
         if subject.is_random and len(index):
-            choice = subject.judge(attacked[index], "choose", index)
-            chosen = choice.wrong, choice.margins
+            chosen = subject.judge(attacked[index], "choose", index)
+            own = own._replace(wrong=chosen.wrong, margins=chosen.margins)
         # An image that was not attacked keeps its clean point.
-        own = self.clean.points.at(slice(len(attacked))).put(at, Points(*chosen, judged.right[:, at]))
+        own = self.clean.points.at(slice(len(attacked))).put(index.numpy(), own)
         points = before.or_worse(own) if spec.survivors_only else own
         row.wrong = own.wrong if subject.is_random else None
         row.take(points)
@@ -392,15 +377,9 @@ class Measure:
     def _examples(self, index: Tensor, fallen: Tensor, images: Tensor, judged: Judgement) -> Examples | None:
         """Select the images that a page shows: some of the fallen images, or some others if no image fell."""
         subject, shown = self.subject, (fallen if len(fallen) else index)[:EXAMPLES]
-        if len(shown) == 0:
-            return None
-        return Examples(
-            clean=subject.x[shown].cpu().numpy(),
-            adversarial=images[shown].cpu().numpy(),
-            labels=subject.y[shown.to(subject.y.device)].cpu().numpy(),
-            fell=np.full(len(shown), len(fallen) > 0),
-            predicted=judged.classes[shown.numpy()],
-        )
+        clean, adversarial, labels = (tensor[shown].cpu().numpy() for tensor in (subject.x, images, subject.y))
+        fell, predicted = np.full(len(shown), len(fallen) > 0), judged.classes[shown.numpy()]
+        return Examples(clean, adversarial, labels, fell, predicted) if len(shown) else None
 
 
 def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> dict[str, Any]:
