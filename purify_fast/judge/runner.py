@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,16 +146,15 @@ def evaluate(
     ball, folder = ThreatModel(norm, float(eps)), None if out is None else Path(out)
     config, specs = preparation.read_attacks(config, attacks, ball, images[0].numel())
     until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
-    evaluation = functools.partial(_Evaluation, model, images, labels, ball, base=base, attacks=specs, config=config)
-    evaluation = functools.partial(
-        evaluation, out=folder, name=name, revision=revision, progress=progress, until=until, notes=notes
-    )
-    # The second run is outside of the block, so that the first has freed its memory.
+    evaluation = _Evaluation(model, images, labels, ball, config, base=base, attacks=specs, until=until, notes=notes)
+    evaluation = replace(evaluation, out=folder, name=name, revision=revision, progress=progress)
     with contextlib.suppress(DrawsUnderAttack):
-        return evaluation(draws=False).run()
+        return evaluation.run()
     if not config.together or processes()[0] == 0:
         logger.warning("%s: %s. The evaluation begins again", name, VARYING)
-    return evaluation(draws=True).run()
+    # The first run has freed its memory before the second begins.
+    evaluation = replace(evaluation, draws=True)
+    return evaluation.run()
 
 
 def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> JudgeContext:
@@ -197,18 +195,18 @@ class _Evaluation:
     x: Tensor
     y: Tensor
     ball: ThreatModel
-    base: Classifier | None
-    attacks: list[AttackSpec]
-    out: Path | None
-    name: str
-    revision: str | None
-    progress: bool
     config: EvaluateConfig
+    attacks: list[AttackSpec]
     #: The value of `time.monotonic` at which the time is over.
     until: float
     notes: list[str]
+    base: Classifier | None = None
+    out: Path | None = None
+    name: str = ""
+    revision: str | None = None
+    progress: bool = True
     #: Whether the model is known to be random.
-    draws: bool
+    draws: bool = False
 
     def run(self) -> Report:
         """Run the evaluation. Raises DrawsUnderAttack if only now it shows that the model is random."""
@@ -276,15 +274,10 @@ class _Evaluation:
         report, measure, subject = self.report, self.measure, self.subject
         context, shards = measure.context, measure.shards
         self.choose_attacks(self.in_time("the plan of the attacks", self.planned) or [])
-        shards.check_same(
-            {
-                "images": subject.data,
-                "models": [report.about.get("model"), subject.num_classes, subject.is_random],
-                "seed": subject.seed,
-                "batch size": [context.batch_size, context.max_forward_batch],
-                "attacks": [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks],
-            }
-        )
+        attacks = [[row_name(spec, context), settings_of(spec, subject, context)] for spec in measure.attacks]
+        models = [report.about.get("model"), subject.num_classes, subject.is_random]
+        same = {"images": subject.data, "models": models, "seed": subject.seed, "attacks": attacks}
+        shards.check_same(same | {"batch size": [context.batch_size, context.max_forward_batch]})
         measure.progress.total = len(measure.attacks)
         first_probes = self.probe()
         measure.progress.total = measure.progress.rows + len(measure.attacks)
@@ -312,10 +305,9 @@ class _Evaluation:
             steps = context.graphs.facts
             report.about["captured"] = "; ".join([f"{steps['captured']} captured", *steps.get("not_captured", ())])
         passes, n = measure.progress.images + subject.passes, len(subject.y)
-        if shards.world == 1 and not measure.cache.used:
-            # Otherwise other processes or earlier runs have made a part of the passes.
-            counts = f"{passes.forwards / n:,.0f} forward passes and {passes.gradients / n:,.0f} gradients per image"
-            report.about["passes"] = counts
+        counts = f"{passes.forwards / n:,.0f} forward passes and {passes.gradients / n:,.0f} gradients per image"
+        # Otherwise other processes or earlier runs have made a part of the passes.
+        report.about |= {"passes": counts} if shards.world == 1 and not measure.cache.used else {}
         report.about["seconds"] = f"{measure.progress.seconds:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         shards.end(report.to_json)
@@ -364,9 +356,9 @@ class _Evaluation:
         signs, protocol = signs_of_masking(probes, self.subject.is_random), self.config.protocol
         if not signs or protocol not in preparation.SEARCHES:
             return []
-        quick = protocol == "fast"
-        own = self.specs[:1] if quick and self.subject.is_random and probes.is_blind else self.specs
-        further = preparation.without_early_stops(own, self.subject, self.ball, probes.order, quick)
+        quick, subject = protocol == "fast", self.subject
+        own = self.specs[:1] if quick and subject.is_random and probes.is_blind else self.specs
+        further = preparation.without_early_stops(own, subject, self.ball, probes.order, quick)
         if further == list(self.specs):
             return []
         self.admit(further)
@@ -394,16 +386,16 @@ class _Evaluation:
             # A search ends early enough for the judgement of its images.
             deadline.begin(self.until - measure.judging())
             try:
-                row = measure.attacked(spec, table)
+                rows.append(measure.attacked(spec, table))
             except TimeIsOver:
                 self.left_out.append(row_name(spec, measure.context))
                 continue
             finally:
                 deadline.begin()
-            rows.append(row)
-            table.add(row)
-            share = f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
-            measure.progress.finished(share)
+            table.add(row := rows[-1])
+            measure.progress.finished(
+                f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
+            )
         return rows
 
     def tell_what_was_left_out(self) -> None:

@@ -302,7 +302,7 @@ class Subject:
 
         def predict() -> Judgement:
             self.reseed(phase)
-            right, named, leads, nonfinite = [], [], torch.zeros(len(x), device="cpu"), 0
+            named, leads = list[Tensor](), torch.zeros(len(x), device="cpu")
             # Only a class that promises independent draws predicts several in one call: if they had a part in
             # common, they would agree too often.
             promised = draws_for_each_image(model) or supports(model, SharesDraws)
@@ -312,14 +312,12 @@ class Subject:
                 calls = [logits_of_draws(model, part, together).unflatten(0, (together, -1)) for part in parts]
                 for logits in torch.cat(calls, 1):
                     check_classes(logits, self.num_classes)
-                    decided, nameless = logits.argmax(1), undecided(logits)
                     leads += -attack_loss(logits.float(), y.to(logits.device), "margin")[1].cpu()
-                    nonfinite += int(nameless.sum())
-                    right.append(((decided == y.to(decided.device)) & ~nameless).cpu().numpy())
-                    named.append(decided.masked_fill(nameless, -1).cpu().numpy())
+                    named.append(logits.argmax(1).masked_fill(undecided(logits), -1).cpu())
             self.passes += Passes(draws * len(x))
-            all_right = np.stack(right)
-            first_wrong = np.stack(named)[all_right.argmin(0), np.arange(len(x))]
-            return Judgement(all_right, nonfinite, (leads / len(right)).numpy(), first_wrong)
+            # A prediction without a class is -1, which is no label.
+            classes, all_right = torch.stack(named).numpy(), (torch.stack(named) == y.cpu()).numpy()
+            first_wrong = classes[all_right.argmin(0), np.arange(len(x))]
+            return Judgement(all_right, int((classes == -1).sum()), (leads / draws).numpy(), first_wrong)
 
         return self.batch_limit.within(predict)
