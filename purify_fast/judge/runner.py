@@ -393,9 +393,8 @@ class _Evaluation:
             finally:
                 deadline.begin()
             table.add(row := rows[-1])
-            measure.progress.finished(
-                f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
-            )
+            share = f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
+            measure.progress.finished(share)
         return rows
 
     def tell_what_was_left_out(self) -> None:

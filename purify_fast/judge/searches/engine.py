@@ -168,21 +168,10 @@ EARLY_SHARE, GAINS, FEWEST_GAINS = 0.15, 2.0, 16
 
 @dataclass
 class Gains:
-    """Records by how much the rows of an attack came nearer to their borders after their early steps (their gains)."""
+    """By how much the rows of an attack came nearer to their borders after their early steps (their gains)."""
 
     largest: float = 0.0
     rows: int = 0
-
-    def see(self, gained: Tensor) -> None:
-        """Update the largest gain with the gains of some rows, ``[R]``. This waits for the device."""
-        if len(gained):
-            self.largest = max(self.largest, float(gained.nan_to_num(0.0, 0.0, 0.0).amax()))
-
-    def out_of_reach(self, missing: Tensor) -> Tensor | None:
-        """Tell which rows exceed `GAINS` times the largest gain, bool ``[R]``; None while too few gains are known."""
-        if self.rows < FEWEST_GAINS:
-            return None
-        return missing.isfinite() & (missing > GAINS * self.largest)
 
 
 class PaceMonitor:
@@ -227,11 +216,13 @@ class PaceMonitor:
             return None
         if self.last_step < self.early_step <= step:
             self.early, self.came_nearer = missing, torch.ones_like(missing, dtype=torch.bool)
-            return self.gains.out_of_reach(missing)
-        if step > self.early_step:
-            self.gains.see(self.early - missing)
-            if self.last_step < self.checks[0] <= step:
-                self.gains.rows += len(missing)
+            beyond = missing.isfinite() & (missing > GAINS * self.gains.largest)
+            return beyond if self.gains.rows >= FEWEST_GAINS else None
+        if step > self.early_step and len(missing):
+            # This waits for the device.
+            gained = (self.early - missing).nan_to_num(0.0, 0.0, 0.0).amax()
+            self.gains.largest = max(self.gains.largest, float(gained))
+            self.gains.rows += len(missing) * (self.last_step < self.checks[0] <= step)
         return None
 
     def take(self, index: Tensor) -> PaceMonitor:
@@ -292,13 +283,10 @@ class ActiveSet:
     def __init__(self, x: Tensor, y: Tensor, ball: Ball, judge: Judge, context: JudgeContext):
         self.x, self.y, self.ball, self.judge = x, y, ball, judge
         self.ids = torch.arange(len(x), device=x.device) if context.sample_ids is None else context.sample_ids
-        self.draws_differ = context.draws_differ
-        self.costly = judge.is_costly()
+        self.draws_differ, self.costly, self.gains = context.draws_differ, judge.is_costly(), Gains()
         self.best, self.score = x.clone(), torch.full((2, len(x)), -torch.inf, device=x.device)
-        self.tried = torch.zeros_like(y, dtype=torch.bool)
-        self.gains = Gains()
+        self.tried, self.fallen = torch.zeros((2, len(x)), dtype=torch.bool, device=x.device)
         self.health = GradientHealth() if context.counts_health else None
-        self.fallen = torch.zeros_like(self.tried)
         self.ended_blind = False
 
     def judge_clean_images(self, leave: bool = True) -> None:
@@ -324,11 +312,11 @@ class ActiveSet:
     def confirm_successes(self, owner: Tensor, points: Tensor, share: Tensor) -> tuple[Tensor, bool]:
         """Let the judge check the rows whose search claims a success. This waits for the device once to three times."""
         claims = (has_fallen(share, self.judge.enough) & ~self.fallen[owner]).nonzero()[:, 0]
-        if len(claims) == 0:
-            return share, False
-        judged = self.judge.shares(points[claims], self.y[owner[claims]])
-        share = share.index_copy(0, claims, judged.to(share.dtype))
-        won = claims[has_fallen(judged, self.judge.enough)]
+        won = claims
+        if len(claims):
+            judged = self.judge.shares(points[claims], self.y[owner[claims]])
+            share = share.index_copy(0, claims, judged.to(share.dtype))
+            won = claims[has_fallen(judged, self.judge.enough)]
         if len(won) == 0:
             return share, False
         # Keep the first row of an image that succeeds: assigning two values to the same index is undefined.
@@ -348,9 +336,7 @@ class ActiveSet:
         gone = self.fallen[owner]
         left = len(owner) - int(gone.sum())
         size = bucket(left, owner.device, self.costly) if left else 0
-        if size >= len(owner):
-            return None
-        return gone.to(torch.int8).argsort(stable=True)[:size]
+        return None if size >= len(owner) else gone.to(torch.int8).argsort(stable=True)[:size]
 
     def keep_best(self, owner: Tensor, points: Tensor, score: Tensor) -> Tensor:
         """For each image that has not fallen, store the point of its best row if it is better than the stored point.
@@ -584,8 +570,7 @@ def nearest_borders(active: ActiveSet, objective: Objective, count: int | None) 
     highest logit.
     """
     left, by_margin = active.left(), replace(objective, loss="margin_targeted")
-    x, y = active.x[left], active.y[left]
-    logits = active.logits[left]
+    x, y, logits = active.x[left], active.y[left], active.logits[left]
     count = min(count or logits.shape[1], logits.shape[1] - 1)
     candidates = likeliest_wrong(logits, y, max(count, CANDIDATES))
     goals = torch.zeros((len(active.y), count), dtype=torch.int64, device=active.y.device)
