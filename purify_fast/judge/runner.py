@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .._hashes import digest
 from .._places import check_folder
 from .._process import processes
 from .._validation import Count, NormName, Positive, read_norm
@@ -26,21 +29,21 @@ from ..protocols import Classifier
 from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.reading import reading
+from .alarms import probes as probing
 from .alarms.probes import Before, Probes
-from .alarms.signs import signs_of_masking
+from .alarms.signs import Evidence, findings, signs_of_masking
 from .request import preparation
 from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
 from .request.deadline import DrawsUnderAttack, Subject, device_of
 from .request.preparation import AttackFunction, AttackSpec, row_name, threat_name
 from .results.cache import RowCache, state_digest
-from .results.rows import CUT, Row
+from .results.rows import CUT, Points, Row, worst_rows
 from .run.attack_run import Shards
-from .run.measure import Measure, Progress, Table, settings_of
+from .run.measure import Measure, Progress, Table, counted_model, settings_of
 from .searches.engine import JudgeContext
 from .searches.model_tests import check_leaves_images, check_model, strays_frozen
 from .show.report import Report, gathered
 from .show.text import notes_on_rows, paragraphs
-from .suspicion import Suspicion
 
 logger = logging.getLogger("purify_fast")
 
@@ -234,14 +237,13 @@ class _Evaluation:
             report.notes += [f"the model: {VARYING}"] * self.draws
             report.notes += paragraphs("first_notes.jinja", subject=subject, config=config, name=name, modes=modes)
             probes = config.protocol is not None if config.probes is None else config.probes
-            before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
+            self.before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
             context = _context(config, subject, self.ball)
             first = shards.rank == 0
             cache = RowCache(self.out if first else None, kernels_now(device), self.revision)
             cache.register(name, model, subject.asked_images())
             shown = Progress(name, self.progress and first, deadline=subject.deadline)
             self.measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
-            self.suspicion = Suspicion(report, self.measure, before, config.probes is None)
             return self.fill({"random": subject.is_random, "precision": report.about.get("precision"), **judging})
 
     def planned(self) -> Sequence[AttackSpec]:
@@ -288,7 +290,7 @@ class _Evaluation:
         fallen = [point for table in self.tables.values() for point in table.fallen()]
         report.adversarial = gathered(fallen, subject, about)
         subject.deadline.begin(self.until)
-        self.suspicion.conclude(first_probes)
+        self.conclude(first_probes)
         if subject.deadline.over:
             self.left_out.append("the questions of the signs after the attacks")
         self.tell_what_was_left_out()
@@ -327,7 +329,7 @@ class _Evaluation:
 
     def probe(self) -> Probes | None:
         """Run the probes before the attacks, and choose other attacks if they found signs of masked gradients."""
-        deadline, before = self.subject.deadline, self.suspicion.before
+        deadline, before = self.subject.deadline, self.before
         if self.measure.shards.rank == 0:
             # Judge the clean images before the probes, so that the time of a judgement is known.
             self.measure.judging()
@@ -335,7 +337,7 @@ class _Evaluation:
             return None
         now = time.monotonic()
         deadline.begin(now + PROBES_SHARE * max(0.0, self.until - now))
-        probes = self.suspicion.measure_before_attacks(before)
+        probes = self.measure_before_attacks(before)
         if deadline.over:
             self.left_out.append("probes before the attacks")
         deadline.begin()
@@ -406,3 +408,110 @@ class _Evaluation:
         if left and (attacks or cut):
             ended = f"{len(attacks)} of {len(planned)} attacks were left out, and {len(cut)} cut short"
             self.report.about["ended"] = f"the time was over: {ended}; they might have broken more images"
+
+    # -- the probes, and the alarms, which judge whether the numbers are reliable --------------------------------------
+
+    def conclude(self, measured: Probes | None) -> None:
+        """Add the ``worst`` rows, the alarms' findings and the probes' curves to the report, and mark doubtful rows."""
+        report, subject = self.report, self.subject
+        evidence = Evidence(report.rows, None, subject.num_classes, subject.has_probabilities, subject.has_one_hot)
+        probed = None
+        if self.before is not None and measured is not None:
+            probes = self.all_probes(self.before, measured, evidence)
+            evidence = replace(evidence, probes=probes)
+            probed = self.column(probes)
+            report.curves |= probes.curves()
+        else:
+            with contextlib.suppress(TimeIsOver):
+                evidence = replace(evidence, **self.about_gradients(evidence))
+        report.rows = [*report.rows, *worst_rows(report.rows, probed)]
+        report.findings = [replace(finding, model=self.name) for finding in findings(evidence)]
+        doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
+        inconsistent = any(finding.of_answers for finding in doubts)
+        # If no attack counted gradients, the headline is still reliable if the probes could use the model's gradients.
+        followed = evidence.probes is not None and not evidence.with_counted_gradients() and not evidence.blind()
+        for row in report.rows:
+            # An accuracy of 0 % cannot be too high, so only inconsistent predictions are then a reason for doubt.
+            headline = row.kind == "worst" and row.threat is None
+            row.reliable = row.reliable or (headline and followed)
+            if headline and doubts and (row.accuracy > 0 or inconsistent):
+                row.reliable = False
+                row.doubts = [finding.alarm for finding in doubts]
+
+    def about_gradients(self, evidence: Evidence) -> dict[str, Any]:
+        """Compare or look for gradients without the probes; the result are fields of the evidence."""
+        subject, counted = self.subject, evidence.with_counted_gradients()
+        if any(row.lacked_gradients for row in counted):
+            # The rows only count gradients of zeros. The probes would have told why.
+            return {"no_gradient": probing.has_no_gradient(subject)}
+        # The gradients of BPDA and of surrogates are approximations by design.
+        approximate = getattr(type(subject.base_model), "approximates_gradients", False)
+        if approximate or self.config.probes is not None or all(row.settings.get("through") for row in counted):
+            return {}
+        return {"cosine": subject.batch_limit.within(lambda: probing.compared_gradients(subject, self.measure.context))}
+
+    def column(self, probes: Probes) -> Row:
+        """The column of the probes: the points of the images that fell to them, and the clean points of the others."""
+        subject, row = self.subject, replace(self.measure.clean)
+        # On a random model, a probe's point also counts if it is worse than the points of the attacks.
+        fallen = torch.tensor(probes.found() if subject.is_random else probes.fallen(), dtype=torch.int64, device="cpu")
+        wrong, margins, right = row.points.at(fallen.numpy())
+        points = Points(np.ones_like(wrong), np.full_like(margins, -np.inf), np.zeros_like(right))
+        if probes.points is not None and len(fallen):
+            images = probes.points[fallen].to(subject.x.device)
+            chosen, judged = (subject.judge(images, phase, fallen) for phase in ("choose", "judge"))
+            points = Points(chosen.wrong, chosen.margins, judged.right)
+        row.take(row.points.put(fallen.numpy(), points))
+        return row
+
+    def probes_key(self, more: dict[str, Any]) -> str | None:
+        """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
+        context, subject = self.measure.context, self.subject
+        ball = [context.eps, context.norm, context.eot_iter, context.batch_size, context.max_forward_batch]
+        settings = {"probes": [probing.PROBED, subject.data, subject.seed, subject.is_random, *ball]}
+        return self.measure.cache.key(settings | more, subject.model)
+
+    def measure_before_attacks(self, before: Before) -> Probes | None:
+        """Run the probes before the attacks, in the first process; each is kept as soon as it is made.
+
+        The result is None if the time was over before the first images were probed.
+        """
+        measure, subject, progress = self.measure, self.subject, self.measure.progress
+        model = counted_model(subject.model, progress)
+
+        def keep(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            def shown() -> dict[str, Any]:
+                progress.total += 1
+                with progress.row(f"probe: {name}"):
+                    result = make()
+                progress.rows += 1
+                return result
+
+            return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
+
+        def values() -> dict[str, Any] | None:
+            settled = functools.partial(signs_of_masking, is_random=True)
+
+            def ask() -> Probes:
+                return probing.measure_before_attacks(before, measure.context, model, keep, settled)
+
+            # If memory runs out, the probes run again with fewer images at once.
+            with contextlib.suppress(TimeIsOver):
+                return asdict(subject.batch_limit.within(ask))
+            return None
+
+        result = measure.shards.from_first(values)
+        return None if result is None else Probes(**result)
+
+    def all_probes(self, before: Before, measured: Probes, evidence: Evidence) -> Probes:
+        """Return the results of all probes; cached results are used only if the attacks before them were the same."""
+        wrong = evidence.wrong(measured.n)
+        # The images that withstood every attack; without an attack, none.
+        left = np.zeros(measured.n, dtype=bool) if wrong is None else wrong == 0
+        measured = replace(measured, left=left.tolist())
+        key = self.probes_key({"attacks": [row.attack for row in evidence.rows], "left": digest(torch.tensor(left))})
+        ask = functools.partial(probing.probe, before, self.measure.context, measured)
+        with contextlib.suppress(TimeIsOver):
+            limit = self.subject.batch_limit
+            return Probes(**self.measure.cache.values(key, lambda: asdict(limit.within(ask))))
+        return replace(measured, whole=False)
