@@ -33,7 +33,7 @@ from .alarms import probes as probing
 from .alarms.probes import Before, Probes
 from .alarms.signs import Evidence, findings, signs_of_masking
 from .request import preparation
-from .request.config import EvaluateConfig, Predict, ProtocolName, config_of
+from .request.config import USUAL_BATCH, EvaluateConfig, Predict, ProtocolName, config_of
 from .request.deadline import DrawsUnderAttack, Subject, device_of
 from .request.preparation import AttackFunction, AttackSpec, row_name, threat_name
 from .results.cache import RowCache, state_digest
@@ -183,7 +183,7 @@ def _context(config: EvaluateConfig, subject: Subject, ball: ThreatModel) -> Jud
         shares_draws=subject.shares_draws,
         judge_draws=draws,
         judge_share=share,
-        batch_size=config.images_together,
+        batch_size=config.batch_size or USUAL_BATCH,
         max_forward_batch=most,
         graphs=StepGraphs(config.cuda_graphs, cudnn_benchmark=config.cudnn_benchmark),
         copies=Copies(subject.sample_images()),
@@ -227,7 +227,7 @@ class _Evaluation:
             enter(frozen(model))
             enter(reading(model, self.base, *(spec.through for spec in self.attacks)))
             judging: dict[str, Any] = {"n_eval": config.n_eval, "predict": config.predict, "seed": config.seed}
-            size = config.images_together
+            size = config.batch_size or USUAL_BATCH
             with strays_frozen(model, self.stack) as strays:
                 self.subject = subject = Subject(model, self.x, self.y, batch_size=size, draws=self.draws, **judging)
             modes += preparation.note_of_modes(model, name, strays) if strays else []

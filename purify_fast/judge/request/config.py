@@ -88,11 +88,6 @@ class EvaluateConfig:
         if self.claim is not None and not (self.claim == 0 or 1 < self.claim <= 100):
             raise ValueError(f"claim must be 0, or a percentage above 1 and at most 100, got {self.claim!r}")
 
-    @property
-    def images_together(self) -> int:
-        """The largest number of images that are attacked together."""
-        return self.batch_size or USUAL_BATCH
-
 
 def config_of(config: EvaluateConfig | None, options: Mapping[str, Any]) -> EvaluateConfig:
     """Replace fields of a config, or of the defaults, by the options of the same names that are not None."""

@@ -16,20 +16,10 @@ from torch import Tensor
 
 from ..._tensors import per_image
 from ..._validation import Count, Share
+from ...attacks import objective as objectives
 from ...attacks.base import Resolved, times
 from ...attacks.context import AttackContext, Ball, keeping, projected
-from ...attacks.objective import (
-    FEWEST_CLASSES,
-    TARGETED,
-    ApgdLoss,
-    Objective,
-    ObjectiveStep,
-    Search,
-    better_of,
-    check_classes,
-    count_faults,
-    keep_better,
-)
+from ...attacks.objective import TARGETED, ApgdLoss, Objective, ObjectiveStep, Search
 from ...ops.apgd_step import apgd_step
 from ...speed.graphs.step_loop import State
 from . import engine
@@ -94,8 +84,8 @@ class APGD(EngineAttack):
 
     def explore(self, active: ActiveSet, objective: Objective, context: JudgeContext) -> None:
         steps, loss = self.resolved_for(context).steps, objective.loss
-        if loss in FEWEST_CLASSES:
-            check_classes(loss, active.logits.shape[1])
+        if loss in objectives.FEWEST_CLASSES:
+            objectives.check_classes(loss, active.logits.shape[1])
         # A loss without targets needs no target classes, so the only element of `goals` is None.
         goals = engine.nearest_borders(active, objective, self.n_target_classes) if loss in TARGETED else (None,)
         by_pace = self.give_up and self.leave_when_fallen
@@ -153,10 +143,10 @@ class AutoPgdStep(ObjectiveStep):
         gradient, loss = now.image.to(point.dtype), now.loss
         higher = loss > state["top_loss"]
         wide = per_image(higher, point)
-        counts = count_faults(self.objective, state, now) if self.counts else State()
+        counts = objectives.count_faults(self.objective, state, now) if self.counts else State()
         return (
             counts
-            | keep_better(state, point, now)
+            | objectives.keep_better(state, point, now)
             | {
                 "point": point,
                 "previous": state["point"],
@@ -312,7 +302,7 @@ class AutoPgd(RowSearch):
         if self.objective.eot_iter > 1:
             # The highest of many noisy scores is partly luck, so the best point is scored again.
             score = self.objective.score(best, labels)
-        best, score = better_of(best, score, last, self.objective.score(last, labels))
+        best, score = objectives.better_of(best, score, last, self.objective.score(last, labels))
         if self.active.leave:
             # If the search used a copy, every point is judged, because the model may misclassify a point that the copy
             # classifies correctly.
