@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..._files import write_text
 from ..._places import check_folder
 from ..._validation import Range, check_types
+from ..results.rows import binomial
 from ..show.text import render
 
 Floats = NDArray[np.float64]
@@ -61,7 +62,7 @@ def boundary(threshold: float, alpha: float, most: int) -> tuple[int, ...]:
     """
     start, mass, left, least = 0, np.ones(1), 0.0, list[int]()
     for first, last in pairwise((0, *looks(most))):
-        steps = _binomial(last - first, threshold)
+        steps = binomial(last - first, threshold)
         kept = np.flatnonzero(steps > alpha * NOTHING)
         # The probabilities of start, start + 1, ... right draws without an answer so far.
         mass, start = np.convolve(mass, steps[kept[0] : kept[-1] + 1]), start + int(kept[0])
@@ -72,14 +73,6 @@ def boundary(threshold: float, alpha: float, most: int) -> tuple[int, ...]:
         kept = np.flatnonzero(mass[:enough] > alpha * NOTHING)
         mass, start = mass[kept[0] : enough], start + int(kept[0])
     return tuple(least)
-
-
-def _binomial(draws: int, probability: float) -> Floats:
-    """The probabilities of 0 to ``draws`` successes."""
-    k, n = torch.arange(draws + 1, dtype=torch.float64, device="cpu"), torch.tensor(float(draws), dtype=torch.float64)
-    ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    mass = (ways + k * math.log(probability) + (n - k) * math.log1p(-probability)).exp()
-    return np.asarray((mass / mass.sum()).numpy(), dtype=np.float64)
 
 
 def answers(look: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray[np.int8]:
@@ -147,7 +140,7 @@ def most_wrong(images: int, alpha: float) -> int:
     The draws of images are independent, so the number of wrong certificates is at most binomial.
     """
     # The probability of more than k wrong certificates. The sum begins with the smallest terms, and is exact to 1e-12.
-    return int((_binomial(images, alpha)[::-1].cumsum()[::-1][1:] > alpha * (1 + 1e-9)).sum())
+    return int((binomial(images, alpha)[::-1].cumsum()[::-1][1:] > alpha * (1 + 1e-9)).sum())
 
 
 def leads(right: Numbers, rivals: Numbers, classes: int, alpha: float) -> NDArray[np.int8]:

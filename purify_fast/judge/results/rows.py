@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from ...attacks import GradientHealth
 
@@ -470,15 +471,15 @@ def chance_of_at_most(left: int, images: int, share: float) -> float:
     """Return the probability that at most ``left`` images are robust, by the exact binomial distribution."""
     if left >= images or share == 0:
         return 1.0
-    if share == 1:
-        return 0.0
-    first = math.lgamma(images + 1) + images * math.log1p(-share)
-    odds = math.log(share) - math.log1p(-share)
-    terms = (
-        math.exp(first - math.lgamma(count + 1) - math.lgamma(images - count + 1) + count * odds)
-        for count in range(left + 1)
-    )
-    return min(1.0, math.fsum(terms))
+    return 0.0 if share == 1 else float(binomial(images, share)[: left + 1].sum())
+
+
+def binomial(draws: int, share: float) -> np.ndarray:
+    """The probabilities of 0 to ``draws`` successes if each has the probability ``share`` in (0, 1), float64."""
+    k, n = torch.arange(draws + 1, dtype=torch.float64, device="cpu"), torch.tensor(float(draws), dtype=torch.float64)
+    ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    mass = (ways + k * math.log(share) + (n - k) * math.log1p(-share)).exp()
+    return np.asarray((mass / mass.sum()).numpy(), dtype=np.float64)
 
 
 @functools.cache
