@@ -79,16 +79,16 @@ class RowCache:
         """Let the rows of a frozen model be cached, named by its `fingerprint`; a warning says if they cannot be."""
         if self.folder is None:
             return
-        self._marks[id(model)] = model, fingerprint(model, x, asked)
-        if self._marks[id(model)][1] is None:
+        self._marks[id(model)] = model, (mark := fingerprint(model, x, asked))
+        if mark is None:
             why = "with the same seed, it answers the same images differently"
             logger.warning("out: the rows of %s are not kept, because %s", name, why)
 
     def row(self, key: str | None, make: Callable[[], Row]) -> Row:
         """Read a row from the cache, or make the row and cache it."""
         path = self._path(key)
-        self.source = ""
-        if (content := self._read(path)) is not None:
+        content, self.source = self._read(path), ""
+        if content is not None:
             self.source, (values, tensors) = ", from the cache", content
             return Row.from_dict(values, {name: tensor.numpy() for name, tensor in tensors.items()})
         row = make()

@@ -235,10 +235,8 @@ class AutoPgd(RowSearch):
         self.sighted = bool((usable | (self.loop.state["best_score"][0] == 1)).any())
         self.blind_steps += 1
         few = self.active.draws_differ and self.blind_steps * self.objective.eot_iter < BLIND_DRAWS
-        if self.sighted or few:
-            return False
-        self.active.ended_blind = True
-        return True
+        self.active.ended_blind |= (blind := not (self.sighted or few))
+        return blind
 
     def _turn(self, i: int) -> None:
         """Compute the next points again where step ``i`` moves without momentum, or is a checkpoint."""

@@ -88,10 +88,8 @@ def nearer(ball: Ball, state: State, across: Tensor) -> State:
     point, nearest, distance = state["point"], state["nearest"], state["distance"]
     far = _length(ball, point - state["x"]).to(distance.dtype)
     closer = across & (far < distance)
-    return {
-        "nearest": torch.where(per_image(closer, point), point, nearest),
-        "distance": torch.where(closer, far, distance),
-    }
+    nearest = torch.where(per_image(closer, point), point, nearest)
+    return {"nearest": nearest, "distance": torch.where(closer, far, distance)}
 
 
 class _FabSearch(RowSearch):

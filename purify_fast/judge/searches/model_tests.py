@@ -43,11 +43,10 @@ def strays_frozen(model: Classifier, stack: contextlib.ExitStack) -> Iterator[li
             return
         own.update(map(id, part.modules()))
         # A module from torch.export keeps its mode, and refuses `eval` by a method of its own.
-        if "eval" in vars(part):
-            return
-        strays.append(part)
-        if isinstance(model, nn.Module):
-            stack.enter_context(frozen(part))
+        if "eval" not in vars(part):
+            strays.append(part)
+            if isinstance(model, nn.Module):
+                stack.enter_context(frozen(part))
 
     handle = register_module_forward_pre_hook(before)
     try:
@@ -78,11 +77,9 @@ def check_leaves_images(model: Callable[[Tensor], Tensor], x: Tensor) -> None:
         with torch.set_grad_enabled(recorded):
             try:
                 logits_of(model, images)
-            except WritesToItsInput:
-                raise
-            except Exception:
+            except Exception as error:
                 # A model that fails only while gradients are recorded can be evaluated, so the error is ignored.
-                if not recorded:
+                if not recorded or isinstance(error, WritesToItsInput):
                     raise
         if not torch.equal(images.detach(), x.detach()):
             raise WritesToItsInput

@@ -111,9 +111,8 @@ class OriginalAutoAttack(InBall):
             classes = context.num_classes or check_model(target, x[:SAMPLE])
             steps, draws, *_ = self.resolved_for(replace(context, num_classes=classes))
             with _listening(warnings):
-                adversary = implementation()(
-                    target, norm=norm.capitalize(), eps=eps, seed=context.seed, version=self.version, device=x.device
-                )
+                how = {"norm": norm.capitalize(), "eps": eps, "seed": context.seed, "device": x.device}
+                adversary = implementation()(target, version=self.version, **how)
                 adversary.attacks_to_run = list(ATTACKS[self.version])
                 adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = min(9, classes - 1)
                 for part in (adversary.apgd, adversary.apgd_targeted):
@@ -130,14 +129,12 @@ class OriginalAutoAttack(InBall):
             images = result[0] if isinstance(result, tuple) else result
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, images.detach(), ball_around(x, eps, norm))
-            health = GradientHealth() if context.counts_health else None
-            if health is not None:
-                # This is the cross-entropy as the package computes it.
-                loss = partial(F.cross_entropy, reduction="none")
-                objective = Objective(target, loss, max_forward_batch=size)
-                for images in (x, points):
-                    health.see_gradient(objective.gradient(images, y).image)
-        return AttackResult(points, health, warnings)
+            # This is the cross-entropy as the package computes it.
+            objective = Objective(target, partial(F.cross_entropy, reduction="none"), max_forward_batch=size)
+            health = GradientHealth()
+            for images in (x, points) if context.counts_health else ():
+                health.see_gradient(objective.gradient(images, y).image)
+        return AttackResult(points, health if context.counts_health else None, warnings)
 
 
 @contextlib.contextmanager

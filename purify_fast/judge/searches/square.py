@@ -128,11 +128,9 @@ class SquareRound(ObjectiveStep):
             points = points.unflatten(0, (self.together, -1))[best, state["row"]]
             share = None if share is None else share.view(self.together, -1)[best, state["row"]]
         better = margin > state["margin"]
-        new = {"point": torch.where(per_image(better, points), points, state["point"])}
-        new["margin"] = torch.maximum(margin, state["margin"])
-        if share is not None:
-            new["share"] = torch.where(better, share, state["share"])
-        return new
+        point = torch.where(per_image(better, points), points, state["point"])
+        new = {} if share is None else {"share": torch.where(better, share, state["share"])}
+        return {"point": point, "margin": torch.maximum(margin, state["margin"]), **new}
 
 
 def scored(objective: Objective, points: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -181,8 +179,7 @@ class _SquareSearch:
         shapes = pattern(edge, ball.norm, x.device).to(numbers)
         delta = torch.zeros_like(x)
         turned, sign = numbers[:, : TILES**2], numbers[:, TILES**2 :].view(len(x), TILES**2, channels)
-        top = (height - edge * TILES) // 2 if edge > 1 else 0
-        left = (width - edge * TILES) // 2 if edge > 1 else 0
+        top, left = ((size - edge * TILES) // 2 if edge > 1 else 0 for size in (height, width))
         for i in range(TILES**2):
             row, column = top + i // TILES * edge, left + i % TILES * edge
             tile = shapes[(turned[:, i] < 0.5).long()][:, None] * signs(sign[:, i])[:, :, None, None]
@@ -298,10 +295,8 @@ def side(query: int, height: int, width: int, least: int = 1) -> int:
     """Return the edge of the squares at a query, in pixels, at least ``least``; queries are counted from 0."""
     share = FIRST_SHARE / 2 ** sum(query > after for after in HALVED_AFTER)
     edge = max(round(math.sqrt(share * height * width)), least)
-    if least > 1 and edge % 2 == 0:
-        # The patterns of l2 and l1 need a pixel in the middle, so the edge is odd.
-        edge += 1
-    return min(edge, height, width)
+    # The patterns of l2 and l1 need a pixel in the middle, so the edge is odd.
+    return min(edge + (least > 1 and edge % 2 == 0), height, width)
 
 
 @cache

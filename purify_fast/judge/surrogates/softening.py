@@ -363,9 +363,8 @@ class Softening(HoldingMode):
         difference = abs(left - right) if _floating(left) or _floating(right) else None
         if not follows(difference) or (isinstance(b, float) and isinf(b)):
             return None
-        if isinstance(a, Tensor) and a.dtype == torch.bool:
-            return 1 - difference
-        return 1 / (1 + self.slope * difference / _size(left, right))
+        of_masks = isinstance(a, Tensor) and a.dtype == torch.bool
+        return 1 - difference if of_masks else 1 / (1 + self.slope * difference / _size(left, right))
 
     def _between(self, values: Any, bounds: Tensor) -> Tensor | None:
         """The softened position of numbers among sorted bounds; it rises linearly from the first bound to the last."""
