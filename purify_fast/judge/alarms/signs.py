@@ -15,7 +15,7 @@ import numpy as np
 
 from ...attacks import objective as health
 from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT
-from ..results.rows import CUT, Row, worst_rows
+from ..results.rows import CUT, Points, Row, worst_rows
 from .probes import STEPS, Missing, Probes
 
 Verdict = Literal["passed", "noted", "unreliable", "not asked"]
@@ -144,8 +144,8 @@ class Evidence:
 
         The draws are those that choose a random model's points, because the draws that judge must stay fresh.
         """
-        shares = [row.share_wrong[:n] for row in self.attacks() if row.n >= n]
-        return np.maximum.reduce(shares) if shares else None
+        rows = [row for row in self.attacks() if row.n >= n]
+        return Points.worst(rows, n).wrong if rows else None
 
     def fallen(self) -> list[tuple[Row, np.ndarray]]:
         """Return each attack with the share of wrong draws on its images, ``[images]``; 0 on others."""
