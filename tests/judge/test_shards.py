@@ -186,7 +186,7 @@ def test_killed_anywhere_the_report_is_the_same(tmp_path):
         done = together(tmp_path, 1, lambda i=i, at=moment: kill_at_call(*at) or evaluated(tmp_path / str(i)), None)
         assert done.codes == [-signal.SIGKILL], done.errors
     whole = plain(evaluated(tmp_path / "whole"))
-    assert len(whole["findings"]) == 8 and any("through" in row["settings"] for row in whole["rows"])
+    assert len(whole["findings"]) == 9 and any("through" in row["settings"] for row in whole["rows"])
     for i, moment in enumerate(ALONE):
         out = tmp_path / str(i)
         # the clean images come first, and each row and each probe is a file
