@@ -282,13 +282,12 @@ class _Short:
         """The points of a short attack on the images ``at``."""
         context, options = self.context, dict(settings)
         torch.manual_seed(context.seed)
-        ball = JudgeContext(eps=context.eps, norm=context.norm, seed=options.pop("seed"), sample_ids=self.part[at])
         # The attacked model counts its images, and so does a wrapper like it around the surrogate.
         source = None if gradients_from is None else self.model.around(lambda _: gradients_from)
         most = context.max_forward_batch or context.batch_size
-        direct = replace(ball, judge_draws=self.judges, copies=context.copies, max_forward_batch=most)
-        attack, direct = APGD(**options), replace(direct, gradients_from=source)
-        return attack.run(self.model, self.x[at], self.y[at], direct).images
+        direct = JudgeContext(eps=context.eps, norm=context.norm, seed=options.pop("seed"), sample_ids=self.part[at])
+        direct = replace(direct, judge_draws=self.judges, copies=context.copies, max_forward_batch=most)
+        return APGD(**options).run(self.model, self.x[at], self.y[at], replace(direct, gradients_from=source)).images
 
     def order(self, among: Tensor, surrogates: Sequence[tuple[str, Classifier]]) -> list[str]:
         """The names of surrogates; first come those whose gradients lower the margins of a few images most."""

@@ -353,8 +353,8 @@ def certify(
     n, data = len(labels), digest(images, labels)
     # Draws choose the class that is tested. Until then, none is tested.
     extra = choosing if y is None or not radii else 0
-    none, ids = np.zeros(n, dtype=np.int64), None if index is None else torch.as_tensor(index).cpu().numpy()
-    result = Certificates(none, none.copy(), sigma, radii, alpha, notes=notes, index=ids)  # type: ignore[arg-type]
+    zeros, ids = np.zeros(n, dtype=np.int64), None if index is None else torch.as_tensor(index).cpu().numpy()
+    result = Certificates(zeros, zeros.copy(), sigma, radii, alpha, notes=notes, index=ids)  # type: ignore[arg-type]
     result.labels[:], result.tested[:] = -1 if y is None else labels, -1 if extra else labels
     if radii == (0.0,) and y is not None:
         result.refuted[0.0] = np.zeros(n, dtype=np.bool_)
