@@ -424,18 +424,17 @@ def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     # In contrast to other protocols, every attack here gets all remaining images, and takes all of its steps.
-    attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted"))]
     every = APGD(loss="margin_targeted", n_target_classes=None, precision="float32")
-    attacks.append(_left(every, "APGD-T margin, every target, float32"))
-    attacks.append(_left(APGD(loss="dlr_targeted", precision="bfloat16"), "APGD-T, gradients in bfloat16"))
+    rounded = APGD(loss="dlr_targeted", precision="bfloat16")
+    attacks = [_left(APGD()), _left(APGD(loss="dlr_targeted")), _left(every, "APGD-T margin, every target, float32")]
+    attacks += [_left(rounded, "APGD-T, gradients in bfloat16")]
     attacks += [replace(spec, survivors_only=True) for spec in _of_its_kind(subject, ball)]
     attacks += _through_heads(subject)
     attacks += [_transferred(*pair) for pair in subject.surrogates(ball)[0]]
     attacks += [_left(FABT(n_target_classes=None)), _left(Square())]
     again = APGD(loss="dlr_targeted", n_target_classes=None, precision="float32")
-    for i in range(RESTARTS):
-        attacks.append(_left(again, f"APGD-T, every target, random start {i + 2} of {RESTARTS + 1}", seed=i + 1))
-    return attacks
+    label = "APGD-T, every target, random start"
+    return [*attacks, *(_left(again, f"{label} {i + 1} of {RESTARTS + 1}", seed=i) for i in range(1, RESTARTS + 1))]
 
 
 def _of_its_kind(subject: Subject, ball: ThreatModel) -> Sequence[AttackSpec]:
@@ -469,9 +468,7 @@ def without_early_stops(
 
 
 def _without_early_stop(spec: AttackSpec) -> AttackSpec:
-    attack = spec.attack
-    if isinstance(attack, EngineAttack):
-        attack = replace(attack, give_up=False)
+    attack = replace(spec.attack, give_up=False) if isinstance(spec.attack, EngineAttack) else spec.attack
     return replace(spec, attack=attack, until=None, nearest=None)
 
 
@@ -481,10 +478,9 @@ def _through_heads(subject: Subject) -> list[AttackSpec]:
         return []
     model, attack = cast(SampleLogits, subject.base_model), APGD(loss="dlr_targeted")
     with torch.no_grad():
-        samples = model.sample_logits(subject.sample_images()[:1]).shape[1]
-    if samples == 1:
         # With a single sample all aggregations are about the same.
-        return []
+        if model.sample_logits(subject.sample_images()[:1]).shape[1] == 1:
+            return []
     return [_left(attack, f"APGD-T through the samples' {head}", through=AttackersHead(model, head)) for head in HEADS]
 
 
@@ -496,16 +492,16 @@ def _transferred(name: str, surrogate: Classifier, attack: APGD = TRANSFER) -> A
 def _official(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
     from ..searches.original_autoattack import OriginalAutoAttack
 
-    model, standard = subject.base_model, OriginalAutoAttack()
+    model, standard, rand = subject.base_model, OriginalAutoAttack(), AttackSpec(OriginalAutoAttack(version="rand"))
     if not subject.is_random:
         return [AttackSpec(standard)]
     # The version standard is only for models without randomness.
-    through: list[AttackSpec] = []
     if supports(model, FixedNoise):
-        through = [AttackSpec(standard, through=WithFixedNoise(model, subject.seed), label=f"{AUTO}, fixed noise")]
-    elif supports(model, DeterministicMode):
-        through = [AttackSpec(standard, through=WithoutNoise(model), label=f"{AUTO}, noise off")]
-    return [*through, AttackSpec(OriginalAutoAttack(version="rand"))]
+        still = WithFixedNoise(model, subject.seed)
+        return [AttackSpec(standard, through=still, label=f"{AUTO}, fixed noise"), rand]
+    if supports(model, DeterministicMode):
+        return [AttackSpec(standard, through=WithoutNoise(model), label=f"{AUTO}, noise off"), rand]
+    return [rand]
 
 
 #: The protocols that `without_early_stops` changes if probes find signs of masked gradients before the attacks.

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -213,8 +213,7 @@ class Shards:
 
     def _announce(self, kind: str = "", content: Any = None) -> tuple[str, Any]:
         message = [(kind, content)]
-        with self._exchange():
-            dist.broadcast_object_list(message, src=0, group=self._group)
+        self._exchange(dist.broadcast_object_list, message, src=0)
         return message[0]
 
     def _shared(self, numbers: Sequence[int], make: Callable[[int], Any]) -> list[Any]:
@@ -224,18 +223,15 @@ class Shards:
         except Exception as own:
             error = own
         every: list[Any] = [None] * self.world
-        message = (results, None if error is None else sendable(error))
-        with self._exchange():
-            dist.all_gather_object(every, message, group=self._group)
+        self._exchange(dist.all_gather_object, every, (results, None if error is None else sendable(error)))
         if failed := [reason for _, reason in every if reason is not None]:
             self._over = True
             raise error or failed[0]
         return [every[place % self.world][0][place // self.world] for place in range(len(numbers))]
 
-    @contextlib.contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def _exchange(self, call: Callable[..., None], *content: Any, **options: Any) -> None:
         try:
-            yield
+            call(*content, group=self._group, **options)
         except RuntimeError as error:
             self._over = True
             raise ConnectionError(
