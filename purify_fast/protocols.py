@@ -18,18 +18,14 @@ A method that models of this package have has no protocol, and `supports` looks 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
-
-class Classifier(Protocol):
-    """Maps images to logits."""
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, C, H, W]`` in [0, 1]."""
+#: Maps images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``.
+Classifier: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
@@ -49,22 +45,13 @@ def supports(model: object, methods: type | str) -> bool:
 # -- protocols ---------------------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Purifies(Protocol):
-    """Repairs images before they are classified."""
-
-    def purify(self, x: Tensor) -> Tensor:
-        """Purified images ``[B, C, H, W]``, or K draws for each image, ``[B, K, C, H, W]``."""
-
-
-class HasClassifier(Protocol):
-    """Has an attribute ``classifier``."""
+class Purifier(Protocol):
+    """Repairs images, before its attribute ``classifier`` classifies them."""
 
     classifier: nn.Module
 
-
-class Purifier(Purifies, HasClassifier, Protocol):
-    """A purifier in front of a classifier, with the attribute ``classifier``."""
+    def purify(self, x: Tensor) -> Tensor:
+        """Purified images ``[B, C, H, W]``, or K draws for each image, ``[B, K, C, H, W]``."""
 
 
 @runtime_checkable
@@ -155,9 +142,9 @@ def draws_for_each_image(model: object) -> bool:
 def is_purifier(model: object) -> TypeGuard[Purifier]:
     """Return True if ``model`` satisfies `Purifier`."""
     # Since Python 3.12, isinstance(model, Purifier) does not find submodules, because they are not plain attributes.
-    return supports(model, Purifies) and has_classifier(model)
+    return supports(model, "purify") and has_classifier(model)
 
 
-def has_classifier(model: object) -> TypeGuard[HasClassifier]:
-    """Return True if ``model`` satisfies `HasClassifier`."""
+def has_classifier(model: object) -> bool:
+    """Return True if ``model`` has an attribute ``classifier`` that can be called."""
     return callable(getattr(model, "classifier", None))

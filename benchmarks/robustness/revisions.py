@@ -18,7 +18,7 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.request.preparation import AttackSpec, protocol_attacks
 from purify_fast.judge.run import attack_run as stopping
-from purify_fast.methods.diffusion.defence import strong_attacks
+from purify_fast.methods.diffusion import DiffusionPurifier
 
 #: The versions of the rule for random models, of the probes of random models, of the draws of models that promise
 #: other draws for each image, and of the surrogates. Increase a number if results change by it.
@@ -51,9 +51,7 @@ class AnyModel(nn.Module):
 class AnyPurifier(AnyModel):
     """`AnyModel` with the attacks that the protocol "strong" adds for a purifier by diffusion."""
 
-    def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
-        """Return the added attacks. The arguments are those of `purify_fast.protocols.OwnAttacks`."""
-        return strong_attacks(self, norm, eps)
+    strong_attacks: Any = DiffusionPurifier.strong_attacks
 
 
 def of_attacks(specs: Iterable[AttackSpec], random: bool = True) -> list[str]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._validation import check_literal
 from ..ops.aggregate import aggregate
-from ..protocols import Aggregates, HasClassifier, Purifier, is_purifier, supports
+from ..protocols import Aggregates, Purifier, is_purifier, supports
 
 #: The methods of `purify_fast.ops.aggregate`.
 Aggregation = Literal["lse", "peel", "mean", "mean_sigmoid", "vote", "peel_reference"]
 
 
-def classifier_of(defence: HasClassifier) -> nn.Module:
+def classifier_of(defence: Any) -> nn.Module:
     """The classifier of a defence: its ``frozen_classifier``, which may be a copy, or ``classifier``."""
     return getattr(defence, "frozen_classifier", defence.classifier)
 

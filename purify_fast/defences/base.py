@@ -49,7 +49,7 @@ class Defence(StochasticDefence):
     aggregation: str = "lse"
     compute_dtype: torch.dtype | None = None
     about: str = ""
-    not_dependencies = frozenset({"bank", "_followed", "_reads", "_made_from"})
+    not_dependencies = frozenset({"_followed", "_reads", "_made_from"})
 
     def __init__(self, classifier: nn.Module, image_shape: tuple[int, int, int]):
         super().__init__()
@@ -63,9 +63,6 @@ class Defence(StochasticDefence):
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
         self.image_shape = image_shape
-        #: The settings of the adversarial bank (`purify_fast.training.bank`): the variants of an image, and the share
-        #: of the adversarial images that is attacked again although the bank is full. Empty without a bank.
-        self.bank: dict[str, Any] = {}
         self.classifier = copy.deepcopy(classifier).requires_grad_(False).eval()
         self.classifier_uses_channels_last = False
 

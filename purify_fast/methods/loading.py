@@ -84,7 +84,6 @@ def load_defence(
         raise ValueError(f"classifier must have the weights that {folder} was trained for; check=False allows others")
     with rebuilding(folder, facts):
         defence = kind(classifier=classifier, **kind.rebuilt_arguments(arguments, purifier, folder))
-    defence.bank = facts.get("bank", {})
     if odd := trained_tensors(defence).keys() ^ state.keys():
         raise ValueError(f"{folder} holds a model with other tensors, such as {', '.join(sorted(odd)[:4])}")
     # The state has no tensors of the classifier.

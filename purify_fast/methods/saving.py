@@ -41,8 +41,8 @@ def save_defence(defence: Defence, folder: str | Path) -> None:
 
     if defence.compute_dtype is not None:
         raise ValueError(f"a copy of a {type(defence).__name__} cannot be saved: save the defence itself")
-    facts = {"classifier": weights_fingerprint(defence.classifier), **({"bank": defence.bank} if defence.bank else {})}
-    save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), **facts)
+    fingerprint = weights_fingerprint(defence.classifier)
+    save_model(folder, type(defence).__name__, defence.arguments, trained_tensors(defence), classifier=fingerprint)
 
 
 def trained_tensors(defence: Defence) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from .._library import ends_graphs, is_compiled, outside_graphs
 from .._modules import hold, release
 from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
-from ..protocols import Purifies, supports
+from ..protocols import supports
 from .agreement import BFLOAT16, FLOAT32, apart, same_direction
 from .copying import deep_copy, freeze
 from .draws import same_draws
@@ -367,7 +367,7 @@ def _answers(model: Any, x: Tensor) -> _Answers:
     The random generators are restored.
     """
     purified = x
-    if supports(model, Purifies):
+    if supports(model, "purify"):
         with same_draws(model), torch.no_grad():
             purified = model.purify(x)
     with same_draws(model), torch.no_grad():

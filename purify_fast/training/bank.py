@@ -116,7 +116,6 @@ class AdversarialBank(InMemory):
         self.period = max(1, min(math.ceil(TOGETHER / max(anew, 1e-9)), most))
         settings: Any = {"variants": bank.variants, "refresh": bank.refresh}
         self.facts, self.counts = {"bank": settings}, {"bank": {**settings, "made": 0, "read": 0}}
-        task.result.bank = settings
 
     def flush(self) -> None:
         self._map.flush()

@@ -114,9 +114,6 @@ class ClassifierTask(MethodTask):
         beta = BETA[objective] if self.config.beta is None else self.config.beta
         return {"trades": trades, "mart": mart}[objective](before, logits, y, beta, smoothing), metrics
 
-    def answer(self, images: Tensor) -> Tensor:
-        return self.model(images)
-
     def describe(self) -> dict[str, Any]:
         return {"task": "classifier", **settings(self.config), "structure": structure_fingerprint(self.model)}
 

@@ -208,18 +208,9 @@ def _train_epoch(run: Run, listeners: Sequence[Callback]) -> TrainingState:
 
 
 def _state(run: Run, images: int, metrics: dict[str, Any], epoch: int, images_per_second: float = 0.0) -> TrainingState:
+    place = run.task, run.step, run.total, epoch, run.config.epochs
     rate = next(iter(run.task.optimizers.values())).param_groups[0]["lr"]
-    return TrainingState(
-        task=run.task,
-        step=run.step,
-        total_steps=run.total,
-        epoch=epoch,
-        epochs=run.config.epochs,
-        images=images,
-        metrics=metrics,
-        learning_rate=rate,
-        images_per_second=images_per_second,
-    )
+    return TrainingState(*place, images, metrics, learning_rate=rate, images_per_second=images_per_second)
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------

@@ -166,12 +166,12 @@ class Task:
         return {}
 
     def answer(self, images: Tensor) -> Any:
-        """Return what the network computes for images ``[B, C, H, W]``, a tensor; None if there is nothing to compare.
+        """Return what the network computes for images ``[B, C, H, W]`` in [0, 1], a tensor.
 
-        The images are in [0, 1]. A checkpoint has the answer for two fixed images. If a resumed network gives another
-        answer, `fit` logs a warning.
+        A checkpoint has the answer for two fixed images, unless this raises an error. If a resumed network gives
+        another answer, `fit` logs a warning.
         """
-        return None
+        return self.result(images)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that a run must share with a checkpoint to resume from it, as JSON values.

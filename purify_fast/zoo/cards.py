@@ -121,15 +121,11 @@ class Card:
 def read_card(folder: Path) -> Card:
     """Read the card in a model's folder."""
     facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    return Card(
-        **facts
-        | {
-            "image_shape": tuple(facts["image_shape"]),
-            "clean": Accuracy(**facts["clean"]),
-            "attacked": {name: Accuracy(**accuracy) for name, accuracy in facts["attacked"].items()},
-            "certified": Accuracy(**facts["certified"]) if facts.get("certified") else None,
-        }
-    )
+    facts["image_shape"], facts["clean"] = tuple(facts["image_shape"]), Accuracy(**facts["clean"])
+    facts["attacked"] = {name: Accuracy(**accuracy) for name, accuracy in facts["attacked"].items()}
+    if facts.get("certified"):
+        facts["certified"] = Accuracy(**facts["certified"])
+    return Card(**facts)
 
 
 def card(name: str) -> Card:

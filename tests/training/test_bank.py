@@ -12,7 +12,7 @@ from forks import results_of
 from small_runs import SHAPE, Stopped, atop_task, attack, carso_task, classifier_task, same
 from trainings import banked
 
-from purify_fast import cli, load_defence
+from purify_fast import cli
 from purify_fast.attacks import pgd
 from purify_fast.attacks.context import Ball
 from purify_fast.methods.carso import CarsoTask
@@ -113,12 +113,9 @@ def test_every_image_of_a_step_is_attacked_by_the_attack_of_its_place(tmp_path, 
     assert all(image.min() >= 0 and image.max() <= 1 for _, image in seen)
 
 
-def test_the_log_and_the_saved_model_say_what_the_bank_was(tmp_path):
-    task = train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", variants=6, refresh=0.25)
-    task.result.save(tmp_path / "saved")
-    loaded = load_defence(tmp_path / "saved", task.defence.classifier)
-    assert loaded.bank == {"variants": 6, "refresh": 0.25}
-    assert all(row | loaded.bank == row for row in rows(tmp_path / "a"))
+def test_the_log_says_what_the_bank_was(tmp_path):
+    train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", variants=6, refresh=0.25)
+    assert all(row | {"variants": 6, "refresh": 0.25} == row for row in rows(tmp_path / "a"))
     with pytest.raises(ValueError, match=r"bank\.refresh: 0\.25, now 0\.5"):
         train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", variants=6, refresh=0.5)
     with pytest.raises(ValueError, match="now None"):

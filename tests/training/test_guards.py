@@ -25,10 +25,11 @@ Y = torch.arange(64) % 4
 class FineTuning(Task):
     """Two groups, the first with a smaller rate, and a schedule that falls."""
 
-    def __init__(self):
+    def __init__(self, model=None):
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 4))
-        groups = [{"params": self.model[1].parameters(), "lr": 1e-5}, {"params": self.model[2].parameters()}]
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 4)) if model is None else model
+        first, *others = self.model.parameters()
+        groups = [{"params": [first], "lr": 1e-5}, {"params": others}]
         self.optimizer = torch.optim.SGD(groups, lr=0.1)
 
     def training_step(self, batch):
@@ -93,13 +94,15 @@ def network(kind):
     return Made(lambda self, x: self.fc(x.flatten(1) * self.scale), fc=nn.Linear(64, 4), scale=scale)
 
 
+@pytest.mark.parametrize("kind", [lambda model: ClassifierTask(model, ClassifierConfig()), FineTuning])
 @pytest.mark.parametrize(
     ("first", "then", "told"), [("relu", "relu", 0), ("relu", "silu", 1), ("one", "two", 1), ("one", "one", 0)]
 )
-def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, tmp_path, caplog):
+def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, kind, tmp_path, caplog):
+    loop = FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
     with pytest.raises(Stopped):
-        run(network(first), tmp_path, StopAt(5))
-    run(network(then), tmp_path)
+        fit(kind(network(first)), X, Y, loop, tmp_path, progress=False, callbacks=[StopAt(5)])
+    fit(kind(network(then)), X, Y, loop, tmp_path, progress=False)
     said = [record.getMessage() for record in caplog.records if "was its code edited" in record.getMessage()]
     assert len(said) == told and all("gives other outputs" in each for each in said)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import _templates
 from ...attacks import frozen
-from ...protocols import Classifier, FixedNoise, Purifies, SampleLogits, supports
+from ...protocols import Classifier, FixedNoise, SampleLogits, supports
 from ..alarms.probes import PROBED
 from ..alarms.signs import ALARMS, STATES, Evidence, Finding
 from ..request.deadline import device_of
@@ -321,7 +321,7 @@ def _asked(defence: Any, x: Tensor, attacked: Tensor) -> tuple[Tensor | None, li
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), frozen(defence):
         before = fixed(defence, x).argmax(1)
-        if not supports(defence, Purifies):
+        if not supports(defence, "purify"):
             return before, []
         classes = fixed(defence.sample_logits, attacked).argmax(2) if supports(defence, SampleLogits) else None
         images = fixed(defence.purify, attacked)

@@ -143,7 +143,7 @@ def _parts(model: Classifier, x: Tensor, num_classes: int) -> Surrogates:
     """The parts of a model that are classifiers themselves, with their names; outer modules come first."""
     own = _logits(model, x)
     # The attribute `classifier` of a defence is always a part.
-    parts: Surrogates = [("classifier", model.classifier)] if has_classifier(model) else []
+    parts: Surrogates = [("classifier", cast(Any, model).classifier)] if has_classifier(model) else []
     for name, part in _inside(model):
         inside = {module for _, other in parts if isinstance(other, nn.Module) for module in other.modules()}
         logits = _logits(part, x) if len(parts) < MOST_PARTS and part not in inside else None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ...data import DataSet
-    from .task import ArrestTask
+    from . import ArrestTask
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrainArrest(FollowsRecipe, OnClassifier):
         return replace(made, method=replace(made.method, learning_rate=rate))
 
     def task(self, images: DataSet, classifier: Any) -> ArrestTask:
-        from .task import ArrestTask
+        from . import ArrestTask
 
         return ArrestTask(classifier, self.method, images.image_shape, self.layers or None)
 

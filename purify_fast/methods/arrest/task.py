@@ -159,7 +159,9 @@ class ArrestTask(MethodTask):
             return self.attack(batch, attack), batch.x.new_zeros(())
         drift, tau = self.drift(batch.x, of_teacher), self.config.threshold
         replayed = drift > tau
-        if self.attacks_all_rows(batch.x.device):
+        graphs = self.graphs
+        if graphs is not None and graphs.may_capture(batch.x.device) and graphs.refusal is None:
+            # A replay of the captured attack takes less time on replayed images too.
             adversarial = self.attack(batch, attack)
         else:
             # The host waits for the device here: it must know whether any image is left to attack.
@@ -169,10 +171,6 @@ class ArrestTask(MethodTask):
         eps = attack.at_epoch(batch.epoch, batch.epochs).eps
         x = noisy_replay(batch.x, adversarial, drift, tau, eps, seed=seed, sample_ids=batch.sample_ids)
         return x, replayed.float().mean()
-
-    def attacks_all_rows(self, device: torch.device) -> bool:
-        """Return True if replayed images are attacked too, because a replay of the captured attack takes less time."""
-        return self.graphs is not None and self.graphs.may_capture(device) and self.graphs.refusal is None
 
     def loss(self, x: Tensor, y: Tensor, of_teacher: list[Tensor]) -> tuple[Tensor, Metrics]:
         """Return the loss of inputs ``x [B, C, H, W]``, and metrics."""
@@ -207,9 +205,6 @@ class ArrestTask(MethodTask):
     def after_step(self) -> None:
         if self.average is not None:
             self.average.update_parameters(self.classifier)
-
-    def answer(self, images: Tensor) -> Tensor:
-        return self.classifier(images)
 
     def check(self, shape: tuple[int, ...], classes: int) -> None:
         check_classifier(self.classifier, shape, classes, self.config.precision)

@@ -8,7 +8,7 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .config import AtopConfig as AtopConfig
-    from .defence import Atop as Atop, PurifierAdapter as PurifierAdapter
+    from .defence import Atop as Atop, PurifierAdapter as PurifierAdapter, build_purifier as build_purifier
     from .generators import DeepFillGenerator as DeepFillGenerator, SmallGenerator as SmallGenerator
     from .task import AtopTask as AtopTask, PatchDiscriminator as PatchDiscriminator
 else:

@@ -13,7 +13,7 @@ from .config import AtopConfig
 if TYPE_CHECKING:
     from ...data import DataSet
     from ..publication import Recipe
-    from .task import AtopTask
+    from . import AtopTask
 
 _GENERATOR = ("purifier", "width", "residual", "weights")
 _TRANSFORM = ("transform", "sigma", "block", "mask_ratio", "num_passes", "samples", "aggregation", "shared_mask")
@@ -64,9 +64,7 @@ class TrainGenerator(TrainPurifier):
 
     def task(self, images: DataSet, classifier: Any) -> AtopTask:
         from ..._hashes import weights_fingerprint
-        from .defence import Atop, build_purifier
-        from .generators import DeepFillGenerator
-        from .task import AtopTask
+        from . import Atop, AtopTask, DeepFillGenerator, build_purifier
 
         if self.weights is None:
             purifier = build_purifier(self.purifier, images.image_shape[0], width=self.width, residual=self.residual)
@@ -106,8 +104,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
 
     def task(self, images: DataSet, classifier: Any) -> AtopTask:
         from ..._hashes import weights_fingerprint
-        from .defence import Atop
-        from .task import AtopTask
+        from . import Atop, AtopTask
 
         if self.init is None:
             return super().task(images, classifier)

@@ -13,7 +13,7 @@ from .config import CarsoConfig
 if TYPE_CHECKING:
     from ...data import DataSet
     from ..publication import Recipe
-    from .task import CarsoTask
+    from . import CarsoTask
 
 _SIZES = ("layers", "cond_dim", "latent_dim", "samples")
 
@@ -59,9 +59,8 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         from ...data import statistics
         from ...models.classifiers import SmallCNN
         from ...models.layers import layers_missing
-        from .defence import Carso
-        from .recipes import RECIPES
-        from .task import CarsoTask
+        from ..recipes import recipe
+        from . import Carso, CarsoTask
 
         if self.init is not None:
             defence = saved_start(Carso, self.init, classifier)
@@ -75,7 +74,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         if self.recipe is None:
             sizes |= {"image_shape": images.image_shape, "decoder_width": self.decoder_width}
             return CarsoTask(Carso(classifier, **sizes), self.method)
-        published = RECIPES[self.recipe.removeprefix("carso/")]
+        published = recipe(self.recipe)
         same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
         mean, std = (None, None) if same else statistics(images.x_train)
         own = published.for_data(images.image_shape, images.num_classes, mean=mean, std=std)

@@ -254,10 +254,11 @@ class DiffusionPurifier(Defence):
         return [few, skips, one] if max(short) > 1 else [skips, one]
 
     def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
-        """Return attacks for purifiers by diffusion, as pairs of the name and the arguments of what makes them."""
-        # Only an evaluation needs these attacks.
-
-        return strong_attacks(self, norm, eps)
+        """Return attacks for purifiers by diffusion, as pairs that the evaluation makes into an `AttackSpec`."""
+        low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
+        own = ("AttackSpec", {"attack": low, "label": LOW, "through": LowFrequencyGradient(self)})
+        # The length of a step of Lee and Kim's attack is for L-inf.
+        return [("lee_kim_2023", {"eps": eps, "leave": True}), own] if norm == "linf" else [own]
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
@@ -304,14 +305,6 @@ KEPT = 0.25
 #: Number of draws over which a step averages the gradient.
 DRAWS = 20
 LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
-
-
-def strong_attacks(defence: nn.Module, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
-    """Return the attacks for a purifier in a ball, as pairs that the evaluation makes into an `AttackSpec`."""
-    low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
-    own = ("AttackSpec", {"attack": low, "label": LOW, "through": LowFrequencyGradient(defence)})
-    # The length of a step of Lee and Kim's attack is for L-inf.
-    return [("lee_kim_2023", {"eps": eps, "leave": True}), own] if norm == "linf" else [own]
 
 
 def low_frequencies(image: Tensor) -> Tensor:
