@@ -16,6 +16,8 @@ NormName = Literal["linf", "l2", "l1", "Linf", "L2", "L1"]
 #: The precision of a training. "tf32" rounds products' factors to ten bits of mantissa. "auto" is bfloat16 where the
 #: processor or card multiplies faster in it, or else float32.
 Precision = Literal["float32", "tf32", "bfloat16", "auto"]
+#: The unit of a training's delays.
+DelayUnit = Literal["epochs", "steps", "images"]
 #: The precision of an attack's gradients; see `purify_fast.attacks.gradient_copy`.
 GradientPrecision = Literal["auto", "float32", "bfloat16"]
 #: The use of CUDA graphs for steps of attacks; see `purify_fast.speed.StepGraphs`.

@@ -16,8 +16,7 @@ from .._validation import Norm
 from ..defences.base import Defence
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 from ..training.config import TrainingAttack
-from ..training.method_task import MethodTask
-from ..training.task import Batch, check_classifier
+from ..training.task import Batch, MethodTask, check_classifier
 
 D = TypeVar("D", bound=Defence)
 

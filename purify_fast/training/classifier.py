@@ -22,10 +22,9 @@ from ..ops.philox import Stream, philox, philox_key
 from ..speed.frozen_copy import AttackedCopy
 from ..speed.layout import autocast_to
 from ..speed.reading import reading
-from .config import ClassifierConfig, ObjectiveName, TrainingAttack, settings
-from .method_task import MethodTask
+from .config import ClassifierConfig, ObjectiveName, TrainingAttack
 from .run import read_model, save_model
-from .task import Batch, Metrics, check_classifier
+from .task import Batch, MethodTask, Metrics, check_classifier, settings
 
 #: The weight of the second term in the papers.
 BETA = {"trades": 6.0, "mart": 5.0}

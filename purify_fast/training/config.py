@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .._validation import (
@@ -149,18 +149,6 @@ def check_unused(given: Any, default: Any, names: Sequence[str], needs: str) -> 
     for name in names:
         if (value := getattr(given, name)) != getattr(default, name):
             raise ValueError(f"{name} needs {needs}, got {name}={value!r}")
-
-
-def settings(config: Any) -> dict[str, Any]:
-    """Return a training's configuration as one flat dict, with the fields of a `TrainingAttack` in place of the attack.
-
-    So no field of a configuration may have the name of a field of `TrainingAttack`. Checkpoints store this dict.
-    """
-    flat: dict[str, Any] = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        flat |= settings(value) if isinstance(value, TrainingAttack) else {field.name: value}
-    return flat
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,8 @@ from ..speed.snapshot import held_by
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import RELATIVE, load_state, relative_rates, set_modes, state_of, weights_of
-from .schedules import RunLength
 from .sources import InMemory, Loader, RawBatch, Sources, seed_draws, step_seed
-from .task import Batch, Metrics, Task
+from .task import Batch, Metrics, RunLength, Task
 
 #: The key of a saved model's values of ``get_extra_state`` that are no tensors.
 _EXTRA = "extra_state"

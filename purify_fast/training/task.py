@@ -3,31 +3,93 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._settings import first_tensor
 from .._tensors import check_one_device
-from .._validation import Precision
+from .._validation import DelayUnit, Precision
 from ..attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.layers import count_classes, evaluation_mode
 from ..speed.layout import autocast_to
 from .optimizers import Lookahead, set_modes
-from .schedules import DelayUnit, RunLength
 
 if TYPE_CHECKING:
     from ..speed.frozen_copy import AttackedCopy
     from ..speed.graphs.graphed_loop import StepGraphs
 
+
+@dataclass(frozen=True)
+class RunLength:
+    """The length of a run; ``batch_size`` and ``images_per_epoch`` are 0 for a loader."""
+
+    epochs: int
+    steps_per_epoch: int
+    batch_size: int = 0
+    images_per_epoch: int = 0
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def last_batch(self) -> int:
+        """The number of images in an epoch's last step; 0 for a loader."""
+        return self.images_per_epoch - (self.steps_per_epoch - 1) * self.batch_size
+
+    def images_before(self, step: int) -> int:
+        """Return the number of images that the steps before ``step``, counted from 0, train on; 0 for a loader."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs * self.images_per_epoch + steps * self.batch_size
+
+    def first_step(self, delay: float, unit: DelayUnit) -> int:
+        """Return the first step after a delay, or raise ValueError for images without a known batch size."""
+        if delay <= 0:
+            return 0
+        if unit == "steps":
+            return -int(-delay // 1)
+        if unit == "epochs":
+            return -int(-delay // 1) * self.steps_per_epoch
+        if not self.batch_size:
+            raise ValueError("a loader's batch size is not known: give the delay in steps in place of images")
+        epochs, images = divmod(-int(-delay // 1), self.images_per_epoch)
+        return epochs * self.steps_per_epoch - (-images // self.batch_size)
+
+    def check_acts(self, step: int, argument: str) -> int:
+        """Return ``step``, or raise ValueError for a loss term whose delay is at least as long as the run."""
+        if step >= self.steps:
+            raise ValueError(f"{argument} is too long: its term would begin in step {step + 1} of {self.steps}; give 0")
+        return step
+
+
+# Learning rates are functions of the progress, without a state to store. torch's schedulers could not repeat published
+# runs to the bit: OneCycleLR reaches its peak and its end one step earlier, and LambdaLR rounds differently.
+def one_cycle(progress: float, peak: float) -> float:
+    """Return the learning rate of a one-cycle schedule (Smith, 2018), at a share ``progress`` of the run.
+
+    It rises along a cosine from ``peak / 25`` to ``peak`` in the first fifth, and then falls to ``peak / 1000``.
+    """
+    if progress < 0.2:
+        low, position = peak / 25, 1 - progress / 0.2
+    else:
+        low, position = peak / 1000, (progress - 0.2) / 0.8
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * position))
+
+
+# -- the interface between a method and `purify_fast.training.fit` -----------------------------------------------------
+
 logger = logging.getLogger("purify_fast")
 
 Metrics = dict[str, Tensor]
-F = TypeVar("F", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -120,7 +182,7 @@ class Task:
     compiles: bool = False
     max_gradient: float | None = None
 
-    def compiled(self, function: F) -> F:
+    def compiled(self, function: Function) -> Function:
         """Return a function in the form in which a step calls it: compiled, or itself in validations.
 
         The function must not draw random numbers, and its numbers that change from step to step must be tensors.
@@ -135,7 +197,7 @@ class Task:
             from ..speed.graphs.compiled_step import compiled
 
             known[own] = compiled(own, dynamic=False)
-        return cast(F, known[own] if bound is None else partial(known[own], bound))
+        return cast(Function, known[own] if bound is None else partial(known[own], bound))
 
     @property
     def result(self) -> nn.Module:
@@ -286,3 +348,58 @@ def check_labels(classes: int, known: int) -> None:
     """Raise ValueError if ``classes``, the largest label plus one, exceeds ``known``, the model's number of classes."""
     if classes > known:
         raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")
+
+
+# -- what the trainings of classifiers and of all methods share --------------------------------------------------------
+
+
+class MethodTask(Task):
+    """A training with settings of precision and learning rates."""
+
+    #: The method's name in checkpoints.
+    name: ClassVar[str]
+    #: The published schedules by name: functions of the epoch, the number of epochs and the highest learning rate.
+    published: ClassVar[Mapping[str, Callable[[int, int, float], float]]] = {}
+    #: The name of the initial weights. A run is resumed only with the same name.
+    origin: str
+
+    def __init__(self, config: Any, model: nn.Module):
+        # Only a new task asks which precision a device has, and so needs what this module imports.
+        from ..speed.precision import with_known_precision
+
+        self.model = model
+        self.config = with_known_precision(config, first_tensor(model).device)
+        self.tf32 = config.precision == "tf32"
+        self.dtype = torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": self.name, **settings(self.config), "origin": self.origin}
+
+    def adamw(self, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """Return AdamW with the learning rate and the weight decay of the settings."""
+        decay = self.config.weight_decay
+        return torch.optim.AdamW(weights, lr=self.config.learning_rate, weight_decay=decay, foreach=True)
+
+    def learning_rate(self, progress: float, epoch: int, epochs: int) -> float:
+        peak, schedule = self.config.learning_rate, getattr(self.config, "schedule", "one_cycle")
+        if schedule in self.published:
+            return self.published[schedule](epoch, epochs, peak)
+        return peak if schedule == "constant" else one_cycle(progress, peak)
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Return a training's configuration as one flat dict, with the fields of its `TrainingAttack` in place of that.
+
+    So no field of a configuration may have the name of a field of `TrainingAttack`. Checkpoints store this dict.
+    """
+    flat: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        flat |= settings(value) if field.name == "attack" else {field.name: value}
+    return flat
+
+
+def cross_entropy_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of predictions, and their accuracy, detached."""
+    accuracy = (logits.detach().argmax(1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), accuracy

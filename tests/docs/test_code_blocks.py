@@ -23,7 +23,7 @@ from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.carso.recipes import RECIPES
 from purify_fast.methods.recipes import RECIPES as EVERY_RECIPE
-from purify_fast.training.schedules import RunLength
+from purify_fast.training.task import RunLength
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = {

@@ -20,8 +20,8 @@ from purify_fast.methods.carso.task import kl_weight
 from purify_fast.methods.recipes import RECIPES, recipe
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch
-from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
+from purify_fast.training.task import RunLength
 
 METHODS_FOLDER = Path(methods.__file__).parent
 #: Those that have a training.

@@ -9,7 +9,7 @@ from purify_fast.methods.arrest import ArrestConfig
 from purify_fast.methods.atop import AtopConfig
 from purify_fast.methods.carso import CarsoConfig
 from purify_fast.training import ClassifierConfig, TrainingAttack
-from purify_fast.training.config import settings
+from purify_fast.training.task import settings
 
 CONFIGS = (ClassifierConfig(), CarsoConfig(), AtopConfig(), ArrestConfig())
 

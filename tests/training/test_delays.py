@@ -9,8 +9,8 @@ from small_runs import StopAt, Stopped, carso_task, on_step
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.models import build_classifier
 from purify_fast.training import FitConfig, fit
-from purify_fast.training.schedules import RunLength
 from purify_fast.training.sources import InMemory
+from purify_fast.training.task import RunLength
 
 
 def images(count=12):

@@ -3,7 +3,7 @@
 import pytest
 
 from purify_fast.methods.carso.config import carso_published, carso_v1_published
-from purify_fast.training.schedules import one_cycle
+from purify_fast.training.task import one_cycle
 
 
 def test_the_published_rate_ends_near_its_floor_and_serves_short_runs():

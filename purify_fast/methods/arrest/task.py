@@ -30,8 +30,7 @@ from ...ops.philox import philox_key
 from ...ops.representation_distance import representation_distance
 from ...speed.layout import autocast_to, convert_to_channels_last
 from ...training.config import TrainingAttack
-from ...training.method_task import MethodTask, cross_entropy_of
-from ...training.task import Batch, Metrics, check_classifier
+from ...training.task import Batch, MethodTask, Metrics, check_classifier, cross_entropy_of
 from .config import ArrestConfig, arrest_published
 
 if TYPE_CHECKING:

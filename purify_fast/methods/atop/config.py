@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ..._validation import AtLeast0, Count, Precision, Range, ShareBelow1, check_types
+from ..._validation import AtLeast0, Count, DelayUnit, Precision, Range, ShareBelow1, check_types
 from ...training.config import TrainingAttack, check_unused
-from ...training.schedules import DelayUnit
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,7 @@ from ..._settings import without_autocast
 from ..._validation import Range, check_counts
 from ...models.layers import LeakyReLU
 from ...ops.philox import philox_key
-from ...training.method_task import cross_entropy_of
-from ...training.schedules import RunLength
-from ...training.task import Batch, Metrics, Update
+from ...training.task import Batch, Metrics, RunLength, Update, cross_entropy_of
 from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
 from .config import AtopConfig
 from .defence import Atop

@@ -32,8 +32,7 @@ from ...ops.philox import philox_key
 from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...training.optimizers import Lookahead
-from ...training.schedules import RunLength
-from ...training.task import Batch, Metrics
+from ...training.task import Batch, Metrics, RunLength
 from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
 from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
