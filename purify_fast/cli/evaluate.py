@@ -17,7 +17,7 @@ import tyro
 from .._places import REPORT, usable_device, what_is
 from .._validation import Count, Norm, Precision, read_norm
 from ..judge.request.config import EvaluateConfig
-from ..methods.discovery import METHODS
+from ..methods import all_methods
 from .command import EVALUATION, RUN_FILE, Command, DataCommand, ball_of_run, flag, parse, values, write_run_file
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
 
 #: The options with which saved defences of all methods are loaded, as a dataclass for each method that has any.
 _LOADING = [
-    (name, method.loading, field(default_factory=method.loading)) for name, method in METHODS.items() if method.loading
+    (name, method.loading, field(default_factory=method.loading))
+    for name, method in all_methods().items()
+    if method.loading
 ]
 LoadOptions: Any = make_dataclass("LoadOptions", _LOADING, frozen=True)
 

@@ -26,13 +26,13 @@ class ShowRecipe(Command):
     name: tyro.conf.Positional[str | None] = None
 
     def run(self) -> None:
-        from ..methods.recipes import RECIPES, recipe
+        from ..methods.recipes import all_recipes, recipe
 
         if self.name is not None:
             print(recipe(self.name))
             return
-        width = max(map(len, RECIPES))
-        for name, published in RECIPES.items():
+        width = max(map(len, all_recipes()))
+        for name, published in all_recipes().items():
             print(f"{name.ljust(width)}  {published.title}")
         print("`purify-fast recipe NAME` prints a recipe. `purify-fast train METHOD --recipe NAME` trains with one.")
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..methods.discovery import METHODS
+from ..methods import all_methods
 from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand, parse, values, words_of, write_run_file
@@ -146,6 +146,6 @@ def _command(training: type[Training]) -> type[TrainCommand]:
 
 
 #: The commands of all trainings of methods, by their names.
-TRAININGS = {training.called: _command(training) for method in METHODS.values() for training in method.trainings}
+TRAININGS = {training.called: _command(training) for method in all_methods().values() for training in method.trainings}
 #: What trains the networks of a method without a training here, by the name that its command would have.
-ELSEWHERE = {f"train {name}": method.trained_by for name, method in METHODS.items() if method.trained_by}
+ELSEWHERE = {f"train {name}": method.trained_by for name, method in all_methods().items() if method.trained_by}

@@ -15,7 +15,7 @@ from ..defences.base import Defence
 from ..training import load_classifier
 from ..training.classifier import rebuilding, written_by
 from ..training.run import read_model
-from .discovery import METHODS
+from . import all_methods
 from .saving import trained_tensors
 
 
@@ -27,7 +27,7 @@ def needs_classifier(folder: str | Path) -> bool:
 def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], type[Defence]]:
     """Read a saved defence, or a part of it, and find its class; ValueError for another kind of model."""
     facts, state = read_model(folder)
-    for name, method in METHODS.items():
+    for name, method in all_methods().items():
         if facts["kind"] == method.defence or facts["kind"] in method.parts:
             prefix = method.parts.get(facts["kind"], "")
             defence = getattr(import_module(f"{__package__}.{name}"), str(method.defence))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..training import BankConfig, Task
-    from .publication import Recipe
+    from .recipes import Recipe
 
 
 @dataclass(frozen=True)

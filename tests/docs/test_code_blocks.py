@@ -22,7 +22,7 @@ from examples import your_diffusion_loop
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.carso.recipes import RECIPES
-from purify_fast.methods.recipes import RECIPES as EVERY_RECIPE
+from purify_fast.methods.recipes import all_recipes
 from purify_fast.training.task import RunLength
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def scope(tmp_path, monkeypatch):
     monkeypatch.setattr(RunLength, "check_acts", lambda self, step, **_: step)
     made = smaller(RECIPES["cifar10"])
     monkeypatch.setitem(RECIPES, "cifar10", made)
-    monkeypatch.setitem(EVERY_RECIPE, made.name, made)
+    monkeypatch.setitem(all_recipes(), made.name, made)
     torch.manual_seed(0)
     write_official(made.defence(made.build_classifier()), tmp_path / "models", "wrn_28_10_cifar_10_cui_2023")
     torch.save({"G": DeepFillGenerator(5, 4).state_dict()}, "states_pt_places2.pth")

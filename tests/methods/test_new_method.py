@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from purify_fast.methods.discovery import METHODS
+from purify_fast.methods import all_methods
 
 ROOT = Path(__file__).parents[2]
 METHOD = {
@@ -25,7 +25,7 @@ METHOD = {
         from pathlib import Path
         from typing import Any, ClassVar
 
-        from ..atop.config import AtopConfig
+        from ..atop import AtopConfig
         from ..trainings import Method, TrainPurifier
 
 
@@ -115,11 +115,11 @@ def test_a_folder_adds_a_method(tmp_path):
 def test_no_other_file_knows_a_method_by_name():
     """What a method needs is in its own folder; the names that users import are the exception."""
     public = {"purify_fast/__init__.py", "purify_fast/methods/recipes.py"}
-    imports = re.compile(rf"^\s*(?:from|import) \S*methods\.(?:{'|'.join(METHODS)})\b", re.M)
+    imports = re.compile(rf"^\s*(?:from|import) \S*methods\.(?:{'|'.join(all_methods())})\b", re.M)
     found = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "purify_fast").rglob("*.py")
         if imports.search(path.read_text())
-        and path.relative_to(ROOT / "purify_fast").parts[:2] not in {("methods", name) for name in METHODS}
+        and path.relative_to(ROOT / "purify_fast").parts[:2] not in {("methods", name) for name in all_methods()}
     }
     assert found <= public, found

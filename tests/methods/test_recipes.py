@@ -14,15 +14,15 @@ from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.defence import _block
 from purify_fast.methods.atop.recipes import AtopRecipe
-from purify_fast.methods.carso.config import config_in_epoch
 from purify_fast.methods.carso.recipes import CarsoRecipe
-from purify_fast.methods.carso.task import kl_weight
-from purify_fast.methods.recipes import RECIPES, recipe
+from purify_fast.methods.carso.task import config_in_epoch, kl_weight
+from purify_fast.methods.recipes import all_recipes, recipe
 from purify_fast.models import build_classifier
 from purify_fast.training import Batch
 from purify_fast.training.sources import InMemory
 from purify_fast.training.task import RunLength
 
+RECIPES = all_recipes()
 METHODS_FOLDER = Path(methods.__file__).parent
 #: Those that have a training.
 TRAINED = [name for name in RECIPES if not name.startswith("diffusion/")]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from purify_fast.methods.carso.config import carso_published, carso_v1_published
+from purify_fast.methods.carso.task import carso_published, carso_v1_published
 from purify_fast.training.task import one_cycle
 
 

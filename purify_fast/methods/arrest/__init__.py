@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .config import ArrestConfig as ArrestConfig
+    from .method import ArrestConfig as ArrestConfig
     from .task import ArrestTask as ArrestTask
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

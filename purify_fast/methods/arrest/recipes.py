@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..publication import Recipe, read_recipes
-from .config import ArrestConfig
+from ..recipes import Recipe, read_recipes
+from .method import ArrestConfig
 from .task import ArrestTask
 
 

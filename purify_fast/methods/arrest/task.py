@@ -31,14 +31,24 @@ from ...ops.representation_distance import representation_distance
 from ...speed.layout import autocast_to, convert_to_channels_last
 from ...training.config import TrainingAttack
 from ...training.task import Batch, MethodTask, Metrics, check_classifier, cross_entropy_of
-from .config import ArrestConfig, arrest_published
 
 if TYPE_CHECKING:
     from ...speed.frozen_copy import AttackedCopy
+    from .method import ArrestConfig
 
 
 #: Layers that normalize, so that the size of the weights before them hardly matters.
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def arrest_published(epoch: int, epochs: int, peak: float) -> float:
+    """Return ARREST's learning rate in ``epoch``, counted from 0 (arXiv 2308.16454, according to sgmath12/FAT).
+
+    With 20 epochs, the rate is ``peak`` in the first 11 epochs and 0.8 ``peak`` in the next two. Then it halves every
+    two epochs: a peak of 0.025 falls to 0.00125. With another number of epochs, the schedule is stretched.
+    """
+    place = epoch * 20 // epochs
+    return peak if place < 11 else 0.8 * peak * 0.5 ** ((place - 11) // 2)
 
 
 class ArrestTask(MethodTask):

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..publication import Recipe, read_recipes
-from .config import AtopConfig
+from ..recipes import Recipe, read_recipes
 from .defence import Atop
 from .generators import DeepFillGenerator
+from .method import AtopConfig
 from .task import AtopTask
 
 

@@ -28,8 +28,8 @@ from ...models.layers import LeakyReLU
 from ...ops.philox import philox_key
 from ...training.task import Batch, Metrics, RunLength, Update, cross_entropy_of
 from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
-from .config import AtopConfig
 from .defence import Atop
+from .method import AtopConfig
 
 WIDTHS = (1, 2, 4, 4, 4, 4)
 

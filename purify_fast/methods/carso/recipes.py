@@ -6,20 +6,141 @@ is its library emaballarin/ebtorch, commit e9f8d99.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..._places import check_shapes
 from ...models.classifiers import WideResNet
 from ...models.foreign import load_state, read_weights
-from ..publication import Recipe, read_recipes
-from .config import CarsoConfig, atom_size
+from ...models.layers import Normalize
+from ..recipes import Recipe, read_recipes
 from .defence import Carso
+from .method import CarsoConfig
 from .networks import PUBLISHED, published_decoder
-from .official import load_official
-from .task import CarsoTask
+from .task import CarsoTask, atom_size
+
+# -- the official weights: three safetensors files per system, with the official tensor names --------------------------
+#
+#    {stem}_repr_compressors     i.j.0.*, i.j.1.*     layer i, block j: convolution, BatchNorm
+#    {stem}_repr_fcn_compressor  1.0.*, 1.1.*         the joint linear layer, BatchNorm
+#    {stem}_decoder              0.1.*                the adapter
+#                                i.0.*, i.1.*         transposed convolution i, BatchNorm
+#                                5.*                  the last transposed convolution
+#
+# The files do not contain the posterior encoder q(z | x, c), because inference does not use it.
+
+PARTS = ("repr_compressors", "repr_fcn_compressor", "decoder")
+#: The tensors of each file in `PARTS`, by their official names.
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def official_tensors(defence: Carso) -> Tensors:
+    """Return the tensors of a defence for each official file, by their official names. They are not copied.
+
+    Args:
+        defence: a system of version v4 whose representation has only maps and whose decoder is a `published_decoder`.
+            Other systems have no official files, because the files have no strides and paddings.
+    """
+    state: Tensors = {
+        "repr_compressors": defence.condition_encoder.get_submodule("layers").state_dict(),
+        "repr_fcn_compressor": defence.condition_encoder.get_submodule("joint").state_dict(prefix="1."),
+        "decoder": defence.decoder.adapter.state_dict(prefix="0.1."),
+    }
+    stack = list(defence.decoder.stack.children())
+    for i, module in enumerate(stack):
+        # This package numbers modules, of which a layer has three; the official names number layers.
+        layer, part = divmod(i, 3)
+        middle = "" if module is stack[-1] else f"{part}."
+        state["decoder"] |= module.state_dict(prefix=f"{layer + 1}.{middle}")
+    return state
+
+
+def _statistics(classifier: nn.Module) -> dict[str, list[float]]:
+    """Return the mean and std by which a classifier normalizes images."""
+    for module in classifier.children():
+        if isinstance(module, Normalize):
+            return module.arguments
+    tensors = {name: getattr(classifier, name, None) for name in ("mean", "std")}
+    lists = {name: value.flatten().tolist() for name, value in tensors.items() if isinstance(value, Tensor)}
+    return lists if len(lists) == 2 else {}
+
+
+def _paths(directory: Path, stem: str | None) -> dict[str, Path]:
+    if stem is None:
+        ending = f"_{PARTS[0]}.safetensors"
+        stems = sorted(path.name.removesuffix(ending) for path in directory.glob(f"*{ending}"))
+        if len(stems) != 1:
+            names = ", ".join(stems) or "none"
+            raise ValueError(f"{directory} must have exactly one file *{ending} if stem is None, got {names}")
+        stem = stems[0]
+    return {part: directory / f"{stem}_{part}.safetensors" for part in PARTS}
+
+
+def load_official(
+    classifier: nn.Module,
+    directory: str | Path,
+    stem: str | None = None,
+    *,
+    layers: Sequence[str] | None = None,
+    samples: int = 8,
+) -> Carso:
+    """Load a system from the three safetensors files of the official code, in evaluation mode.
+
+    All sizes are taken from the files. The posterior encoder, which only the training uses, has fresh weights.
+
+    Args:
+        classifier: the classifier for which the files were trained.
+        directory: folder with ``{stem}_repr_compressors``, ``{stem}_repr_fcn_compressor`` and ``{stem}_decoder``.
+        stem: common name of the files; None if the folder has only one system.
+        layers: paths of the modules whose outputs form the representation. None means those that a
+            `purify_fast.models.WideResNet` names itself.
+        samples: K.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: tensors are missing, unknown or have a wrong shape; the message names them and their file.
+    """
+    paths = _paths(Path(directory), stem)
+    encoder, joint, decoder = (read_weights(path) for path in paths.values())
+    blocks = [name.split(".")[:2] for name in encoder if name.endswith(".0.weight")]
+    cond_dim, first = len(joint.get("1.0.weight", ())), decoder.get("0.1.weight", torch.empty(0, 0))
+    # The files have no strides and paddings, so those of the published decoder with the same start shape are used.
+    shape = next((shape for shape in PUBLISHED if prod(published_decoder(shape)[0]) == len(first)), None)
+    if not blocks or not cond_dim or shape is None or first[0].numel() <= cond_dim:
+        raise ValueError(f"{directory} must hold the three files of a CARSO system, but its files have other tensors")
+    if layers is None:
+        if not isinstance(classifier, WideResNet):
+            raise ValueError(f"layers must be given for a {type(classifier).__name__}: those of the files' training")
+        layers = classifier.representation_layers()
+    if len(layers) != (count := len({layer for layer, _ in blocks})):
+        raise ValueError(f"layers must have {count} paths, as in {paths['repr_compressors']}, got {len(layers)}")
+    arguments: dict[str, Any] = {
+        "layers": layers,
+        "image_shape": shape,
+        "cond_dim": cond_dim,
+        "latent_dim": first.shape[1] - cond_dim,
+        "encoder_depth": len({block for _, block in blocks}),
+        "decoder": published_decoder(shape),
+        **_statistics(classifier),
+    }
+    defence = Carso(classifier, samples=samples, **arguments)
+    files = dict(zip(paths.values(), (encoder, joint, decoder), strict=True))
+    for own, (path, tensors) in zip(official_tensors(defence).values(), files.items(), strict=True):
+        shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)]
+        check_shapes(f"{path} does not fit this classifier and layers", *shapes)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+    return defence.eval()
+
+
+# -- the published systems --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,44 @@ from ...ops.sample_latent import sample_latent
 from ...training.optimizers import Lookahead
 from ...training.task import Batch, Metrics, RunLength
 from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
-from .config import CarsoConfig, atom_size, carso_published, carso_v1_published, config_in_epoch
 from .defence import Carso
+from .method import CarsoConfig
+
+
+def config_in_epoch(config: CarsoConfig, std: tuple[float, ...], epoch: int = 0, epochs: int = 1) -> CarsoConfig:
+    """Return the settings of an epoch, counted from 0, with eps in image units. ``std`` normalizes the images."""
+    attack = config.attack.at_epoch(epoch, epochs)
+    scale = len(std) / sum(std) if config.eps_mode == "official_code" else 1.0
+    return replace(config, attack=replace(attack, eps=attack.eps * scale), eps_mode="paper")
+
+
+def atom_size(batch_size: int, adversarial_fraction: float, allow_none: bool = False) -> int:
+    """Return the number of images for each of the four attacks: int(batch_size * adversarial_fraction // 4)."""
+    atom = int(batch_size * adversarial_fraction // 4)
+    if atom == 0 and not allow_none:
+        raise ValueError(f"adversarial_fraction {adversarial_fraction} of {batch_size} images is too few for 4 attacks")
+    return atom
+
+
+def carso_published(epoch: int, epochs: int, peak: float) -> float:
+    """Return CARSO's learning rate in ``epoch``, counted from 0 (arXiv 2306.06081, official code).
+
+    The rate rises linearly from 5e-9 to ``peak`` over int(epochs / 8) epochs, but at least 3. It remains at ``peak``
+    for int(epochs / 8) epochs, but at least 1. Then it falls linearly to 1.25e-4 ``peak`` over the remaining epochs,
+    but at least 3. The official peak is 1e-4 times the batch size of one process.
+    """
+    rise, flat = max(3, int(epochs / 8)), max(1, int(epochs / 8))
+    fall = max(3, epochs - 2 * int(epochs / 8))
+    if epoch < rise:
+        return 5e-9 + (peak - 5e-9) * epoch / rise
+    return peak * (1 - (1 - 1.25e-4) * min(1.0, max(0, epoch - rise - flat) / fall))
+
+
+def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
+    """Return version 1's rate: linear from 5e-9 to ``peak`` in int(epochs / 3) epochs, and linear back to 5e-9."""
+    rise = max(1, int(epochs / 3))
+    position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
+    return 5e-9 + (peak - 5e-9) * position
 
 
 def kl_weight(epoch: int, delay: float) -> float:

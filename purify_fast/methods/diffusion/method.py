@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..trainings import Method
-from .config import Solver
+
+#: The solvers that remove the noise; see `purify_fast.methods.diffusion.process`.
+Solver = Literal["ddpm", "ddim", "vp_sde", "ode", "one_shot"]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from ..._settings import without_autocast
 from ..._validation import AtLeast0, Range, Share, check_counts, check_types
 from ...ops.diffusion_step import STEPS
-from .config import Solver
+from .method import Solver
 
 ScheduleKind = Literal["linear", "cosine", "vp"]
 #: The units of a denoiser's input t.

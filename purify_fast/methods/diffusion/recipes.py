@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..publication import Recipe, read_recipes
+from ..recipes import Recipe, read_recipes
 from .defence import DiffusionPurifier
 from .process import Process, Schedule
 

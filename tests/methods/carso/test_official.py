@@ -7,7 +7,7 @@ from small_models import Made, with_statistics, write_official
 
 from purify_fast.methods.carso import Carso, load_official
 from purify_fast.methods.carso.networks import published_decoder
-from purify_fast.methods.carso.official import PARTS, official_tensors
+from purify_fast.methods.carso.recipes import PARTS, official_tensors
 from purify_fast.models.classifiers import SmallCNN, WideResNet
 
 STEM = "wrn_28_10_cifar_10_cui_2023"

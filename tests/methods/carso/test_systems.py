@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from purify_fast.methods.carso.official import official_tensors
-from purify_fast.methods.carso.recipes import RECIPES
+from purify_fast.methods.carso.recipes import RECIPES, official_tensors
 from purify_fast.models.classifiers import FullyConnected
 
 
