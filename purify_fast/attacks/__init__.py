@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from .._lazy import lazy_exports
 from .attacked_model import frozen as frozen
-from .base import Attack as Attack, AttackResult as AttackResult
+from .base import Attack as Attack, AttackContext as AttackContext, AttackResult as AttackResult
 from .bpda import BpdaModel as BpdaModel
 from .checkpointed_steps import checkpointed_steps as checkpointed_steps
-from .context import AttackContext as AttackContext
 from .functions import LeavingPGD as LeavingPGD, fgsm as fgsm, pgd as pgd
 from .objective import GradientHealth as GradientHealth
 from .pgd import FGSM as FGSM, PGD as PGD

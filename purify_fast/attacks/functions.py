@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,14 +11,10 @@ from torch import Tensor
 from .._validation import Count, NormName, check_literal
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, eager_steps
-from .arguments import check_labels
-from .base import untraced
-from .context import AttackContext, Ball, LossFunction, Radius, chosen_seed, keeping
-from .objective import LOSSES, Loss, Objective
+from .attacked_model import check_labels
+from .base import AttackContext, Ball, Radius, chosen_seed, keeping, untraced
+from .objective import LOSSES, GradientHealth, Loss, LossFunction, Objective
 from .pgd import PGD
-
-if TYPE_CHECKING:
-    from .objective import GradientHealth
 
 
 @dataclass(frozen=True, kw_only=True)

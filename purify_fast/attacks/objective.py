@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ from ..ops.attack_loss import FEWEST_CLASSES as FEWEST_CLASSES, KINDS, OP
 from ..protocols import Classifier, SharesDraws, supports
 from ..speed.graphs.step_loop import State
 from .attacked_model import gradient_to, logits_of, logits_of_draws
-from .context import LossFunction
 
 #: Loss: the losses that need only the true labels. ApgdLoss: all losses, including the targeted losses, which also take
 #: a target class for each image.
 Loss = Literal["ce", "margin", "scaled_margin", "dlr"]
 ApgdLoss = Literal["ce", "margin", "scaled_margin", "dlr", "dlr_targeted", "margin_targeted"]
+
+#: A function of logits ``[B, classes]`` and of the caller's y that returns the loss of each image, ``[B]``.
+LossFunction: TypeAlias = Callable[[Tensor, Any], Tensor]
 
 LOSSES = ("ce", "margin", "scaled_margin", "dlr")
 TARGETED = ("dlr_targeted", "margin_targeted")

@@ -7,7 +7,7 @@ and box (Croce & Hein, ICML 2021). SLIDE moves a constant share of the coordinat
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,13 +18,19 @@ from .._validation import AtLeast0, Count, GradientPrecision, Norm, Range
 from ..ops.pgd_step import NORMS, OP as STEP, per_pixel, pgd_step
 from ..protocols import Classifier
 from ..speed.graphs.step_loop import State, begin_steps
-from .arguments import check_tensor
-from .base import AttackResult, InBall, times, worst_of_runs
-from .context import AttackContext, Ball, keeping, normal_in_ball, sample_in_ball
-from .objective import Loss, Objective, ObjectiveStep, Search, count_faults, keep_better
-
-if TYPE_CHECKING:
-    from .objective import GradientHealth
+from .attacked_model import check_tensor
+from .base import (
+    AttackContext,
+    AttackResult,
+    Ball,
+    InBall,
+    keeping,
+    normal_in_ball,
+    sample_in_ball,
+    times,
+    worst_of_runs,
+)
+from .objective import GradientHealth, Loss, Objective, ObjectiveStep, Search, count_faults, keep_better
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1

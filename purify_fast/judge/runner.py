@@ -21,9 +21,8 @@ from .._places import check_folder
 from .._process import processes
 from .._validation import Count, NormName, Positive, read_norm
 from ..attacks import Attack, frozen
-from ..attacks.arguments import check_eps
-from ..attacks.base import ThreatModel
-from ..attacks.context import TimeIsOver
+from ..attacks.attacked_model import check_eps
+from ..attacks.base import ThreatModel, TimeIsOver
 from ..ops import kernels_now
 from ..protocols import Classifier
 from ..speed.memory import peak_so_far

@@ -33,7 +33,7 @@ from .._files import atomic
 from .._hashes import text_hash
 from .._tensors import per_image
 from .._validation import Count, Share, check_types
-from ..attacks.context import Ball, projected
+from ..attacks.base import Ball, projected
 from ..data import mirrored
 from ..ops.dispatch.records import folder as cache_folder
 from ..ops.philox import Stream, philox

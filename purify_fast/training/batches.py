@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks.arguments import INTO_RANGE, RANGE_SLACK
+from ..attacks.attacked_model import INTO_RANGE, RANGE_SLACK
 
 #: The attributes of a loader, and of these, that may have generators.
 INSIDE = ("dataset", "datasets", "sampler", "batch_sampler")

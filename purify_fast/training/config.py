@@ -24,7 +24,8 @@ from .._validation import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..attacks.context import LossFunction, Radius
+    from ..attacks.base import Radius
+    from ..attacks.objective import LossFunction
     from ..protocols import Classifier
     from ..speed.graphs.graphed_loop import StepGraphs
     from .task import Batch

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .._settings import first_tensor
 from .._tensors import check_one_device
 from .._validation import DelayUnit, Precision
-from ..attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
+from ..attacks.attacked_model import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
 from ..models.layers import count_classes, evaluation_mode
 from ..speed.layout import autocast_to
 from .optimizers import Lookahead, set_modes

@@ -3,7 +3,7 @@ import torch
 from small_models import images_and_labels, shuffled_digits
 from torch.nn import functional as F
 
-from purify_fast.attacks import context, fgsm
+from purify_fast.attacks import base as context, fgsm
 from purify_fast.models.classifiers import SmallCNN
 
 

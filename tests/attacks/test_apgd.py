@@ -9,7 +9,7 @@ from small_models import accuracy
 from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, JudgeContext, apgd
-from purify_fast.attacks.context import Ball
+from purify_fast.attacks.base import Ball
 from purify_fast.judge.searches import engine
 from purify_fast.judge.searches.apgd import checkpoints
 from purify_fast.judge.searches.engine import ActiveSet, Judge

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import APGD, FABT, GradientHealth, JudgeContext, Square, apgd, fab_t, square
-from purify_fast.attacks.context import Ball
+from purify_fast.attacks.base import Ball
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.run.measure import Progress, counted_model

@@ -7,7 +7,7 @@ from input_gradients import input_gradient
 from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
-from purify_fast.attacks.context import Ball, ball_around, normal_in_ball, sample_in_ball
+from purify_fast.attacks.base import Ball, ball_around, normal_in_ball, sample_in_ball
 
 EPS = 0.2
 

@@ -9,7 +9,7 @@ from small_models import Made, Purifying
 from torch import nn
 
 from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
-from purify_fast.attacks.context import AttackContext, Ball
+from purify_fast.attacks.base import AttackContext, Ball
 from purify_fast.attacks.objective import Objective, margin
 from purify_fast.judge.run.measure import Progress, counted_model
 from purify_fast.judge.searches.engine import ActiveSet, Judge, JudgeContext, nearest_borders

@@ -10,7 +10,7 @@ from evaluating import evaluate
 from small_models import Made
 
 from purify_fast.attacks import APGD, FABT, PGD, AttackContext, JudgeContext, LeavingPGD, Square, StAdv
-from purify_fast.attacks.context import TimeIsOver
+from purify_fast.attacks.base import TimeIsOver
 from purify_fast.evaluation import as_attack
 from purify_fast.judge.request.deadline import Deadline
 from purify_fast.judge.results.rows import CUT

@@ -14,7 +14,7 @@ from trainings import banked
 
 from purify_fast import cli
 from purify_fast.attacks import pgd
-from purify_fast.attacks.context import Ball
+from purify_fast.attacks.base import Ball
 from purify_fast.methods.carso import CarsoTask
 from purify_fast.methods.purifier_task import FrozenAttacks, PurifierTask
 from purify_fast.models import SmallCNN

@@ -6,7 +6,7 @@ from small_models import first_digits
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks.context import ball_around, normal_in_ball, sample_in_ball
+from purify_fast.attacks.base import ball_around, normal_in_ball, sample_in_ball
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import mart, trades
 from purify_fast.training.sources import InMemory, step_seed

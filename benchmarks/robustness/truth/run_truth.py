@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from purify_fast._files import write_text
-from purify_fast.attacks.context import ball_around, projected
+from purify_fast.attacks.base import ball_around, projected
 from purify_fast.evaluation import evaluate
 from purify_fast.judge.show.text import markdown_table
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from purify_fast.attacks.context import Ball, sample_in_ball
+from purify_fast.attacks.base import Ball, sample_in_ball
 from purify_fast.methods.carso import CarsoConfig, CarsoTask
 from purify_fast.methods.carso.task import kl_weight
 from purify_fast.ops.sample_latent import sample_latent

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ...attacks.attacked_model import gradient_to
-from ...attacks.base import ThreatModel
-from ...attacks.context import TimeIsOver
+from ...attacks.base import ThreatModel, TimeIsOver
 from ...attacks.objective import margin, usable_loss
 from ...ops import attack_loss
 from ...protocols import Classifier

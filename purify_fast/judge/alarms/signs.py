@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ...attacks import objective as health
-from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT
+from ...attacks.attacked_model import INSTEAD_OF_PROBABILITIES, ONE_HOT
 from ..results.rows import CUT, Points, Row, worst_rows
 from .probes import STEPS, Missing, Probes
 

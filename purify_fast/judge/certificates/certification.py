@@ -34,9 +34,8 @@ from ..._tensors import per_image
 from ..._validation import Range, check_counts
 from ..._version import __version__
 from ...attacks import frozen
-from ...attacks.arguments import check_labels
-from ...attacks.attacked_model import logits_of
-from ...attacks.context import TimeIsOver
+from ...attacks.attacked_model import check_labels, logits_of
+from ...attacks.base import TimeIsOver
 from ...defences.stochastic import MajorityVote, NoisyEnsemble, StochasticDefence, undecided
 from ...ops import kernels_now
 from ...ops.philox import Stream, philox, philox_key

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._hashes import digest
-from ...attacks.arguments import are_one_hot, are_probabilities
-from ...attacks.attacked_model import logits_of, logits_of_draws
-from ...attacks.base import ThreatModel
-from ...attacks.context import TimeIsOver
+from ...attacks.attacked_model import are_one_hot, are_probabilities, logits_of, logits_of_draws
+from ...attacks.base import ThreatModel, TimeIsOver
 from ...attacks.shared_draws import TRIED_CALLS
 from ...defences.stochastic import MajorityVote, undecided
 from ...ops import attack_loss

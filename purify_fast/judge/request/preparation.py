@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..._validation import Count, NormName, Range, check_types
 from ..._version import __version__
 from ...attacks import PGD, Attack, AttackContext, AttackResult, frozen
-from ...attacks.arguments import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
+from ...attacks.attacked_model import INSTEAD_OF_PROBABILITIES, ONE_HOT, check_eps
 from ...attacks.base import InBall, ThreatModel
 from ...attacks.objective import ApgdLoss, usable_loss
 from ...defences.stochastic import WithFixedNoise, WithoutNoise

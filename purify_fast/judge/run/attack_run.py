@@ -21,7 +21,7 @@ from torch import Tensor
 from ..._hashes import text_hash
 from ..._process import processes, sendable
 from ...attacks import AttackResult, GradientHealth
-from ...attacks.context import TimeIsOver
+from ...attacks.base import TimeIsOver
 from ...ops import attack_loss
 from ...ops.philox import Stream, philox, philox_key
 from ...protocols import Classifier

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..._tensors import per_image
 from ..._validation import Count, Share
 from ...attacks import objective as objectives
-from ...attacks.base import Resolved, times
-from ...attacks.context import AttackContext, Ball, keeping, projected
+from ...attacks.base import AttackContext, Ball, Resolved, keeping, projected, times
 from ...attacks.objective import TARGETED, ApgdLoss, Objective, ObjectiveStep, Search
 from ...ops.apgd_step import apgd_step
 from ...speed.graphs.step_loop import State

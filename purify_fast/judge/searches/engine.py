@@ -21,8 +21,7 @@ from torch.nn import functional as F
 from ..._library import section
 from ..._validation import Count, GradientPrecision, check_counts
 from ...attacks.attacked_model import frozen, logits_of
-from ...attacks.base import AttackResult, InBall, times
-from ...attacks.context import AttackContext, Ball, keeping, sample_in_ball
+from ...attacks.base import AttackContext, AttackResult, Ball, InBall, keeping, sample_in_ball, times
 from ...attacks.objective import FAULTS, GradientHealth, Objective, better_of
 from ...attacks.shared_draws import drawn_once_per_call
 from ...protocols import Classifier

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._tensors import per_image
 from ..._validation import Count
-from ...attacks.context import AttackContext, Ball, keeping, projected
+from ...attacks.base import AttackContext, Ball, keeping, projected
 from ...attacks.objective import FAULTS, Gradient, Objective, ObjectiveStep, faults
 from ...ops.hyperplane_projection import hyperplane_projection
 from ...speed.graphs.step_loop import State, Steps

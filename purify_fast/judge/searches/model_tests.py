@@ -14,8 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..._tensors import repeat_batch
 from ..._validation import check_literal
-from ...attacks.arguments import checked_logits
-from ...attacks.attacked_model import WritesToItsInput, frozen, logits_of
+from ...attacks.attacked_model import WritesToItsInput, checked_logits, frozen, logits_of
 from ...attacks.shared_draws import ALIKE
 from ...defences.stochastic import WithAggregation
 from ...ops.aggregate import aggregate

@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from ..._validation import Count
 from ...attacks.attacked_model import frozen
-from ...attacks.base import AttackResult, InBall, Resolved
-from ...attacks.context import AttackContext, ball_around, projected
+from ...attacks.base import AttackContext, AttackResult, InBall, Resolved, ball_around, projected
 from ...attacks.objective import GradientHealth, Objective
 from ...protocols import Classifier
 from .engine import JudgeContext

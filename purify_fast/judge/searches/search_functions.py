@@ -10,11 +10,32 @@ from torch import Tensor
 
 from ..._tensors import per_image, per_sample
 from ..._validation import AtLeast0, Count, NormName, check_types
-from ...attacks.arguments import check_eps, check_images
-from ...attacks.base import Attack, AttackResult, ThreatModel, times, untraced, worst_of_runs
-from ...attacks.context import AttackContext, Ball, LossFunction, Radius, chosen_seed, keeping, sample_in_ball
+from ...attacks.attacked_model import check_eps, check_images
+from ...attacks.base import (
+    Attack,
+    AttackContext,
+    AttackResult,
+    Ball,
+    Radius,
+    ThreatModel,
+    chosen_seed,
+    keeping,
+    sample_in_ball,
+    times,
+    untraced,
+    worst_of_runs,
+)
 from ...attacks.functions import goal
-from ...attacks.objective import ApgdLoss, Gradient, GradientHealth, Loss, Objective, ObjectiveStep, Search
+from ...attacks.objective import (
+    ApgdLoss,
+    Gradient,
+    GradientHealth,
+    Loss,
+    LossFunction,
+    Objective,
+    ObjectiveStep,
+    Search,
+)
 from ...protocols import Classifier
 from ...speed.graphs.step_loop import State, begin_steps
 from .apgd import APGD

@@ -23,8 +23,7 @@ from torch.nn import functional as F
 
 from ..._tensors import per_image
 from ..._validation import Count
-from ...attacks.base import times
-from ...attacks.context import AttackContext, Ball, keeping, projected
+from ...attacks.base import AttackContext, Ball, keeping, projected, times
 from ...attacks.objective import Objective, ObjectiveStep
 from ...ops import square_proposal
 from ...ops.philox import Stream, philox, philox_key

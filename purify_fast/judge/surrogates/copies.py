@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from ...attacks import BpdaModel, frozen
 from ...attacks.attacked_model import gradient_to
-from ...attacks.base import ThreatModel
-from ...attacks.context import ball_around, normal_in_ball
+from ...attacks.base import ThreatModel, ball_around, normal_in_ball
 from ...defences.stochastic import WithFixedNoise, WithoutNoise, with_samples
 from ...model_state import attributes
 from ...protocols import Classifier, DeterministicMode, FixedNoise, OwnSurrogates, has_classifier, is_purifier, supports
