@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from purify_fast._places import usable_device
+from purify_fast._files import usable_device
 
 from . import RESULTS
 

@@ -1,14 +1,86 @@
-"""Write files atomically, and lock folders."""
+"""Files and folders: checks, atomic writes, locks, sealed files, and the package's templates."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ._places import check_folder
+if TYPE_CHECKING:
+    import jinja2
+    from torch import Tensor
+
+
+def check_folder(name: str, path: str | Path | None) -> None:
+    """Raise a ValueError if the path of a folder, or one of its parents, is a file."""
+    if path is None:
+        return
+    for place in (Path(path), *Path(path).parents):
+        # `exists` comes first: a folder that is created between the calls would otherwise be taken for a file.
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
+            return
+
+
+#: The files by which `what_is` knows a folder, and what they show. A finished work has all files of an unfinished one.
+CHECKPOINT, MODEL, REPORT = "checkpoint.safetensors", "model.safetensors", "report.json"
+KINDS = {
+    REPORT: "holds a report",
+    "certificates.json": "holds certificates",
+    MODEL: "holds a model",
+    CHECKPOINT: "holds an unfinished training, which `purify-fast train --resume {}` continues",
+    "log.jsonl": "holds a training without a checkpoint so far, which `purify-fast train --resume {}` begins anew",
+    "rows": "holds an unfinished evaluation, which the same command continues",
+    "train": "holds images for --data",
+}
+
+
+def what_is(folder: str | Path) -> str:
+    """Say what a folder holds, as the end of a sentence that begins with the folder."""
+    place = Path(folder)
+    if not place.exists():
+        return "does not exist"
+    if not place.is_dir():
+        return "is a file"
+    found = (text for name, text in KINDS.items() if (place / name).exists())
+    return next(found, "holds no file of a training or an evaluation").format(place)
+
+
+def usable_device(name: str) -> str:
+    """Check the name of a device, and replace "auto" by "cuda" or "cpu"."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:N") from error
+    return name
+
+
+def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+    """Raise an error if tensors are missing, unknown or have a wrong shape."""
+    missing = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
+    unknown = [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]
+    other = [
+        f"{name} is {list(shapes[name])}, must be {list(wanted[name])}"
+        for name in sorted(wanted.keys() & shapes.keys())
+        if tuple(shapes[name]) != tuple(wanted[name])
+    ]
+    first = [problem for problems in (missing, unknown, other) for problem in problems[:3]]
+    if first:
+        count = len(missing + unknown + other) - len(first)
+        raise ValueError(f"{what}: {'; '.join(first)}{f', and {count} more' if count else ''}")
+
+
+# -- files that are written atomically ---------------------------------------------------------------------------------
 
 LOCK = ".purify_fast.lock"
 #: Seconds for which the program tries to get a lock, because the run that has the lock may end within this time.
@@ -50,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
+# -- locks of folders --------------------------------------------------------------------------------------------------
 
 
 class FolderInUse(ValueError):
@@ -88,3 +160,70 @@ def folder_lock(folder: str | Path | None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for place in created:
                 place.rmdir()
+
+
+# -- safetensors files with tensors, JSON values and a checksum of both, compared at every reading ---------------------
+
+#: The only key of a file's metadata, for a checksum, a space, and JSON: several entries would have no fixed order.
+_ENTRY = "purify_fast"
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    # What needs PyTorch is imported where it is used, because the command line's ``--help`` imports this module.
+    from ._settings import digest, text_hash
+
+    names = sorted(tensors)
+    return text_hash(json.dumps([text, names, digest(*(tensors[name] for name in names))])).hexdigest()
+
+
+def write_sealed(path: Path, content: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and a JSON value to one safetensors file, atomically."""
+    from safetensors.torch import save
+
+    # safetensors refuses tensors that share memory, so clone them.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(content)
+    data = save(copies, {_ENTRY: f"{_checksum(text, copies)} {text}"})
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_sealed(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Read the JSON value and the tensors that `write_sealed` wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    # Open the file only once, because another process may replace it at any time. safetensors.safe_open opens it twice.
+    data = path.read_bytes()
+    try:
+        tensors = load(data)
+        # A safetensors file begins with 8 bytes for the length of its header. The JSON header and the tensors follow.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        checksum, _, text = header["__metadata__"][_ENTRY].partition(" ")
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"the file is cut off or damaged, or another program wrote it ({error!r})") from error
+    if checksum != _checksum(text, tensors):
+        raise ValueError("the checksum does not match the content: the file changed after it was written")
+    return json.loads(text), tensors
+
+
+# -- jinja2 templates, which are files beside the modules that use them ------------------------------------------------
+
+
+@functools.cache
+def environment(package: str) -> jinja2.Environment:
+    """The jinja2 environment of a package's templates."""
+    # The import of jinja2 takes 0.05 seconds, and ``--help`` on the command line should not wait for it.
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package, ""),
+        autoescape=jinja2.select_autoescape(["html.jinja"], default=False),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+
+
+def render(package: str, template: str, **values: Any) -> str:
+    """Render a template to text."""
+    return environment(package).get_template(template).render(values)

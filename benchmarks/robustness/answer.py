@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from examples import random_defence
 from purify_fast import zoo
-from purify_fast._hashes import weights_fingerprint
+from purify_fast._settings import weights_fingerprint
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import evaluate
 from purify_fast.judge.searches.engine import has_fallen

@@ -35,7 +35,7 @@ from examples.demo.methods import BASE, FOLDERS, train
 from examples.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast import zoo
 from purify_fast._files import write_text
-from purify_fast._hashes import digest, weights_fingerprint
+from purify_fast._settings import digest, weights_fingerprint
 from purify_fast.attacks import JudgeContext, frozen
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.attacks.gradient_copy import Copies

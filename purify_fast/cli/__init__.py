@@ -16,9 +16,8 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from .._files import folder_lock
+from .._files import folder_lock, usable_device, what_is
 from .._memory import ran_out_of_memory
-from .._places import usable_device, what_is
 from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
 from .command import RUN_FILE, Command, DataCommand, cli, parse, read_run_file

@@ -15,8 +15,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from .._files import write_text
-from .._places import usable_device
+from .._files import usable_device, write_text
 from .._validation import check_types
 from .._version import __version__
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
-from .._places import REPORT, usable_device, what_is
+from .._files import REPORT, usable_device, what_is
 from .._validation import Count, Norm, Precision, read_norm
 from ..judge.request.config import EvaluateConfig
 from ..methods import all_methods

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import _library
-from .._templates import render
+from .._files import render
 from .._version import __version__
 from ..judge.show.text import terminal_table
 from ..ops import REGISTRY

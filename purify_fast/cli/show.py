@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import tyro
 
-from .._places import usable_device
+from .._files import usable_device
 from .command import Command
 
 

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from .._files import atomic
-from .._hashes import text_hash
+from .._settings import text_hash
 from .images import same_name
 
 CACHE = ".purify_fast"

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._places import check_folder
+from .._files import check_folder
 from .._validation import NormName, check_counts, check_literal, read_norm
 from ..attacks import Attack, frozen
 from ..defences.stochastic import undecided

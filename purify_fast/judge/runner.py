@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._hashes import digest
-from .._places import check_folder
+from .._files import check_folder
 from .._process import processes
+from .._settings import digest
 from .._validation import Count, NormName, Positive, read_norm
 from ..attacks import Attack, frozen
 from ..attacks.attacked_model import check_eps

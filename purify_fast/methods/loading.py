@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._hashes import weights_fingerprint
-from .._settings import torch_defaults
+from .._settings import torch_defaults, weights_fingerprint
 from ..defences.base import Defence
 from ..training import load_classifier
 from ..training.classifier import rebuilding, written_by

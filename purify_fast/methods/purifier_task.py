@@ -10,8 +10,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .._hashes import weights_fingerprint
 from .._process import processes
+from .._settings import weights_fingerprint
 from .._validation import Norm
 from ..defences.base import Defence
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights

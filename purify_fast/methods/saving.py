@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._hashes import weights_fingerprint
+from .._settings import weights_fingerprint
 from ..defences.base import Defence
 
 

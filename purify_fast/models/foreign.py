@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .._places import check_shapes
+from .._files import check_shapes
 from ..model_state import is_users
 from .layers import Normalize, Statistic
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .._files import atomic
-from .._hashes import text_hash
+from .._settings import text_hash
 from .._tensors import per_image
 from .._validation import Count, Share, check_types
 from ..attacks.base import Ball, projected

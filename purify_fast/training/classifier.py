@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._hashes import structure_fingerprint
-from .._settings import torch_defaults
+from .._settings import structure_fingerprint, torch_defaults
 from .._version import __version__
 from ..models.classifiers import CLASSIFIERS
 from ..models.foreign import ForeignClassifier

@@ -18,11 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._files import write_text
-from .._hashes import text_hash
-from .._places import CHECKPOINT, MODEL, what_is
+from .._files import CHECKPOINT, MODEL, read_sealed, what_is, write_sealed, write_text
 from .._process import processes
-from .._sealed import read_sealed, write_sealed
+from .._settings import text_hash
 from .._version import __version__
 from ..data import crop_flip, to_float
 from ..model_state import GENERATORS

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from .._hashes import digest
 from .._process import processes
+from .._settings import digest
 from ..data import batches
 from ..speed.draws import same_draws
 from ..speed.memory import free_memory

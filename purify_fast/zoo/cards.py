@@ -19,9 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .._files import atomic
-from .._places import MODEL
-from .._templates import render
+from .._files import MODEL, atomic, render
 from .._version import __version__
 from ..methods.loading import load_defence
 from ..ops.dispatch.records import folder as cache_folder

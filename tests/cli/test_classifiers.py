@@ -9,7 +9,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from purify_fast._hashes import weights_fingerprint
+from purify_fast._settings import weights_fingerprint
 from purify_fast.models.foreign import ForeignClassifier, build_foreign, read_weights
 from purify_fast.training import load_classifier, save_classifier
 

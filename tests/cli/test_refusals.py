@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save
 
 import purify_fast
-from purify_fast._hashes import weights_fingerprint
+from purify_fast._settings import weights_fingerprint
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import load_classifier, run as checkpoint, save_classifier
 from purify_fast.training.classifier import written_by

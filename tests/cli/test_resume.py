@@ -6,7 +6,7 @@ import yaml
 from small_runs import StopAt, Stopped
 
 from purify_fast import training
-from purify_fast._places import what_is
+from purify_fast._files import what_is
 from purify_fast.training import load_classifier, run as checkpoint
 
 

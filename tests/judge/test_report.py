@@ -12,7 +12,7 @@ from evaluating import evaluate
 from reports import MASKED, drawn, forms, row
 
 from purify_fast import frozen_copy, zoo
-from purify_fast._hashes import digest
+from purify_fast._settings import digest
 from purify_fast.attacks import PGD
 from purify_fast.defences import WithAggregation
 from purify_fast.evaluation import EvaluateConfig, Examples, Report

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from purify_fast import zoo
-from purify_fast._hashes import text_hash, weights_fingerprint
+from purify_fast._settings import text_hash, weights_fingerprint
 from purify_fast.attacks import OriginalAutoAttack
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, evaluate

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from purify_fast import data, load_defence
-from purify_fast._hashes import weights_fingerprint
+from purify_fast._settings import weights_fingerprint
 from purify_fast.attacks import APGD, PGD, OriginalAutoAttack
 from purify_fast.defences import WithAggregation, WithoutNoise
 from purify_fast.evaluation import AttackSpec, EvaluateConfig, Report, Row, evaluate

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..._files import write_text
-from ..._places import check_folder
+from ..._files import check_folder, write_text
 from ..._validation import Range, check_types
 from ..results.rows import binomial
 from ..show.text import render

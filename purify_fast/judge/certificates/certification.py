@@ -27,9 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from ..._hashes import digest, weights_fingerprint
-from ..._places import check_folder
-from ..._settings import without_autocast
+from ..._files import check_folder
+from ..._settings import digest, weights_fingerprint, without_autocast
 from ..._tensors import per_image
 from ..._validation import Range, check_counts
 from ..._version import __version__

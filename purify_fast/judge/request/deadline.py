@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._hashes import digest
+from ..._settings import digest
 from ...attacks.attacked_model import are_one_hot, are_probabilities, logits_of, logits_of_draws
 from ...attacks.base import ThreatModel, TimeIsOver
 from ...attacks.shared_draws import TRIED_CALLS

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import _library
-from ..._hashes import digest, text_hash
-from ..._sealed import read_sealed, write_sealed
+from ..._files import read_sealed, write_sealed
+from ..._settings import digest, text_hash
 from ..._tensors import per_image
 from ..._version import __version__
 from ...attacks.attacked_model import gradient_to, logits_of

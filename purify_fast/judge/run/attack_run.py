@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._hashes import text_hash
 from ..._process import processes, sendable
+from ..._settings import text_hash
 from ...attacks import AttackResult, GradientHealth
 from ...attacks.base import TimeIsOver
 from ...ops import attack_loss

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..._hashes import digest
+from ..._settings import digest
 from ...attacks import frozen
 from ...defences.stochastic import WithAggregation
 from ...protocols import Classifier, Passes, SharesDraws, supports

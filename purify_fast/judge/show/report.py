@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..._files import atomic, write_text
-from ..._hashes import digest, text_hash
-from ..._places import check_folder
+from ..._files import atomic, check_folder, write_text
+from ..._settings import digest, text_hash
 from ..._validation import Range, check_counts
 from ...attacks import frozen
 from ...protocols import Classifier

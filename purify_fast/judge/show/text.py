@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import _templates
+from ... import _files
 from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, SampleLogits, supports
 from ..alarms.probes import PROBED
@@ -170,7 +170,7 @@ def sentence(name: str, *values: Any) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    environment = _templates.environment(__package__)
+    environment = _files.environment(__package__)
     # Templates may use all names of this module. Three of them are used only there, so they are listed.
     environment.globals |= globals() | {"REFUTED": REFUTED, "STATES": STATES}
     environment.globals |= {name: functools.partial(sentence, name) for name in SENTENCES}

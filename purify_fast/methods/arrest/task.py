@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..._hashes import structure_fingerprint, weights_fingerprint
+from ..._settings import structure_fingerprint, weights_fingerprint
 from ...attacks import frozen
 from ...models.layers import Representation
 from ...ops.noisy_replay import noisy_replay

@@ -147,7 +147,7 @@ class TrainGenerator(TrainPurifier):
     loop: FitConfig = field(default_factory=lambda: FitConfig(epochs=40, batch_size=16))
 
     def task(self, images: DataSet, classifier: Any) -> AtopTask:
-        from ..._hashes import weights_fingerprint
+        from ..._settings import weights_fingerprint
         from . import Atop, AtopTask, DeepFillGenerator, build_purifier
 
         if self.weights is None:
@@ -187,7 +187,7 @@ class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
         return options | recipe.part("defence", official_code) | {"block": None}
 
     def task(self, images: DataSet, classifier: Any) -> AtopTask:
-        from ..._hashes import weights_fingerprint
+        from ..._settings import weights_fingerprint
         from . import Atop, AtopTask
 
         if self.init is None:

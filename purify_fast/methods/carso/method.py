@@ -137,7 +137,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         return {name: recipe[f"defence.{name}"] for name in _SIZES}
 
     def task(self, images: DataSet, classifier: Any) -> CarsoTask:
-        from ..._hashes import weights_fingerprint
+        from ..._settings import weights_fingerprint
         from ...data import statistics
         from ...models.classifiers import SmallCNN
         from ...models.layers import layers_missing

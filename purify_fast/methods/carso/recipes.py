@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._places import check_shapes
+from ..._files import check_shapes
 from ...models.classifiers import WideResNet
 from ...models.foreign import load_state, read_weights
 from ...models.layers import Normalize

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from ..._hashes import text_hash
+from ..._settings import text_hash
 from .op import Backend, Sizes
 from .registry import REGISTRY, Op, forced_backends, sizes_here
 

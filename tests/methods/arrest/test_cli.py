@@ -3,7 +3,7 @@
 from small_models import bars_and_classifier
 
 from purify_fast import cli
-from purify_fast._hashes import weights_fingerprint
+from purify_fast._settings import weights_fingerprint
 from purify_fast.cli.command import parse
 from purify_fast.methods.recipes import recipe
 from purify_fast.training import load_classifier
