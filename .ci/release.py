@@ -95,7 +95,7 @@ def notes(root: Path, repository: str) -> str:
 
 
 def copy_weights(root: Path, folder: Path) -> None:
-    """Copy the weights of all models of the zoo. `purify_fast/zoo/cards.py` downloads files of these names."""
+    """Copy the weights of all models of the zoo. `purify_fast/zoo/__init__.py` downloads files of these names."""
     for path in sorted(root.glob("purify_fast/zoo/models/*/model.safetensors")):
         shutil.copy(path, folder / f"{path.parent.name}.safetensors")
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from loading import module_at
 
-from purify_fast import __version__, _library
-from purify_fast.zoo import cards
+from purify_fast import __version__, _library, zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,11 +115,11 @@ def test_a_wheel_has_all_cards_of_the_zoo_and_the_weights_of_the_models_on_digit
     assert weights == {name for name in names if name.startswith("digits-")} != names
     # The address of the other weights is made from the package's metadata.
     built = PathDistribution(tmp_path / "purify_fast.egg-info")
-    monkeypatch.setattr(cards, "metadata", lambda name: built.metadata)
+    monkeypatch.setattr(zoo, "metadata", lambda name: built.metadata)
     released = (
         rf"https://github\.com/[^/]+(/[^/]+)?/releases/download/v{re.escape(__version__)}/mnist-pgd-at\.safetensors"
     )
-    assert re.fullmatch(released, cards.address("mnist-pgd-at"))
+    assert re.fullmatch(released, zoo.address("mnist-pgd-at"))
 
 
 def test_the_source_distribution_has_what_a_build_reads_and_no_more(tmp_path):

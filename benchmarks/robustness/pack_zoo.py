@@ -27,7 +27,7 @@ from purify_fast.judge.show.text import markdown_table
 from purify_fast.methods.loading import load_defence
 from purify_fast.training import load_classifier
 from purify_fast.training.run import MODEL, read_model, save_model
-from purify_fast.zoo.cards import FILE, MODELS, Accuracy, Card, read_card
+from purify_fast.zoo import FILE, MODELS, Accuracy, Card, read_card
 
 from . import revisions
 

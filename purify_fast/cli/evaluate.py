@@ -59,7 +59,7 @@ def own_model(spec: str, images: DataSet) -> Classifier:
     """Call a function of the user and return its result, which is a module or a function from images to logits."""
     from torch import nn
 
-    from ..models.foreign import called_by
+    from ..models.classifiers import called_by
 
     model: Classifier = called_by(spec)
     if not callable(model) or isinstance(model, type):
@@ -72,7 +72,7 @@ def named_classifier(
 ) -> nn.Module:
     """Make a network by its name. With random weights, a library's network gets the statistics of the images."""
     from ..data import statistics
-    from ..models.foreign import LIBRARIES, build_foreign
+    from ..models.classifiers import LIBRARIES, build_foreign
 
     fresh = weights is None and spec.partition(":")[0] in LIBRARIES
     how: Any = statistics(images.x_train) if fresh else (mean or 0.0, std or 1.0)
@@ -84,7 +84,7 @@ def trained_classifier(
     classifier: str | Path, weights: str | None, images: DataSet, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> nn.Module:
     """Load a trained classifier to the device of the images."""
-    from ..models.foreign import LIBRARIES
+    from ..models.classifiers import LIBRARIES
     from ..training import load_classifier
 
     text = str(classifier)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .datasets import DataSet as DataSet, load_dataset as load_dataset
-    from .folders import read_image as read_image
+    from .datasets import DataSet as DataSet, load_dataset as load_dataset, read_image as read_image
     from .images import (
         balanced_subset as balanced_subset,
         batches as batches,

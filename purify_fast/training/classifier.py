@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from .._settings import structure_fingerprint, torch_defaults
 from .._version import __version__
-from ..models.classifiers import CLASSIFIERS
-from ..models.foreign import ForeignClassifier
+from ..models.classifiers import CLASSIFIERS, ForeignClassifier
 from ..models.layers import evaluation_mode
 from ..ops.philox import Stream, philox, philox_key
 from ..speed.frozen_copy import AttackedCopy
@@ -126,7 +125,7 @@ def save_classifier(model: nn.Module, folder: str | Path, classes: Sequence[str]
     """Write a classifier to ``model.safetensors``.
 
     Args:
-        model: a classifier of this package, or a `purify_fast.models.foreign.ForeignClassifier`.
+        model: a classifier of this package, or a `purify_fast.models.classifiers.ForeignClassifier`.
         folder: the folder to write to.
         classes: the names of the classes, such as `purify_fast.data.DataSet.classes`; None: the model's own attribute.
 

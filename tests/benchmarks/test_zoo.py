@@ -12,7 +12,7 @@ from purify_fast.attacks import APGD, PGD
 from purify_fast.data import load_dataset
 from purify_fast.defences import MajorityVote
 from purify_fast.training.run import read_model
-from purify_fast.zoo.cards import Accuracy, read_card
+from purify_fast.zoo import Accuracy, read_card
 
 
 def asked(*options):

@@ -10,7 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from purify_fast._settings import weights_fingerprint
-from purify_fast.models.foreign import ForeignClassifier, build_foreign, read_weights
+from purify_fast.models.classifiers import ForeignClassifier, build_foreign, read_weights
 from purify_fast.training import load_classifier, save_classifier
 
 MINE = """

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from purify_fast import data
 from purify_fast.cli.command import counted
-from purify_fast.data import folders
+from purify_fast.data import datasets as folders
 
 
 @pytest.mark.parametrize("held_out, ending", [("val", "png"), ("test", "JPEG")])

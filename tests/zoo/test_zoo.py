@@ -12,7 +12,6 @@ import torch
 from purify_fast import cli, zoo
 from purify_fast.attacks import frozen, pgd
 from purify_fast.data import load_dataset, to_float
-from purify_fast.zoo import cards
 
 IMAGES = 100
 DIGITS = [name for name in zoo.list() if zoo.card(name).data == "digits"]
@@ -101,14 +100,14 @@ NAME = "digits-standard"
 #: The address in the sources.
 PLACEHOLDER = Message()
 PLACEHOLDER["Project-URL"] = "Repository, https://github.com/ADDRESS"
-PACKED = cards.MODELS
+PACKED = zoo.MODELS
 
 
 @pytest.fixture
 def without_weights(tmp_path, monkeypatch):
     """An installed package: the cards alone, and an empty cache. The file that a download is kept in."""
     shutil.copytree(PACKED, tmp_path / "models", ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr(cards, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(zoo, "MODELS", tmp_path / "models")
     monkeypatch.setenv("PURIFY_FAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "zoo" / NAME / "model.safetensors"
 
@@ -129,7 +128,7 @@ def release(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        monkeypatch.setattr(cards, "address", lambda name: f"http://127.0.0.1:{server.server_port}/{name}.safetensors")
+        monkeypatch.setattr(zoo, "address", lambda name: f"http://127.0.0.1:{server.server_port}/{name}.safetensors")
         yield folder, asked
         server.shutdown()
         thread.join()
@@ -148,7 +147,7 @@ def test_missing_weights_are_downloaded_once_and_said(without_weights, release, 
     shutil.copy(PACKED / NAME / "model.safetensors", folder / f"{NAME}.safetensors")
     model = zoo.load(NAME)
     said = capsys.readouterr().err
-    assert f"downloads the model {NAME} (334,400 bytes) from {cards.address(NAME)} to {without_weights}\n" in said
+    assert f"downloads the model {NAME} (334,400 bytes) from {zoo.address(NAME)} to {without_weights}\n" in said
     assert asked == [(f"/{NAME}.safetensors", 200)]
     again = zoo.load(NAME)
     assert len(asked) == 1 and capsys.readouterr().err == ""
@@ -182,7 +181,7 @@ def test_other_weights_are_refused(change, without_weights, release):
 
 def test_a_package_without_the_address_of_its_repository_downloads_nothing(without_weights, monkeypatch, capsys):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("it asked another machine"))
-    monkeypatch.setattr(cards, "metadata", lambda name: PLACEHOLDER)
+    monkeypatch.setattr(zoo, "metadata", lambda name: PLACEHOLDER)
     text = (
         f"the address of its repository; copy the file .*/{NAME}/model.safetensors of a clone .* to {without_weights}"
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._validation import check_counts
-from ...models.foreign import load_state, read_weights
+from ...models.classifiers import load_state, read_weights
 from ...ops.contextual_attention import contextual_attention, key_validity
 from ...ops.gated_elu import gated_elu
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._files import check_shapes
-from ...models.classifiers import WideResNet
-from ...models.foreign import load_state, read_weights
+from ...models.classifiers import WideResNet, load_state, read_weights
 from ...models.layers import Normalize
 from ..recipes import Recipe, read_recipes
 from .defence import Carso

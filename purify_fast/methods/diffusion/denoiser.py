@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._settings import first_tensor
-from ...models.foreign import load_weights
+from ...models.classifiers import load_weights
 from ...models.layers import evaluation_mode
 from ...models.unet import TimeLayer, UNet
 from ...training.run import save_model
