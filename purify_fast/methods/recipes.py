@@ -151,7 +151,7 @@ def _number(value: Any) -> Any:
 def _by_method() -> dict[str, dict[str, Recipe]]:
     """Return the recipes of each method that has any, by the method's name and the recipe's name within the method."""
     names = [name for name, method in all_methods().items() if method.recipes]
-    return {name: import_module(f"{__package__}.{name}.recipes").RECIPES for name in names}
+    return {name: import_module(f"{__package__}.{name}").RECIPES for name in names}
 
 
 def all_recipes() -> dict[str, Recipe]:

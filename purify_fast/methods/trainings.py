@@ -180,7 +180,7 @@ class Method:
         loading: a dataclass whose fields are options of the commands that load a saved defence of this method, such as
             ``evaluate``. Its method ``changes`` returns the arguments of `load_defence` that these options set; empty
             if no option is given.
-        recipes: whether the module ``recipes`` of the method has published systems, as the mapping ``RECIPES``.
+        recipes: whether the method's package has published systems, as the mapping ``RECIPES``.
     """
 
     trainings: Sequence[type[Training]] = ()

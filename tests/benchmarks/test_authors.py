@@ -15,8 +15,7 @@ from purify_fast.attacks import BpdaModel, OriginalAutoAttack
 from purify_fast.defences import WithAggregation, WithFixedNoise
 from purify_fast.methods.atop import Atop
 from purify_fast.methods.carso import Carso
-from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.recipes import RECIPES
+from purify_fast.methods.diffusion import RECIPES, Process, Schedule
 from purify_fast.models.classifiers import SmallCNN
 
 SHAPE = (1, 8, 8)

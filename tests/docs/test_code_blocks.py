@@ -21,7 +21,7 @@ import purify_fast
 from examples import your_diffusion_loop
 from purify_fast import cli
 from purify_fast.methods.atop import DeepFillGenerator
-from purify_fast.methods.carso.recipes import RECIPES
+from purify_fast.methods.carso import RECIPES
 from purify_fast.methods.recipes import all_recipes
 from purify_fast.training.task import RunLength
 

@@ -13,7 +13,7 @@ from purify_fast import methods
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.defence import _block
-from purify_fast.methods.atop.recipes import AtopRecipe
+from purify_fast.methods.atop.task import AtopRecipe
 from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import config_in_epoch, kl_weight
 from purify_fast.methods.recipes import all_recipes, recipe

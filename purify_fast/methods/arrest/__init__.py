@@ -8,6 +8,7 @@ from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .method import ArrestConfig as ArrestConfig
+    from .recipes import RECIPES as RECIPES
     from .task import ArrestTask as ArrestTask
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -10,6 +10,6 @@ if TYPE_CHECKING:
     from .defence import Atop as Atop, PurifierAdapter as PurifierAdapter, build_purifier as build_purifier
     from .generators import DeepFillGenerator as DeepFillGenerator, SmallGenerator as SmallGenerator
     from .method import AtopConfig as AtopConfig
-    from .task import AtopTask as AtopTask, PatchDiscriminator as PatchDiscriminator
+    from .task import RECIPES as RECIPES, AtopTask as AtopTask, PatchDiscriminator as PatchDiscriminator
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AtopConfig:
-    """The settings of the training of AToP's purifier; `purify_fast.methods.atop.recipes` has the authors' settings.
+    """The settings of the training of AToP's purifier; `purify_fast.methods.atop.task` has the authors' settings.
 
     "Official" is the official code of arXiv 2401.16352; "own" is this package's choice.
 

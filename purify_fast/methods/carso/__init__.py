@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         decoder_plan as decoder_plan,
         published_decoder as published_decoder,
     )
-    from .recipes import load_official as load_official, official_tensors as official_tensors
+    from .recipes import RECIPES as RECIPES, load_official as load_official, official_tensors as official_tensors
     from .task import CarsoTask as CarsoTask
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

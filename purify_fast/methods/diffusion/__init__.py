@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .defence import DiffusionPurifier as DiffusionPurifier
+    from .defence import RECIPES as RECIPES, DiffusionPurifier as DiffusionPurifier
     from .denoiser import load_denoiser as load_denoiser, save_denoiser as save_denoiser
     from .process import Process as Process, Schedule as Schedule
 else:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +32,10 @@ from ...defences.base import Defence, refuse_wrapped
 from ...defences.stochastic import WithAggregation
 from ...ops.diffusion_step import COEFFICIENTS, STEPS, diffusion_step
 from ...speed.draws import same_draws
+from ..recipes import Recipe, read_recipes
 from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
-from .process import GRADIENTS, Process, StepTable
+from .process import GRADIENTS, Process, Schedule, StepTable
 
 DiffusionAggregation = Literal["mean", "mean_softmax", "lse", "vote"]
 #: Surrogates have fewer steps, or fewer steps with a gradient of the denoiser: the number is divided by this factor.
@@ -331,3 +332,30 @@ class LowFrequencyGradient(nn.Module):
         if seen.requires_grad:
             seen.register_hook(low_frequencies)
         return self.model(seen)
+
+
+# -- the published purifications: ``recipes.yaml`` has every value and its source --------------------------------------
+#
+# A source is a file and its lines in NVlabs/DiffPure at commit 985703f, JinyiW/GuidedDiffusionPur at 6ee8b1a,
+# ml-postech/robust-evaluation-of-diffusion-based-purification at 3b98b01 or ethz-spylab/diffusion_denoised_smoothing at
+# 699e7a5. The authors did not train the denoisers themselves, so these recipes have no training.
+
+
+@dataclass(frozen=True)
+class DiffusionRecipe(Recipe):
+    """A published purification. Values with ``schedule.`` and ``process.`` are fields of `Schedule` and `Process`."""
+
+    def process(self) -> Process:
+        """Return the recipe's process. If the recipe states the noise as sigma, t* is the time with this noise."""
+        schedule, fields = Schedule(**self.part("schedule")), self.part("process")
+        if "noise.sigma" in self.values:
+            fields["t_star"] = schedule.time_of(self["noise.sigma"])
+        return Process(schedule=schedule, **fields)
+
+    def defence(self, denoiser: nn.Module, classifier: nn.Module, **changes: Any) -> DiffusionPurifier:
+        """Build the defence with a denoiser for images in [-1, 1]. ``changes`` replace the recipe's arguments."""
+        options = {"image_shape": self.image_shape, "process": self.process(), **self.part("defence"), **changes}
+        return DiffusionPurifier(denoiser, classifier, **options)
+
+
+RECIPES = read_recipes(DiffusionRecipe, "diffusion")

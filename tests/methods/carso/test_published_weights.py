@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from small_models import smaller, write_official
 
-from purify_fast.methods.carso.recipes import RECIPES
+from purify_fast.methods.carso import RECIPES
 from purify_fast.methods.recipes import recipe
 
 STEM, WEIGHTS = "wrn_28_10_cifar_10_cui_2023", "cifar10_a3_b10_t4_20m_w"

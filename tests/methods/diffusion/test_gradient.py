@@ -10,8 +10,7 @@ from denoisers import Tiny, defence, images, logits_and_gradient
 from small_models import Linear
 from torch import nn
 
-from purify_fast.methods.diffusion import Process, Schedule
-from purify_fast.methods.diffusion.recipes import RECIPES
+from purify_fast.methods.diffusion import RECIPES, Process, Schedule
 from purify_fast.ops import diffusion_step
 
 

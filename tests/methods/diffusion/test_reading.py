@@ -7,8 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import purify_fast
-from purify_fast.methods.diffusion import DiffusionPurifier, Process, Schedule, load_denoiser, save_denoiser
-from purify_fast.methods.diffusion.recipes import RECIPES
+from purify_fast.methods.diffusion import RECIPES, DiffusionPurifier, Process, Schedule, load_denoiser, save_denoiser
 from purify_fast.models.classifiers import SmallCNN
 
 
