@@ -7,11 +7,14 @@ import threading
 import denoisers
 import pytest
 import torch
-from small_models import atop, carso
+from small_models import atop, carso, images
 
 from purify_fast import frozen_copy
+from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import aggregate
 
 
 def diffusion():
@@ -87,3 +90,37 @@ def test_copies_predict_the_same_and_are_their_own(kind, how):
         for parameter in made.parameters():
             parameter.zero_()
         assert torch.equal(defence(x), want) and not torch.equal(made(x), want)
+
+
+# -- noisy copies: the control that purifies nothing -------------------------------------------------------------------
+
+
+def control(sigma=0.2, samples=4):
+    torch.manual_seed(0)
+    return NoisyEnsemble(SmallCNN(width=4), sigma, samples)
+
+
+def test_it_is_the_classifier_on_noisy_copies():
+    made, x = control(), images(3)
+    with made.fixed_noise(5):
+        logits = made.sample_logits(x)
+        assert logits.shape == (3, 4, 10)
+        torch.testing.assert_close(made(x), aggregate(logits, "lse"))
+        torch.testing.assert_close(made.sample_logits(x.flip(0)), logits.flip(0))
+        assert not torch.allclose(logits[:, 0], logits[:, 1])
+    assert not torch.equal(made(x), made(x))
+    with made.deterministic():
+        torch.testing.assert_close(made(x), made.classifier(x))
+    seen = []
+    made.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    many = control(0.1, 64)
+    many.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    many(torch.full((8, 1, 16, 16), 0.5))
+    assert abs(float(seen[0].std()) - 0.1) < 0.005 and abs(float(seen[0].mean()) - 0.5) < 0.005
+    assert seen[0].min() >= 0 and seen[0].max() <= 1
+
+
+@pytest.mark.parametrize(("sigma", "samples"), [(-0.1, 4), (float("nan"), 4), (0.1, 0)])
+def test_refusals(sigma, samples):
+    with pytest.raises(ValueError, match="sigma must be at least 0 and samples at least 1, got sigma="):
+        control(sigma, samples)

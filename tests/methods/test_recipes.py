@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from small_models import SMALL, smaller
+from small_models import SMALL, first_digits, smaller
+from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task
 
-from purify_fast import methods
+from purify_fast import data, methods
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.defence import _block
@@ -17,8 +19,9 @@ from purify_fast.methods.atop.task import AtopRecipe
 from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import config_in_epoch, kl_weight
 from purify_fast.methods.recipes import all_recipes, recipe
-from purify_fast.models import build_classifier
-from purify_fast.training import Batch
+from purify_fast.models import PreActResNet18, build_classifier
+from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.training.run import read_tree
 from purify_fast.training.sources import InMemory
 from purify_fast.training.task import RunLength
 
@@ -203,3 +206,56 @@ def test_the_published_block_is_the_default_for_images_of_the_published_size():
     """So another size has the default, which is the same share of the image."""
     for name in [name for name in TRAINED if name.startswith("atop")]:
         assert recipe(name)["defence.block"] == _block(recipe(name).image_shape)
+
+
+# -- A training of each method that is killed in the middle of an epoch, and goes on, ends with the same weights -------
+
+
+arrest = partial(arrest_task, network=partial(PreActResNet18, in_channels=1))
+atop = partial(atop_task, cls_delay=1, learning_rate=1e-3)
+carso = partial(carso_task, kl_delay=0.0)
+FINETUNED = {"optimizer": "adamw", "schedule": "one_cycle", "learning_rate": 1e-2, "ema_decay": 0.5}
+TASKS = {
+    "arrest": arrest,
+    "arrest, average": partial(arrest, ema_decay=0.9),
+    "arrest, bfloat16": partial(arrest, precision="bfloat16", drift_mode="train"),
+    "arrest, AdamW": partial(arrest_task, **FINETUNED),
+    "atop": atop,
+    "atop, discriminator": partial(atop, gan_grad=True, discriminator_width=2),
+    "carso": partial(carso, optimizer="radam_lookahead", lookahead_steps=2),
+    "carso, pipeline": partial(carso, "pipeline"),
+}
+
+
+def trained(name, folder, *callbacks):
+    """The checkpoint and the result of six steps."""
+    torch.manual_seed(0)
+    task, config = TASKS[name](), FitConfig(2, 8, 3, checkpoint_seconds=0)
+    fit(task, *first_digits(24), config, folder, callbacks=callbacks)
+    return read_tree(folder / "checkpoint.safetensors"), task.result.state_dict()
+
+
+#: Their parts are those of other trainings here.
+SLOW = ("arrest, average", "arrest, AdamW", "atop, discriminator")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TASKS])
+def test_killed_and_resumed_training_is_the_same(name, tmp_path):
+    one, whole = trained(name, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        trained(name, tmp_path / "cut", StopAt(5))
+    two, resumed = trained(name, tmp_path / "cut")
+    assert one["step"] == two["step"] == 6 and one["last"] == two["last"]
+    assert one["model"].keys() == two["model"].keys()
+    assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_held_out_images_get_the_same_noise_from_any_number_of_processes(monkeypatch):
+    made, digits = carso("pipeline"), data.load_dataset("digits")
+    batch = Batch(digits.x_test[:8].float() / 255, digits.y_test[:8], torch.arange(8), seed=1, whole=True)
+    torch.manual_seed(1)
+    alone = made.validate(batch)
+    torch.manual_seed(1)
+    monkeypatch.setattr("purify_fast.methods.purifier_task.processes", lambda: (0, 2))
+    assert made.validate(batch) == alone

@@ -1,15 +1,24 @@
 """TRADES and MART against plain loops, written from the papers; and what trainers expect of `fit`."""
 
+import dataclasses
+
 import pytest
+import small_runs
 import torch
-from small_models import first_digits
+from small_models import NotCopied, first_digits, images_and_labels
 from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks.base import ball_around, normal_in_ball, sample_in_ball
-from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
+from purify_fast.methods.arrest import ArrestConfig
+from purify_fast.methods.atop import AtopConfig
+from purify_fast.methods.carso import CarsoConfig
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.speed.frozen_copy import AttackedCopy, FrozenCopy
+from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import mart, trades
 from purify_fast.training.sources import InMemory, step_seed
+from purify_fast.training.task import settings
 
 EPS, ALPHA = 0.1, 0.04
 ATTACK = TrainingAttack(EPS, 3, alpha=ALPHA)
@@ -88,3 +97,129 @@ def test_the_gradient_is_finite_where_a_probability_is_0(loss):
     exact = clean.detach().double().requires_grad_()
     (right,) = torch.autograd.grad(loss(exact, attacked.double(), y, 6.0), exact)
     torch.testing.assert_close(gradient, right.float(), rtol=1e-3, atol=1e-6)
+
+
+# -- the attack of every training: eps, step and warm-up mean the same in all of them ----------------------------------
+
+
+CONFIGS = (ClassifierConfig(), CarsoConfig(), AtopConfig(), ArrestConfig())
+
+
+def test_a_step_follows_from_eps_unless_it_is_given():
+    attack = TrainingAttack(eps=0.2, steps=10)
+    assert attack.step_size(0.2) == pytest.approx(0.05) and attack.step_size(0.1) == pytest.approx(0.025)
+    torch.testing.assert_close(attack.step_size(torch.tensor([0.1, 0.2])), torch.tensor([0.025, 0.05]))
+    assert dataclasses.replace(attack, relative_alpha=2.0).step_size(0.2) == pytest.approx(0.04)
+    # a given one is a constant, whatever the radius, as the published weak attacks have it
+    assert dataclasses.replace(attack, alpha=0.03).step_size(0.1) == 0.03
+
+
+@pytest.mark.parametrize("alpha", [None, 0.06])
+def test_eps_and_step_rise_together(alpha):
+    attack = TrainingAttack(eps=0.2, steps=10, alpha=alpha, eps_warmup=0.5)
+    now = [attack.at_epoch(epoch, 8) for epoch in range(8)]
+    assert [a.eps for a in now] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2, 0.2])
+    whole = attack.step_size(0.2)
+    assert [a.step_size(a.eps) for a in now] == pytest.approx([whole * a.eps / 0.2 for a in now])
+    assert all(a.eps_warmup == 0 and a.at_epoch(0, 8) == a for a in now)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
+        ({"eps": 8.0}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
+        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
+        ({"alpha": 0.0}, "alpha must be above 0 and finite, got 0.0"),
+        ({"alpha": 0.03}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
+        ({"relative_alpha": 0.9}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
+    ],
+)
+def test_settings_out_of_range_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingAttack(**{"eps": 0.1, "steps": 3, **wrong})
+    assert TrainingAttack(eps=3.0, steps=3, norm="l2")
+
+
+def test_a_norm_is_read_as_others_write_it():
+    attack = TrainingAttack(eps=0.1, steps=3, norm="L-inf")
+    assert attack == TrainingAttack(eps=0.1, steps=3) and attack.norm == "linf"
+    assert TrainingAttack(eps=3.0, steps=3, norm="L2").at_epoch(0, 2).norm == "l2"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_every_training_has_one_and_its_settings_are_a_flat_table(config):
+    assert isinstance(config.attack, TrainingAttack)
+    flat, names = settings(config), {field.name for field in dataclasses.fields(config)}
+    attack = {field.name for field in dataclasses.fields(TrainingAttack)}
+    assert not names & attack and flat.keys() == names - {"attack"} | attack
+    assert flat["eps"] == config.attack.eps
+
+
+# -- trainings attack a frozen copy that has the weights of the moment, and train the model itself ---------------------
+
+
+SHAPE = (1, 16, 16)
+
+
+def task(objective):
+    torch.manual_seed(0)
+    attack = TrainingAttack(eps=0.1, steps=3)
+    return ClassifierTask(SmallCNN(1, 10, SHAPE[1:], 8), ClassifierConfig(objective=objective, attack=attack))
+
+
+def batch():
+    return Batch(*images_and_labels(8, SHAPE, 10), torch.arange(8), 7, 0, 1)
+
+
+@pytest.mark.parametrize("objective", [None, "trades", "mart"])
+def test_every_step_attacks_the_present_weights(objective, monkeypatch):
+    monkeypatch.setattr("purify_fast.speed.frozen_copy.FEWEST_WEIGHTS", 1)
+    seen, original = [], TrainingAttack.run
+
+    def run(self, model, *given, **options):
+        seen.append((model, model(batch().x).detach()))
+        return original(self, model, *given, **options)
+
+    monkeypatch.setattr(TrainingAttack, "run", run)
+    made = task(objective)
+    for _ in range(3):
+        made.train()
+        with torch.no_grad():
+            wanted = made.model.eval()(batch().x)
+            made.train()
+        loss, _ = made.training_step(batch())
+        loss.backward()
+        assert isinstance(seen[-1][0], FrozenCopy) and not torch.equal(seen[-1][1], wanted * 0)
+        torch.testing.assert_close(seen[-1][1], wanted, rtol=1e-4, atol=1e-5)
+        made.optimizer.step()
+    assert len({id(model) for model, _ in seen}) == 1
+    assert not torch.allclose(seen[0][1], seen[-1][1], atol=1e-4)
+
+
+def test_small_models_and_models_without_a_copy_are_attacked_themselves():
+    odd = NotCopied(lambda self, x: self.fc(x.flatten(1)), fc=nn.Linear(256, 1000))
+    small, x = SmallCNN(1, 10, SHAPE[1:], 8), torch.rand(2, *SHAPE)
+    assert AttackedCopy(small, torch.float32).now(x) is small
+    assert AttackedCopy(small, torch.bfloat16).now(x).dtype == torch.bfloat16
+    with pytest.warns(RuntimeWarning, match="NotCopied is attacked itself, .* no copies"):
+        assert AttackedCopy(odd, torch.float32).now(x) is odd
+
+
+def test_a_resumed_run_attacks_a_copy_of_the_form_in_its_checkpoint(tmp_path, monkeypatch):
+    """The comparison depends on the weights, so the same run could choose another form later."""
+    monkeypatch.setattr("purify_fast.speed.frozen_copy.FEWEST_WEIGHTS", 1)
+    config, images = FitConfig(2, 16, checkpoint_seconds=0), small_runs.images()
+    original = small_runs.task(attack=TrainingAttack(eps=0.1, steps=1))
+    with pytest.raises(small_runs.Stopped):
+        fit(original, *images, config, tmp_path, callbacks=[small_runs.StopAt(3)])
+    assert original.attacked.decision == ["torch.float32", False]
+    resumed = small_runs.task(attack=TrainingAttack(eps=0.1, steps=1))
+    monkeypatch.setattr("purify_fast.speed.frozen_copy._compared", None)
+    fit(resumed, *images, config, tmp_path)
+    assert resumed.attacked.now(images[0][:1].float()).plain is False
+    for decision in ("model", ["torch.bfloat16", True]):
+        chosen = AttackedCopy(resumed.model, torch.bfloat16)
+        chosen.decision = decision
+        made = chosen.now(images[0][:1].float() / 255)
+        assert made is resumed.model if decision == "model" else made.dtype == torch.bfloat16 and made.plain

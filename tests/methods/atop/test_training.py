@@ -5,14 +5,17 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import Made, atop, configured, first_digits
+from small_models import Made, atop, bars_and_classifier, configured, first_digits
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
-from purify_fast import data
+import purify_fast
+from purify_fast import cli, data
 from purify_fast.attacks import FGSM, fgsm
-from purify_fast.methods.atop import AtopConfig, AtopTask
-from purify_fast.methods.atop.task import hinge
-from purify_fast.training import Batch, FitConfig, fit
+from purify_fast.methods.atop import AtopConfig, AtopTask, DeepFillGenerator
+from purify_fast.methods.atop.task import PatchDiscriminator, SpectralConv, hinge, patch_depth
+from purify_fast.methods.carso import Carso
+from purify_fast.training import Batch, FitConfig, fit, load_classifier
 from purify_fast.training.config import TrainingAttack
 
 
@@ -173,3 +176,151 @@ def test_the_pipeline_is_what_is_attacked():
         config = configured(AtopConfig, attack_method="pgd", attack_target=target, eps=0.2, cls_delay=0)
         losses[target] = float(AtopTask(made, config).passes(step).metrics["cross_entropy"])
     assert losses["pipeline"] > losses["classifier"]
+
+
+# -- deepFillv2's own training: SN-PatchGAN and its spectral normalization ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    torch.manual_seed(0)
+    return PatchDiscriminator()
+
+
+def test_fact_6_sizes(published):
+    assert sum(p.numel() for p in published.parameters()) == 5_946_816
+    assert sum(b.numel() for b in published.buffers()) == 1216
+    with torch.no_grad():
+        logits = published(torch.rand(1, 4, 256, 256))
+        assert logits.shape == (1, 4096) and logits.isfinite().all() and logits.std() > 0
+        assert published(torch.rand(2, 4, 64, 64)).shape == (2, 256)
+
+
+def test_tensors_have_the_official_names(published):
+    names = {f"conv{i}.conv_sn.{leaf}" for i in range(1, 7) for leaf in ("weight", "bias", "weight_u")}
+    state = published.state_dict()
+    assert state.keys() == names
+    assert state["conv3.conv_sn.weight"].shape == (256, 128, 5, 5) and state["conv3.conv_sn.weight_u"].shape == (256, 1)
+
+
+def test_leaky_relu_follows_every_layer_the_last_too():
+    torch.manual_seed(0)
+    made = PatchDiscriminator(2, 4, depth=1).eval()
+    x = torch.randn(1, 2, 6, 6)
+    out = made.conv1.conv_sn(x).flatten(1)
+    assert (out < 0).any() and torch.equal(made(x), torch.where(out > 0, out, 0.2 * out))
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "patches"),
+    [((256, 256), 6, 16), ((32, 32), 4, 4), ((28, 28), 4, 4), ((16, 16), 3, 4), ((16, 40), 3, 10), ((3, 3), 1, 4)],
+)
+def test_small_images_have_at_least_2_x_2_patches(size, depth, patches):
+    assert patch_depth(size) == depth
+    made = PatchDiscriminator(3, 2, depth)
+    assert made(torch.rand(2, 3, *size)).shape == (2, patches * 2 * (1, 2, 4, 4, 4, 4)[depth - 1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_values_and_gradients_equal_torchs(training):
+    torch.manual_seed(0)
+    ours = SpectralConv(3, 8, 5, 2, 2)
+    plain = torch.nn.Conv2d(3, 8, 5, 2, 2)
+    with torch.no_grad():
+        plain.weight.copy_(ours.weight)
+        plain.bias.copy_(ours.bias)
+    theirs = spectral_norm(plain)
+    state = theirs.parametrizations.weight[0]
+    matrix = ours.weight.detach().flatten(1)
+    v = torch.nn.functional.normalize(matrix.T @ ours.weight_u, dim=0)[:, 0]
+    state._u.copy_(ours.weight_u[:, 0])
+    state._v.copy_(v)
+    ours.train(training)
+    theirs.train(training)
+    x = torch.randn(2, 3, 8, 8)
+    for layer in (ours, theirs):
+        layer(x).square().sum().backward()
+    want = theirs.parametrizations.weight.original.grad
+    torch.testing.assert_close(ours.weight.grad, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.weight_u[:, 0], state._u)
+
+
+def test_autocast_keeps_sigma_exact():
+    torch.manual_seed(0)
+    layer = SpectralConv(3, 8, 5, 2, 2)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        want = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = twin(x)
+    assert got.dtype == torch.bfloat16 and torch.equal(layer.weight_u, twin.weight_u)
+    assert (got - want).abs().max() < 0.02 * want.abs().max()
+
+
+# -- AToP on the command line: made, trained, started from another, resumed, evaluated; and what is refused, how -------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Data of a user's own, two classes, grey, 16 x 8, and a classifier for them."""
+    return bars_and_classifier(tmp_path_factory.mktemp("atop"))
+
+
+def run(what, made, out, *options):
+    """``train generator`` or ``train atop`` for an epoch of four steps; the exit status."""
+    common = ["--data", str(made / "bars.npz"), "--classifier", str(made / "classifier"), "--device", "cpu"]
+    if what == "atop" and "--cls-delay" not in options:
+        # four steps are shorter than the usual delay
+        options = (*options, "--cls-delay", "0")
+    return cli.main(["train", what, "--out", str(out), *common, "--epochs", "1", "--batch-size", "16", *options])
+
+
+@pytest.fixture(scope="module")
+def generator(made):
+    """A folder of `train generator`."""
+    options = ["--width", "2", "--transform", "rt3", "--sigma", "0.1", "--block", "4", "--discriminator-width", "2"]
+    assert run("generator", made, made / "generator", *options) == 0
+    return made / "generator"
+
+
+def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, capsys):
+    torch.manual_seed(0)
+    path = tmp_path / "states.pth"
+    torch.save({"G": DeepFillGenerator(3, 4).state_dict()}, path)
+    options = ["--init", "None", "--purifier", "deepfill", "--weights", str(path), "--learning-rate", "0"]
+    transform = ["--transform", "rt2", "--sigma", "0.2", "--block", "4", "--mask-ratio", "0.5", "--samples", "2"]
+    transform += ["--aggregation", "mean_softmax", "--shared-mask"]
+    assert run("atop", made, tmp_path / "out", *options, "--cls-delay=0", *transform) == 0
+    loaded, wanted = purify_fast.load_defence(tmp_path / "out"), DeepFillGenerator.from_official(path).state_dict()
+    assert loaded.purifier.module.arguments["width"] == 4 and loaded.shared_mask and loaded.samples == 2
+    assert (loaded.sigma, loaded.block, loaded.mask_ratio, loaded.aggregation) == (0.2, 4, 0.5, "mean_softmax")
+    assert loaded.arguments["transform"] == "rt2"
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.purifier.module.state_dict().items())
+    assert run("atop", made, tmp_path / "other", *options, "--width", "4") == 2
+    assert "--width has no effect beside --weights" in capsys.readouterr().err
+    assert run("atop", made, tmp_path / "other", *options, "--weights", str(tmp_path / "none.pth")) == 2
+    assert "none.pth" in capsys.readouterr().err
+
+
+def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, monkeypatch):
+    classifier = load_classifier(made / "classifier")
+    carso = tmp_path / "carso"
+    Carso(classifier, ["conv2"], (1, 16, 8), 4, 2, 2, decoder_width=2).save(carso)
+    monkeypatch.chdir(tmp_path)
+
+    def refused(what, *options):
+        assert run(what, made, tmp_path / "out", *options) == 2 and not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    other = f"{generator} must contain a saved Carso, but it contains a Atop"
+    assert other in refused("carso", "--init", str(generator))
+    assert f"{carso} must contain a saved Atop" in refused("atop", "--init", str(carso))
+    kind = f"{made / 'classifier'} holds a 'SmallCNN', not a known defence: if it is a classifier,"
+    assert kind in refused("atop", "--init", str(made / "classifier"))
+    for what in ("generator", "atop", "carso"):
+        assert f"{carso} holds a 'Carso', not a classifier" in refused(what, "--classifier", str(carso))
+    assert "runs/generator is missing: run `purify-fast train generator` first" in refused("atop")
+    assert cli.main(["evaluate", str(carso), "--data", str(made / "bars.npz"), "--device", "cpu"]) == 2
+    assert f"{carso / 'classifier' / 'model.safetensors'} is missing" in capsys.readouterr().err
