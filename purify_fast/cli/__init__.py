@@ -9,6 +9,8 @@ import contextlib
 import difflib
 import io
 import os
+import re
+import signal
 import sys
 from dataclasses import make_dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from .._files import folder_lock, usable_device, what_is
 from .._memory import ran_out_of_memory
 from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
-from .command import RUN_FILE, Command, DataCommand, cli, parse, read_run_file
+from .command import RUN_FILE, Command, DataCommand, cli, flag, parse, read_run_file, values
 
 __all__ = ["main"]
 
@@ -47,11 +49,12 @@ def _read(arguments: list[str]) -> Command:
     if arguments[:1] == ["--version"]:
         print(f"purify-fast {__version__}")
         raise SystemExit
-    firsts = {name.split()[0] for name in _KINDS}
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in firsts:
-        near = difflib.get_close_matches(arguments[0], firsts, 1)
+    words = arguments[: 2 if arguments[:1] == ["train"] else 1]
+    names = {" ".join(name.split()[: len(words)]) for name in _KINDS}
+    if words and not words[-1].startswith("-") and words != ["train"]:
+        near = difflib.get_close_matches(" ".join(words), names, 1)
         meant = f"is {near[0]} meant? " if near else ""
-        raise ValueError(f"no command {arguments[0]!r}: {meant}The commands are {', '.join(sorted(firsts))}")
+        raise ValueError(f"no command {' '.join(words)!r}: {meant}The commands are {', '.join(sorted(names))}")
     # No command is named, as in `purify-fast --help`: the parser lists all commands without their options. Only the
     # completion of a shell is made with all options.
     listed = dict(_KINDS)
@@ -64,7 +67,9 @@ def _read(arguments: list[str]) -> Command:
     training = make_dataclass("Train", [("what", _any_of(trains))], namespace=doc)
     top = {name: listed.get(name, training) for name in (called.split()[0] for called in _KINDS)}
     described = "Adversarial purification: train, attack and evaluate defences of image classifiers."
-    return cli(_any_of(top), arguments, prog="purify-fast", description=described)
+    described += " --version prints the version. `purify-fast COMMAND --help` lists the options of a command."
+    example = "evaluate zoo:digits-pgd-at --protocol fast --images 40"
+    return cli(_any_of(top), arguments, example, prog="purify-fast", description=described)
 
 
 def _resumed(arguments: list[str]) -> list[str]:
@@ -94,6 +99,9 @@ def _run(arguments: list[str]) -> int:
         from ..speed import retain_freed_memory
         from ..training.distributed import own_device
 
+        # PyTorch is imported now, so that Ctrl-C can no longer interrupt its import.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         retain_freed_memory()
         if isinstance(command, DataCommand):
             command = replace(command, device=own_device(usable_device(command.device)))
@@ -124,6 +132,16 @@ def _unread(stream: Any) -> Any:
     return io.TextIOWrapper(file, stream.encoding, "backslashreplace", **settings)
 
 
+def _with_options(message: str, arguments: list[str]) -> str:
+    """Write the names of a command's options in a message as on the command line: kl_delay as --kl-delay."""
+    kind = _KINDS.get(" ".join(arguments[:2])) or _KINDS.get("".join(arguments[:1]))
+    for name in [] if kind is None else values(kind()):
+        # A name that is also an English word is an option at the beginning of the message.
+        place = rf"(?<![\w.`'-]){name}\b(?!\()" if "_" in name else rf"^{name}(?= (must|has|is) )"
+        message = re.sub(place, flag(name), message)
+    return re.sub(r"^image_size\b", "--size", message)
+
+
 def _rank() -> int:
     """The rank of this process, which torchrun sets; 0 for a single process."""
     return int(os.environ.get("RANK") or 0)
@@ -146,14 +164,16 @@ def main(arguments: list[str] | None = None) -> int:
         # OpenMP reads its settings when PyTorch is loaded.
         if not any(name in os.environ for name in WAITING):
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        return _run(words)
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         # Each of several processes prints its own error, so the message names the process.
         rank = _rank()
         # stderr may be closed, or a file on a full disk.
         with contextlib.suppress(OSError, ValueError):
-            print(f"purify-fast{f', process {rank}' if rank else ''}: {error}", file=sys.stderr)
+            said = _with_options(str(error), words)
+            print(f"purify-fast{f', process {rank}' if rank else ''}: {said}", file=sys.stderr)
         return 2
     except Exception as error:
         if ran_out_of_memory(error):

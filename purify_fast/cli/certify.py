@@ -44,6 +44,7 @@ class Certify(ModelCommand):
     """
 
     called: ClassVar[str] = "certify"
+    example: ClassVar[str] = "zoo:digits-smoothed --radius 0.25 0.5 --images 20"
     report_folder: ClassVar[str] = "certificates"
     no_effect: ClassVar = {
         ("without", "attack"): ("votes",),

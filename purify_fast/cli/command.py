@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
+import shutil
 import sys
+import textwrap
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from os.path import expanduser
@@ -35,6 +40,8 @@ class Command(ABC):
 
     #: The name of the command, such as ``train carso``.
     called: ClassVar[str]
+    #: The words of a command line after the command's name, which the help shows.
+    example: ClassVar[str] = ""
     #: All commands by their names.
     kinds: ClassVar[dict[str, type[Command]]] = {}
     #: The options that have no effect "without" or "beside" another option. The tables of base classes hold too.
@@ -104,7 +111,7 @@ class DataCommand(Command):
         options: Any = {"image_size": size, "train": train, "download": self.download, "cache": self.cache}
         loaded = load_dataset(self.data, self.data_root, self.num_classes, **options)
         if processes()[0] == 0:
-            print(counted(loaded), file=sys.stderr)
+            print(f"{counted(loaded)}; on {device}", file=sys.stderr)
         moved = loaded.to(device)
         return replace(moved, x_train=loaded.x_train) if self.stream else moved
 
@@ -224,10 +231,44 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def cli(kind: Any, arguments: list[str], **options: Any) -> Any:
-    """Call ``tyro.cli`` with the rules of this module, for the class of a command or a union of classes."""
-    markers = tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes
-    return tyro.cli(kind, args=arguments, config=markers, registry=OPTION_TYPES, **options)
+#: The address of the pages.
+PAGES = "https://purify-fast.readthedocs.io"
+
+
+def cli(kind: Any, arguments: list[str], example: str = "", **options: Any) -> Any:
+    """Call ``tyro.cli`` with the rules of this module, for the class of a command or a union of classes.
+
+    The help ends with an example, the words after the program's name.
+
+    Raises:
+        ValueError: an option is unknown, or its value is not allowed.
+        SystemExit: the help was printed.
+    """
+    markers, printed = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=arguments, config=markers, registry=OPTION_TYPES, **options)
+    except SystemExit as end:
+        # The texts of the options say what happens without them. Several whole numbers are written as INT ...
+        text = re.sub(r"\s+\(default:\s*(None)?\)", "", printed.getvalue())
+        for form, words in ((r"\{?\[(\w+) \[\w+ \.\.\.\]\]\}?", r"\1 ..."), (r"\{None\}\|(\w+( \.\.\.)?)", r"\1")):
+            text = re.sub(form, lambda found, words=words: found.expand(words).ljust(len(found[0])), text)
+        if end.code:
+            # The parts between lines of dashes are a title, the error, and what is near.
+            _, error, *rest = (" ".join(part.split()) for part in re.split(r"^ *-{9,} *$", text, flags=re.M))
+            error = re.sub(r"^Error parsing (?:(--\S+):|\S+:) ", lambda found: f"{found[1] or ''} ".lstrip(), error)
+            error = error.replace("invalid literal for int() with base 10:", "must be a whole number, got")
+            optional = re.search(
+                r"no type matching (.*?) +could be instantiated from (.*?)\. Got (.*: (must be .*)|)", error
+            )
+            if optional:
+                error = error[: optional.start()] + (optional[4] or f"must be {optional[1]}, got {optional[2]}")
+            near = re.search(r"^Perhaps you meant: (--\S+)", rest[0])
+            raise ValueError(f"{error}{f'; is {near[1]} meant?' if near else ''}") from None
+        for line in [*text.splitlines(), *([f"Example: purify-fast {example}", f"Pages: {PAGES}"] if example else [])]:
+            # The lines of a block of options have their width.
+            print(line.rstrip() if line[:1] == " " else textwrap.fill(line, shutil.get_terminal_size().columns))
+        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +286,7 @@ def parse(kind: type[OfCommand], arguments: list[str], most: int | None = None) 
 
     ``most``: the largest number of images per step of a training, if the words do not set this number.
     """
-    how: Any = {"prog": f"purify-fast {kind.called}"}
+    how: Any = {"prog": f"purify-fast {kind.called}", "example": f"{kind.called} {kind.example}"}
     early, _ = cli(_Early, arguments, return_unknown_args=True, add_help=False, **how)
     options = {} if early.config is None else options_of(early.config, kind)
     # The folder is not an option, but an argument without a name, of which there can be only one.

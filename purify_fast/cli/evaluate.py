@@ -270,6 +270,7 @@ class Evaluate(ModelCommand):
     """
 
     called: ClassVar[str] = "evaluate"
+    example: ClassVar[str] = "runs/pets --data pets --size 64 --protocol fast"
     report_folder: ClassVar[str] = EVALUATION
 
     eps: float | None = None
@@ -290,7 +291,9 @@ class Evaluate(ModelCommand):
         elif self.own is None:
             ball = ball_of_run(self.folder)
         if ball is None:
-            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} has no run.yaml with a radius")
+            run = (self.folder / RUN_FILE).is_file()
+            why = "was trained without attacks" if run else "is your own" if self.own else f"has no {RUN_FILE}"
+            raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} {why}, so no radius is known")
         if self.norm not in (None, ball[1]):
             raise ValueError(f"--norm {self.norm} needs --eps too: the training had {ball[1]} {ball[0]:g}")
         return ball
@@ -375,6 +378,7 @@ class Check(Command):
     """
 
     called: ClassVar[str] = "check"
+    example: ClassVar[str] = "runs/pets"
 
     report: tyro.conf.Positional[Path | None] = None
     model: tyro.conf.Positional[str | None] = None

@@ -22,6 +22,7 @@ class ShowRecipe(Command):
     """
 
     called: ClassVar[str] = "recipe"
+    example: ClassVar[str] = "carso/cifar10"
 
     name: tyro.conf.Positional[str | None] = None
 
@@ -46,6 +47,7 @@ class Zoo(Command):
     """
 
     called: ClassVar[str] = "zoo"
+    example: ClassVar[str] = "digits-pgd-at"
 
     name: tyro.conf.Positional[str | None] = None
 
@@ -79,6 +81,7 @@ class Info(Command):
     """
 
     called: ClassVar[str] = "info"
+    example: ClassVar[str] = "--all"
 
     all: bool = False
 
@@ -101,6 +104,7 @@ class Tune(Command):
     """
 
     called: ClassVar[str] = "tune"
+    example: ClassVar[str] = "--device cpu"
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ops: tuple[str, ...] = ()

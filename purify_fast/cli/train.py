@@ -111,6 +111,7 @@ class TrainClassifier(TrainCommand):
     """
 
     called: ClassVar[str] = "train classifier"
+    example: ClassVar[str] = "--data pets --size 64 --model preact_resnet18 --eps 8/255 --steps 10 --out runs/pets"
 
     out: Path = Path("runs/classifier")
     model: str = "small_cnn"
@@ -142,6 +143,7 @@ class TrainClassifier(TrainCommand):
 def _command(training: type[Training]) -> type[TrainCommand]:
     """Make the command of a method's training."""
     own = {"called": training.called, "__doc__": training.__doc__, "__module__": training.__module__}
+    own["example"] = "--classifier runs/classifier " * issubclass(training, OnClassifier) + "--epochs 20"
     return dataclass(frozen=True)(type(training.__name__, (training, TrainCommand), own))
 
 

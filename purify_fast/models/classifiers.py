@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import inspect
 import os
@@ -351,10 +352,15 @@ class ForeignClassifier(nn.Module):
 
             if in_channels not in (1, 3):
                 raise ValueError(f"images must have 1 or 3 channels for {spec}, got {in_channels}")
+            if name not in (known := models.list_models()):
+                raise ValueError(f"torchvision has no model {name!r}{_nearest(name, known)}")
             self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
         elif library == "timm":
             timm = importlib.import_module("timm")
-            self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+            try:
+                self.model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+            except RuntimeError as error:
+                raise ValueError(f"timm has no model {name!r}{_nearest(name, timm.list_models())}: {error}") from error
         else:
             # A saved classifier contains this name, and loading the classifier must not run an arbitrary file.
             if spec.rpartition(":")[0].endswith(".py"):
@@ -367,6 +373,12 @@ class ForeignClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(self.normalize(x if self.repeated == 1 else x.expand(-1, self.repeated, -1, -1)))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence that names the known names nearest to a name; empty if none is near."""
+    near = difflib.get_close_matches(name, known, 3)
+    return f", the nearest are {', '.join(near)}" if near else ""
 
 
 def build_foreign(

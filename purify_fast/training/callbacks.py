@@ -89,5 +89,8 @@ class ProgressBar(Callback):
 
 def summary(metrics: Mapping[str, float]) -> str:
     """Return one line with the metrics of a training's last epoch, which `fit` returned."""
-    shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()]
-    return f"last epoch: {', '.join(shown)}" if shown else "nothing was trained"
+    shown = [
+        f"{name.replace('_', ' ')} " + (f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4g}")
+        for name, value in metrics.items()
+    ]
+    return f"last epoch, on training images: {', '.join(shown)}" if shown else "nothing was trained"

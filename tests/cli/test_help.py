@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from purify_fast import __version__, _library, cli
+from purify_fast.__main__ import program
 from purify_fast.cli import installation
 from purify_fast.ops import REGISTRY, use_backend
 from purify_fast.ops.dispatch import records, verify
@@ -35,6 +38,21 @@ for name in {[*NAMES, "", "train"]!r}:
     assert done.returncode == 0, done.stderr
     for name in (*NAMES, "", "train"):
         assert f"usage: purify-fast {name}".strip() in done.stdout
+    for unread in ("{None}", "[INT", "(default: None)", "(default: )"):
+        assert unread not in done.stdout
+
+
+def test_the_help_of_each_command_ends_with_an_example_that_is_read(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, kind in cli._KINDS.items():
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*name.split(), "--help"])
+        *_, example, pages = capsys.readouterr().out.splitlines()
+        assert example.startswith(f"Example: purify-fast {name} ") and pages.startswith("Pages: https://")
+        monkeypatch.setattr(kind, "run", lambda self: ran.append(self))
+        assert cli.main(shlex.split(example)[2:]) == 0
+    assert len(ran) == len(cli._KINDS)
 
 
 def test_the_program_is_run_as_a_module_and_tells_its_version():
@@ -50,6 +68,19 @@ def test_the_program_lets_its_threads_wait_passively(run, monkeypatch):
     assert run("zoo")[0] == 0 and "OMP_WAIT_POLICY" not in os.environ, "a caller of main keeps its environment"
     monkeypatch.setattr(sys, "argv", ["purify-fast", "zoo"])
     assert cli.main() == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_an_interruption_of_an_import_is_no_traceback(monkeypatch):
+    """Until PyTorch is imported, Ctrl-C ends the program by the signal, and then by an exception."""
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "main", lambda: seen.append(signal.getsignal(signal.SIGINT)) or 0)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert program() == 0 and seen == [signal.SIG_DFL]
+        monkeypatch.undo()
+        assert cli.main(["recipe"]) == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 CPU = torch.device("cpu")
