@@ -299,6 +299,13 @@ class Attack(abc.ABC):
 
     eot_iter: Count | None = None
 
+    def __new__(cls, *model: Any, **settings: Any) -> Attack:
+        """Refuse the order of torchattacks, ``PGD(model, eps=8 / 255)``."""
+        if model:
+            call = f"{cls.__name__}(steps=10)(model, x, y, eps=8 / 255)"
+            raise TypeError(f"{cls.__name__} takes its settings by name, and a model only when it is called: {call}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if self.norms:
             own: Any = self

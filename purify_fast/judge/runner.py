@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,8 +63,8 @@ Result = TypeVar("Result")
 @torch.inference_mode(False)
 def evaluate(
     model: Classifier,
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | Iterable[Sequence[Tensor]],
+    y: Tensor | None = None,
     *,
     eps: float,
     norm: NormName = "linf",
@@ -93,7 +93,7 @@ def evaluate(
             to the images. The state of a module and of the random generators is restored. The modules of a plain
             function are not put into evaluation mode; a warning and a note name those in training mode.
         x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; values outside [0, 1]
-            by at most 1e-4 are clamped.
+            by at most 1e-4 are clamped. Without ``y``, a DataLoader, whose batches (images, labels) are gathered.
         y: labels, integers ``[N]``, a tensor or a NumPy array.
         eps: radius of the ball, in image units; above 0 if there are attacks. An attack's own eps wins.
         norm: norm of the ball: ``linf``, ``l2`` or ``l1``.
@@ -142,7 +142,7 @@ def evaluate(
     check_folder("out", out)
     norm = read_norm(norm)
     check_eps(eps, norm)
-    images, labels, notes = preparation.collect(x, y)
+    images, labels, notes = preparation.collect(*preparation.of_loader(x, y))
     # A ball that contains every image is refused.
     check_eps(eps, norm, pixels=images[0].numel())
     ball, folder = ThreatModel(norm, float(eps)), None if out is None else Path(out)

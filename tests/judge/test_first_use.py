@@ -14,11 +14,12 @@ from evaluating import evaluate
 from reports import forms
 from small_models import Made
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import purify_fast
 from purify_fast.attacks import PGD
 from purify_fast.defences import MajorityVote, NoisyEnsemble, WithFixedNoise, WithoutNoise
-from purify_fast.evaluation import AttackSpec, EvaluateConfig
+from purify_fast.evaluation import AttackSpec, EvaluateConfig, certify
 from purify_fast.judge.request.config import config_of
 from purify_fast.judge.searches.model_tests import strays_frozen
 
@@ -277,3 +278,20 @@ def test_a_report_names_what_was_judged(trio, around, told):
     model, x, y = trio
     report = evaluate(around(NoisyEnsemble(model, 0.1, samples=1)), x, y, eps=0.1, attacks=[], n_eval=1)
     assert all(told in text for text in forms(report)) and told.removeprefix("judged ") in report.to_json()
+
+
+def test_a_loader_is_taken_as_its_images(trio):
+    model, x, y = trio
+    batches = DataLoader(TensorDataset(x, y), batch_size=4)
+    reports = [purify_fast.evaluate(model, *images, **QUIET, progress=False) for images in ((batches,), (x, y))]
+    assert [row.robust.tolist() for row in reports[0].rows] == [row.robust.tolist() for row in reports[1].rows]
+    how = {"sigma": 0.25, "radius": 0.0, "draws": 100, "progress": False}
+    assert certify(model, batches, **how).right.tolist() == certify(model, x, y, **how).right.tolist()
+    for wrong in ([x], [], [(x, y, y)]):
+        with pytest.raises(ValueError, match=r"x without y must be a loader of batches \(images, labels\)"):
+            purify_fast.evaluate(model, wrong, **QUIET)
+
+
+def test_the_order_of_torchattacks_is_refused_with_its_cure(trio):
+    with pytest.raises(TypeError, match=r"PGD\(steps=10\)\(model, x, y, eps=8 / 255\)"):
+        PGD(trio[0], eps=8 / 255, alpha=2 / 255, steps=10)

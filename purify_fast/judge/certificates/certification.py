@@ -13,7 +13,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from ...speed.memory import BatchLimit
 from ...speed.precision import whole_float32_by_default
 from ...speed.reading import reading
 from ..request.deadline import ASKED, device_of, precision_name
-from ..request.preparation import collect, note_of_modes
+from ..request.preparation import collect, note_of_modes, of_loader
 from ..results.cache import RowCache
 from ..run.attack_run import Shards
 from ..runner import evaluate
@@ -269,7 +269,7 @@ def steps_of(sigma: float, radii: Sequence[float], alpha: float, draws: int, **c
 @torch.no_grad()
 def certify(
     model: Classifier,
-    x: Tensor,
+    x: Tensor | Iterable[Sequence[Tensor]],
     y: Tensor | None = None,
     *,
     sigma: float,
@@ -306,7 +306,8 @@ def certify(
         model: images ``[B, C, H, W]``, float32, to logits ``[B, classes]``: a deterministic module or function, or a
             random defence of this package with ``draws_for_each_image``, whose own draws count as a part of the noise.
             `purify_fast.methods.diffusion.DiffusionPurifier.one_shot` makes a model of a diffusion purifier.
-        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array.
+        x: images ``[N, C, H, W]``, uint8 or floating point in [0, 1], a tensor or a NumPy array; or, without ``y``, a
+            DataLoader of batches (images, labels).
         y: labels, integers ``[N]``. None: no accuracy is known, but each image has a class and a radius.
         sigma: standard deviation of the noise in image units, above 0.
         radius: L2 radius in image units, at least 0, or several radii. The draws of an image end when it is known for
@@ -346,7 +347,8 @@ def certify(
     check_counts(seed=seed or 1)
     Range(0, above=True).check("seconds", seconds)
     until = time.monotonic() + seconds
-    images, labels, notes = collect(x, torch.zeros(len(x), dtype=torch.int64) if y is None else y)
+    images, y = of_loader(x, y)
+    images, labels, notes = collect(images, torch.zeros(len(images), dtype=torch.int64) if y is None else y)
     images, labels, device = images.cpu(), labels.cpu(), device_of(model, images)
     n, data = len(labels), digest(images, labels)
     # Draws choose the class that is tested. Until then, none is tested.

@@ -530,6 +530,17 @@ _NAMED = 3
 # -- the arguments ----------------------------------------------------------------------------------------------------
 
 
+def of_loader(x: Any, y: Any) -> tuple[Any, Any]:
+    """Gather the batches ``(images, labels)`` of a DataLoader, if no labels are given beside it."""
+    if y is not None or hasattr(x, "__array__") or not hasattr(x, "__iter__"):
+        return x, y
+    batches = [batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else () for batch in x]
+    if not batches or not all(batches):
+        raise ValueError("x without y must be a loader of batches (images, labels), got other batches or none")
+    images, labels = zip(*batches, strict=True)
+    return torch.cat([*map(torch.as_tensor, images)]), torch.cat([*map(torch.as_tensor, labels)])
+
+
 def collect(x: Any, y: Any) -> tuple[Tensor, Tensor, list[str]]:
     """Check and convert images and labels."""
     x, y = as_tensor("x", x), as_tensor("y", y)
@@ -597,6 +608,11 @@ def changes(config: EvaluateConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
+def processor_of(device: torch.device) -> str:
+    """The name of a GPU, or of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
 def facts(config: EvaluateConfig, ball: ThreatModel, model: Classifier, device: torch.device) -> dict[str, str]:
     """The facts about all rows, for `Report.about`."""
     values = {
@@ -605,7 +621,7 @@ def facts(config: EvaluateConfig, ball: ThreatModel, model: Classifier, device: 
         "seed": str(config.seed),
         # Code that was typed, into a notebook or after -c, has no command that repeats it.
         "command": None if "ps1" in vars(sys) or sys.argv[0] == "-c" else shlex.join(["python", *sys.orig_argv[1:]]),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "processor": processor_of(device),
         "precision": precision_name(model, device),
         "claim": None if config.claim is None else f"{config.claim:g}",
         "dataset": config.dataset_name,
