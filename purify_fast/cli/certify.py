@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
@@ -101,6 +103,7 @@ class Certify(ModelCommand):
 
         from .._process import processes
         from ..evaluation import EvaluateConfig, certify, refute
+        from ..judge.request.preparation import processor_of
         from ..protocols import supports
 
         (sigma, source), first = self.noise(), processes()[0] == 0
@@ -122,17 +125,23 @@ class Certify(ModelCommand):
         options |= {"radius": self.radius or None, "name": self.title()}
         certificates = certify(model, x, y, sigma=sigma, index=index, out=out, **options)
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
-        certificates.about.update(dataset=data.name)
+        reports = {radius: f"attacks-{radius}/report.html" for radius in attacked}
+        command = shlex.join(["purify-fast", *self.typed])
+        certificates.about.update(dataset=data.name, command=command, processor=processor_of(data.y_test.device))
         if first:
             # An interruption of the attacks leaves the report on the certificates.
             certificates.save(out)
             write_run_file(replace(self, sigma=sigma), out)
         how |= {"protocol": self.attack, "votes": self.votes, "config": EvaluateConfig(dataset_name=data.name)}
         for radius in attacked:
-            folder = out / f"attacks-{radius}"
+            folder = (out / reports[radius]).parent
+            if first:
+                print(f"attacks within L2 {radius}", file=sys.stderr)
             certificates, report = refute(certificates, model, x, y, radius=radius, out=folder, **how)  # type: ignore[arg-type]
             if first:
                 report.save(folder)
+                done = [reports[other] for other in attacked if other <= radius]
+                certificates.about["reports"] = " ".join(done)
                 certificates.save(out)
         if first:
             print(certificates.to_text())

@@ -283,7 +283,9 @@ def test_unfinished_images_are_no_abstentions(tmp_path):
     late, whole = certify(Halves(), x, y, draws=500, seconds=1e-9, **QUIET), certify(Halves(), x, y, draws=500, **QUIET)
     assert (late.predicted == UNFINISHED).all() and late.unfinished.all() and not whole.unfinished.any()
     for report in (late.to_text(), late.to_html()):
-        assert "abstains on 0" in report and "Unfinished: the draws of 3 images" in report and "0.000" not in report
+        assert re.search("raws of 3 (of 3 )?images go on", report)
+        assert "abstains" not in report and "0.000" not in report
+    assert 'class="card open"' in late.to_html() and 'class="card"' in whole.to_html()
     for question in (lambda: late.acr, lambda: late.accuracy_at([0.0])):
         with pytest.raises(ValueError, match="finish"):
             question()
@@ -479,7 +481,7 @@ def test_attacks_refute_what_is_beyond_the_radius():
         assert report.model == "model, smoothed with sigma 0.5"
         assert not made.contradictions(radius).size
     assert made.between(0.2) == (0.5, 0.5) and made.between(0.5) == (0.25, 0.25)
-    assert made.sentence(0.5) == "between 25.0 and 25.0 %"
+    assert made.sentence(0.5) == "25.0 %"
     # A wrong certificate is found: here the counts of the last image are those of the first.
     made.right[0], made.draws[0], made.decided[0] = made.right[2], made.draws[2], made.decided[2]
     assert made.contradictions(0.5).tolist() == [0] and "Contradiction" in made.to_text()
@@ -651,9 +653,27 @@ def test_a_report_names_no_attack_that_was_not_made():
     x, y = margins(0.45, -0.45), torch.tensor([1, 1])
     without, labeled = (certify(Halves(), x, labels, radius=0.0, **QUIET) for labels in (None, y))
     assert not without.refuted and without.sentence(0.0) == "at least 100.0 %"
-    assert labeled.refuted[0.0].tolist() == [False, True] and labeled.sentence(0.0) == "between 50.0 and 50.0 %"
+    assert labeled.refuted[0.0].tolist() == [False, True] and labeled.sentence(0.0) == "50.0 %"
     words = (" ".join(report.split()) for report in (labeled.to_text(), labeled.to_html(), without.to_text()))
     assert not any(re.search("an attack found|by attacks|attacked from", report) for report in words)
+    assert 'class="above"' in labeled.to_html() and 'class="above"' not in without.to_html()
+
+
+def test_the_curve_ends_at_the_largest_radius_that_was_asked():
+    """What is not known beyond it is not drawn as a share of 0."""
+    made = Certificates(np.array([1000, 1000, 0]), np.full(3, 1000), 0.5, (0.25, 0.5), 0.001)
+    shown = made._shown()
+    assert shown["farthest"] == 0.5 and shown["below"] == [(0.0, 2 / 3)]
+
+
+def test_a_table_for_a_paper():
+    x, y = margins(0.4, 1.0), torch.tensor([1, 1])
+    made = [certify(Halves(), x, y, radius=radius, name="a_b", **QUIET) for radius in (0.1, 0.2)]
+    made[1].about["dataset"] = "digits"
+    lines = made[0].to_latex(made[1]).splitlines()
+    assert lines[0].startswith(r"\begin{tabular}{lr") and lines[2].count("&") == lines[4].count("&")
+    assert lines[2].startswith("model & sigma & images & L2 0.1 & L2 0.2") and r"p\_A 25 \%" in lines[2]
+    assert lines[4].startswith(r"a\_b & ") and lines[5].startswith(r"a\_b (digits) & ")
 
 
 def test_bounds_are_rounded_outwards():
@@ -662,7 +682,7 @@ def test_bounds_are_rounded_outwards():
         right = np.array([1000] * good + [0] * (n - good))
         made = Certificates(right, np.full(n, 1000), sigma=0.5, radii=(0.5,), alpha=0.001)
         made.refuted[0.5] = right == 0
-        low, high = (float(each) for each in made.sentence(0.5).removesuffix(" %").split()[1::2])
+        low, high = (float(re.findall(r"[\d.]+", made.sentence(0.5))[place]) for place in (0, -1))
         assert low <= 100 * good / n <= high and high - low < 0.02
         assert made.at_least(0.5) == (max(0, good - most_wrong(n, 0.001))) / n
 
@@ -695,7 +715,7 @@ def test_no_probability_is_proved_where_no_radius_is():
 def test_an_image_that_is_certified_only_at_radius_0_ends_there():
     made = Certificates(np.array([600, 1000]), np.full(2, 1000), sigma=0.5, radii=(0.0, 0.5), alpha=0.001)
     assert made.radius.tolist() == [0, 0.5] and made.certified(0.0).all()
-    assert made._shown()["below"] == [(0.0, 1.0), (0.0, 0.5), (0.5, 0.0)]
+    assert made._shown()["below"] == [(0.0, 1.0), (0.0, 0.5)]
 
 
 def test_close_radii_and_their_order_are_kept():
@@ -759,7 +779,10 @@ def test_the_command_takes_a_part_of_the_data_set(tmp_path, capsys):
     assert cli.main([*words, "--start", "10", "--max", "40", "--skip", "7"]) == 0
     assert read_log(tmp_path / "a" / "log.tsv")["idx"].tolist() == [14, 21, 28, 35]
     printed = capsys.readouterr().out
-    assert "indices 14 to 35 in steps of 7" in printed and len(re.findall("^digits-standard  0.25", printed, re.M)) == 1
+    assert (
+        "indices 14 to 35 in steps of 7" in printed
+        and len(re.findall(r"^digits-standard \(digits\)  0.25", printed, re.M)) == 1
+    )
     assert cli.main([*words[:6], "--start", "900", "--out", str(tmp_path / "c")]) == 2
     assert "--skip, --start and --max must leave an image" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from purify_fast.attacks import PGD
 from purify_fast.evaluation import Report
 from purify_fast.judge.alarms.signs import Finding
 from purify_fast.judge.results.rows import Examples
-from purify_fast.judge.show.text import html_page, picture_lines
+from purify_fast.judge.show.text import html_page, in_colors, picture_lines
 
 
 @pytest.fixture
@@ -47,6 +47,23 @@ def test_the_table_is_the_jsons_texts_are_escaped_and_nothing_is_loaded(report):
     assert 'class="card bad"' in page
     assert "<script>" not in page and "&lt;script&gt;" in page and "PGD &lt;b&gt;" in page
     assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "@import" not in page and "url(http" not in page
+
+
+def test_the_number_comes_first_and_what_all_rows_share_is_said_once(report):
+    page = html_page(report)
+    assert page.index('class="number"') < page.index("<dl>") < page.index("data-accuracy")
+    columns = re.search(r"<thead><tr>(.*?)</tr>", page[page.rindex('<div class="scroll">') :])[1]
+    assert columns == "<th>attack</th><th>accuracy</th><th>remark</th>", columns
+    assert "The same in all rows: n 4, draws 1, not finite 0 %, zero 0 %, unmoved 0 %, seed 3, s 1.5." in page
+    assert page.count('<span class="pill unreliable">') == 2
+
+
+def test_differences_are_red_where_values_grew_and_blue_where_they_fell():
+    change = torch.tensor([[0.2, -0.1], [0.0, -0.2]])[None, None]
+    red, green, blue = in_colors(change)[0]
+    assert torch.allclose(red, torch.tensor([[1.0, 0.5], [1.0, 0.0]]))
+    assert torch.allclose(blue, torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+    assert torch.allclose(green, torch.tensor([[0.0, 0.5], [1.0, 0.0]]))
 
 
 def test_a_curve_has_every_point(report):

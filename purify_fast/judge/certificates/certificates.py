@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..._files import check_folder, write_text
 from ..._validation import Range, check_types
 from ..results.rows import binomial
-from ..show.text import render
+from ..show.text import latex_table, render
 
 Floats = NDArray[np.float64]
 #: Numbers of draws, as whole numbers or as float64.
@@ -170,6 +170,17 @@ FORMAT = 4
 #: The columns of the table.
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
 NORMAL = NormalDist()
+#: The words of a page for facts whose names say too little.
+WORDS = {
+    "dataset": "data set",
+    "predicted_by": "class of the model",
+    "weights": "hash of the weights",
+    "data": "hash of the images",
+    "most_draws": "draws of an image, at most",
+    "choosing_draws": "draws that choose its class",
+    "protocol": "protocol of the attacks",
+    "votes": "votes of a prediction under attack",
+}
 #: The columns of a log, in the format of Cohen et al.'s code (locuslab/smoothing): the index in the data set; the
 #: label, -1 if it is unknown; the proved class, -1 where the classifier abstains; its L2 radius, also of a wrong class;
 #: 1 if it is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws
@@ -387,8 +398,9 @@ class Certificates:
         # Whole numbers are divided exactly. The last zero of two decimals is left out.
         parts = (10_000 * (sure if together else low) // n, -(-10_000 * high // n))
         least, most = (f"{part // 100}.{part % 100:02}".removesuffix("0") for part in parts)
-        bounded = not together and any(tried <= radius for tried in self.refuted)
-        return f"between {least} and {most} %" if bounded else f"at least {least} %"
+        if together or not any(tried <= radius for tried in self.refuted):
+            return f"at least {least} %"
+        return f"{least} %" if least == most else f"between {least} and {most} %"
 
     def to_json(self) -> str:
         """The certificates as JSON."""
@@ -425,11 +437,17 @@ class Certificates:
         images = str(n) + f", {self.unfinished.sum()} unfinished" * bool(self.unfinished.any())
         if not self.radii and not (self.unfinished | (self.labels < 0)).any():
             parts = [f"{value:.3f}" for value in (self.acr, *np.quantile(self.probability, [0.25, 0.5, 0.75]))]
-        row = {"model": self.about.get("name", "a model"), "sigma": str(self.sigma), "images": images}
+        data = f" ({self.about['dataset']})" if "dataset" in self.about else ""
+        row = {"model": self.about.get("name", "a model") + data, "sigma": str(self.sigma), "images": images}
         shares = {r: "-" if self._unknown([r]) else f"{10_000 * self._numbers(r)[0] // n / 100:.2f}" for r in radii}
         row |= {f"L2 {radius:g}": share for radius, share in shares.items()}
         row |= dict(zip(("ACR", "p_A 25 %", "p_A 50 %", "p_A 75 %"), parts, strict=True))
         return row | {"draws": f"{self.draws.sum():,}", "seconds": self.about.get("seconds", "-")}
+
+    def to_latex(self, *others: Certificates, radii: Sequence[float] | None = None) -> str:
+        """The lines of `summary` of these and of other certificates as a table in LaTeX, with the rules of booktabs."""
+        shown = radii or sorted({*self.shown}.union(*(other.shown for other in others)))
+        return latex_table([each.summary(shown) for each in (self, *others)])
 
     def to_text(self) -> str:
         """The report as text for a terminal."""
@@ -443,12 +461,13 @@ class Certificates:
         """Return the values that the text and the page show. A curve has its corners: radii, and the shares beyond."""
         n, fell = len(self.draws), self._fell()
         above = [(0.0, 1.0), *((radius, (fell > radius).mean()) for radius in sorted(self.refuted))]
-        # Each certified image ends at its radius.
-        ends = [0.0, *sorted(self.radius[self.certified(0.0)].tolist())]
-        below = [*zip(ends, np.arange(len(ends) - 1, -1, -1) / n, strict=True)]
-        farthest = max(*self.shown, *ends, *self.refuted) or self.sigma
+        # Each certified image ends at its radius. Nothing is known beyond the largest of `radii`.
+        ends = sorted(self.radius[self.certified(0.0)].tolist())
+        farthest = max(self.radii) if self.radii else max(*self.shown, *ends, *self.refuted)
+        known = [0.0, *(end for end in ends if not self.radii or end < farthest)]
+        below = [(end, (len(ends) - at) / n) for at, end in enumerate(known)]
         draws = f"{self.draws.sum():,} draws, in the median {int(np.median(self.draws)):,} for an image"
-        curves = {"above": above, "below": below, "farthest": farthest}
+        curves = {"above": above, "below": below, "farthest": farthest or self.sigma, "WORDS": WORDS}
         return {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown})), **curves}
 
     def save(self, folder: str | Path) -> None:

@@ -9,8 +9,9 @@ import io
 import itertools
 import json
 import math
+import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,14 @@ def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[s
     return ["| " + " | ".join(map(in_markdown, line)) + " |" for line in (head, ["---"] * len(head), *body)]
 
 
+def latex_table(lines: Sequence[Mapping[str, str]]) -> str:
+    """A table in LaTeX for the package booktabs, of lines with the same columns."""
+    cells = [[*lines[0]], *([*line.values()] for line in lines)]
+    rows = [" & ".join(re.sub(r"([%&#_$])", r"\\\1", cell) for cell in row) + r" \\" for row in cells]
+    head = rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}"
+    return "\n".join([head, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"])
+
+
 def in_markdown(cell: str) -> str:
     """Escape a cell for Markdown, in which a bar would end the column, and ``<lambda>`` would be a tag.
 
@@ -97,6 +106,10 @@ def doubtful(row: Row) -> bool:
     return not row.reliable and (row.accuracy > 0 or bool(row.doubts))
 
 
+def _share_of_health(place: int, row: Row) -> str:
+    return f"{row.describe_health()} / - / -".split(" / ")[place]
+
+
 #: The columns of the table of all rows. The function of a column makes the cell of a row.
 _CELLS: dict[str, Callable[[Row], str]] = {
     "model": lambda row: row.model,
@@ -113,6 +126,10 @@ _CELLS: dict[str, Callable[[Row], str]] = {
     "s": lambda row: f"{row.seconds:.1f}",
 }
 COLUMNS = [*_CELLS]
+#: The columns of a page that has a column for each share of `Row.describe_health`.
+HEALTH = ("not finite", "zero", "unmoved")
+_CELLS |= {name: functools.partial(_share_of_health, place) for place, name in enumerate(HEALTH)}
+PAGE = [name for column in COLUMNS[1:] for name in (HEALTH if column == "gradients" else (column,))]
 
 
 def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Table:
@@ -132,6 +149,17 @@ def short_table(rows: Sequence[Row]) -> Table:
     drawn = ["one draw"] if any(row.n_eval > 1 for row in rows) else []
     head, body = table_of_rows(rows, ["attack", "n", "accuracy", *drawn, "gradients", ""])
     return ["images" if name == "n" else name for name in head], body
+
+
+def page_table(rows: Sequence[Row]) -> tuple[Table, list[str]]:
+    """The table of a page, without the columns that have the same text in all rows, and the texts of these columns."""
+    drawn = any(row.n_eval > 1 for row in rows)
+    head, body = table_of_rows(rows, [name for name in PAGE if drawn or name != "one draw"])
+    texts = {name: {*cells} for name, cells in zip(head, zip(*body, strict=True), strict=True)}
+    alike = [name for name in head if len(rows) > 1 and len(texts[name]) == 1 and name != "attack"]
+    kept = [place for place, name in enumerate(head) if name not in alike]
+    same = [f"{name} {text}" for name in alike for text in texts[name] - {"", "-"}]
+    return ([head[place] for place in kept], [[cells[place] for place in kept] for cells in body]), same
 
 
 def advised_once(findings: Iterable[Finding]) -> list[Finding]:
@@ -268,6 +296,7 @@ def html_page(report: Any, defence: Classifier | None = None) -> str:
         curves=[(what, _curve(points)) for what, points in report.curves.items() if len(points) > 1],
         pictures=[] if pictured is None else picture_lines(pictured.examples, defence),
         pictured=pictured,
+        change=0.0 if pictured is None else np.abs(pictured.examples.adversarial - pictured.examples.clean).max(),
         json=functools.partial(json.dumps, ensure_ascii=False, default=str),
     )
 
@@ -289,14 +318,13 @@ def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[Picture]]:
-    """A line of pictures for each image: clean, attacked, the amplified difference, and the defence's images."""
+    """A line of pictures for each image: clean, attacked, the difference in colors, and the defence's images."""
     clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
     before, columns = _asked(defence, clean, attacked)
-    after, difference = torch.from_numpy(examples.predicted), attacked - clean
-    amplified = 0.5 + difference / (2 * (float(difference.abs().max()) or 1.0))
+    after, colored = torch.from_numpy(examples.predicted), in_colors(attacked - clean)
     lines = []
     for i, label in enumerate(examples.labels.tolist()):
-        shown = [(f"true class {label}", clean, before), ("attacked", attacked, after), ("difference", amplified, None)]
+        shown = [(f"true class {label}", clean, before), ("attacked", attacked, after), ("difference", colored, None)]
         lines.append(list[Picture]())
         for caption, images, classes in (*shown, *columns):
             guess = None if classes is None else int(classes[i])
@@ -304,6 +332,13 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
                 caption += f", predicted {guess}" if guess >= 0 else ", no class predicted"
             lines[-1].append((images[i].clamp(0, 1), caption, None if guess is None else guess == label))
     return lines
+
+
+def in_colors(difference: Tensor) -> Tensor:
+    """Color differences ``[M, C, H, W]``: red where the channel that changed most grew, blue where it fell."""
+    most = difference.gather(1, difference.abs().argmax(1, keepdim=True))
+    share = most / (float(most.abs().max()) or 1.0)
+    return torch.cat([1 + share.clamp(max=0), 1 - share.abs(), 1 - share.clamp(min=0)], 1)
 
 
 @torch.no_grad()
