@@ -71,7 +71,7 @@ def test_what_is_built_has_the_address_and_readme_has_whole_links(release, tree)
         at % ("github.com", "tree/"),
     )
     assert all(target.startswith((pictures, pages, folder)) for target in targets)
-    assert {f"{pictures}docs/pictures/speed.png", f"{pages}docs/carso.md", f"{folder}examples"} <= set(targets)
+    assert {f"{pictures}docs/pictures/speed.svg", f"{pages}docs/carso.md", f"{folder}examples"} <= set(targets)
     # The second time finds nothing to do.
     release.prepare(tree, "somebody/something")
     assert (tree / "README.md").read_text() == page

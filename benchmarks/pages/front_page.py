@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from purify_fast._files import atomic
+from purify_fast._files import write_text
 from purify_fast.evaluation import Row
 
 from ..kept import rows_of
@@ -20,8 +22,17 @@ from ..speed.sheets import PIPELINES, ROWS, fastest, read_csv
 from . import gpu_tables
 from .methods_table import diffusion_draws, diffusion_rows
 
-#: The colors of README's picture. Green is this package, gray is everything else, and red is an alarm.
-INK, OURS, PLAIN, ALARM, GRID = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7"
+#: The colors of README's pictures. Green is this package or the best, gray is everything else, and red is unreliable.
+INK, OURS, PLAIN, ALARM, GRID, PAPER = "#1b1f24", "#1f6f4a", "#9aa4ae", "#c62828", "#dde2e7", "#ffffff"
+#: The same colors on a dark page.
+DARK = {
+    INK: "#e8eaed",
+    OURS: "#5fbf8d",
+    PLAIN: "#7d8791",
+    ALARM: "#ff8a80",
+    GRID: "#343a41",
+    PAPER: "#0d1117",
+}
 #: The name of a report's row for the worst case over all attacks, image by image.
 WORST = "worst"
 #: The end of the names of the rows of CARSO without its randomness.
@@ -67,6 +78,7 @@ class Speed:
         expert: time of the expert's faster form. None if it was not measured.
         own: time of the fastest form of this package.
         plain: time of plain PyTorch, in the default precision of the device.
+        processor: name of the processor on which all of them ran.
     """
 
     device: str
@@ -74,6 +86,7 @@ class Speed:
     expert: float | None
     own: float
     plain: float
+    processor: str
 
     @property
     def gain(self) -> float | None:
@@ -100,8 +113,14 @@ def speeds(results: Path) -> list[Speed]:
         plain = fastest(rows, "plain, TF32", name) or fastest(rows, "plain", name)
         expert, own = fastest(rows, sheets.EXPERT, name), fastest(rows, sheets.OURS, name)
         if plain and own:
-            found.append(Speed(device, title, expert, own, plain))
+            found.append(Speed(device, title, expert, own, plain, processor_of(rows)))
     return found
+
+
+def processor_of(rows: list[Any]) -> str:
+    """Return the short name of the processor of rows, such as "one core of an Intel Xeon"."""
+    (name,) = {re.sub(r"\(R\)|\(TM\)| Processor| x86_64.*", "", row["device"]) for row in rows}
+    return name if name.startswith("NVIDIA") else f"one core of an {name}"
 
 
 def _range(gains: list[float]) -> str:
@@ -112,13 +131,18 @@ def _range(gains: list[float]) -> str:
 def told(results: Path) -> list[Speed]:
     """Return the speeds that README tells, in milliseconds: the time until the robust accuracy is known, and `TOLD`."""
     network, count = answer.NETWORKS[0], answer.COUNTS[0]
-    sums = answer.sums_of([row for row in answer.read(results / "studies") if row["network"] == network], count)
+    rows = [row for row in answer.read(results / "studies") if row["network"] == network]
+    sums = answer.sums_of(rows, count)
     every = [sums[who] for who in (answer.EXPERT, contests.OURS, contests.OFFICIAL)]
+    machine = processor_of([row for row in rows if row["last"] <= count])
     expert, own, plain = (1e3 * row["cpu_seconds"] if row else None for row in every)
     shown = [one for one in speeds(results) if one.title in TOLD[one.device]]
     if own is None or plain is None:
         return shown
-    return [Speed(CPU, f"robust accuracy of {network.partition(',')[0]}, {count} images", expert, own, plain), *shown]
+    return [
+        Speed(CPU, f"robust accuracy of {network.partition(',')[0]}, {count} images", expert, own, plain, machine),
+        *shown,
+    ]
 
 
 def claim(results: Path) -> list[str]:
@@ -221,22 +245,23 @@ def broken_sentence(results: Path) -> list[str]:
 
 
 def pictures(results: Path, folder: Path) -> None:
-    """Draw README's pictures, ``claim.png`` and ``speed.png``.
+    """Draw README's pictures, ``claim.svg`` and ``speed.svg``, which are dark where the reader's pages are.
 
     Nothing is drawn if matplotlib is not installed. The same results always give the same bytes.
 
     Args:
         results: folder of the committed results.
-        folder: folder of the PNG files.
+        folder: folder of the SVG files.
     """
     try:
         # Do not use pyplot, because pyplot would change matplotlib's backend and the figures that the user has opened.
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         return
-    for name, draw, height in (("claim.png", draw_claim, 3.6), ("speed.png", draw_speed, 3.8)):
-        figure = Figure(facecolor="white", layout="constrained", figsize=(9, height))
-        axes = figure.add_subplot()
+    for name, draw, height in (("claim.svg", draw_claim, 3.6), ("speed.svg", draw_speed, 3.8)):
+        figure = Figure(facecolor=PAPER, layout="constrained", figsize=(9, height))
+        axes = figure.add_subplot(facecolor=PAPER)
         # Add light vertical grid lines, and remove the frame except its lower edge.
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(PLAIN)
@@ -244,8 +269,21 @@ def pictures(results: Path, folder: Path) -> None:
         axes.grid(axis="x", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         draw(results, axes)
-        with atomic(folder / name) as temporary:
-            figure.savefig(temporary, dpi=120, metadata={"Software": None}, format="png")
+        file = io.StringIO()
+        with rc_context({"svg.hashsalt": name}):
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        write_text(folder / name, in_both_schemes(file.getvalue()))
+
+
+def in_both_schemes(drawing: str) -> str:
+    """Let a drawing in the colors of `DARK` have those of a dark page where the reader prefers it."""
+    names = {color: f"--c{number}" for number, color in enumerate(DARK)}
+    for color, name in names.items():
+        drawing = drawing.replace(color, f"var({name})")
+    light, dark = ("; ".join(f"{names[color]}: {shown(color)}" for color in DARK) for shown in (str, DARK.get))
+    style = f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
+    head, defs, rest = drawing.partition("<defs>")
+    return f"{head}{style}\n {defs}{rest}"
 
 
 def draw_speed(results: Path, axes: Any) -> None:
@@ -258,38 +296,43 @@ def draw_speed(results: Path, axes: Any) -> None:
             bar = axes.barh(at + offset, 0 if ms is None else 100 * ms / one.plain, height=0.36, color=color)
             axes.bar_label(bar, [f"{form}: {text}"], padding=4, fontsize=8, color=INK)
     axes.axvline(100, color=ALARM, linewidth=1)
-    axes.set_yticks(range(len(shown)), [f"{one.title}\n{NAMES[one.device]}" for one in shown])
+    axes.text(101, -0.55, "plain PyTorch", fontsize=8, color=ALARM, va="top")
+    axes.set_yticks(range(len(shown)), [f"{one.title}\n{one.processor}" for one in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, 125)
     axes.set_title(
         "Time of a computation, relative to plain PyTorch", fontsize=9.5, loc="left", color=INK, weight="bold"
     )
-    axes.set_xlabel("% of the time of plain PyTorch (the red line); shorter is better", fontsize=9.5)
+    axes.set_xlabel("% of the time of plain PyTorch; shorter is better", fontsize=9.5, color=INK)
 
 
 def draw_claim(results: Path, axes: Any) -> None:
     """Draw CARSO's accuracy under attacks through its own output, and under exact gradients."""
     masked = "CARSO, paper's objective,\nattacked through its output PeeL"
     bars = [
-        (masked, f"CARSO, paper's objective, through PeeL{CALM}", ALARM),
-        ("the same CARSO,\nattacked with exact gradients", f"CARSO, paper's objective{CALM}", ALARM),
-        ("the classifier alone,\ntrained adversarially", "classifier", PLAIN),
-        ("CARSO trained by purify_fast\nthrough the whole defence", f"CARSO pipeline{CALM}", OURS),
+        (masked, f"CARSO, paper's objective, through PeeL{CALM}"),
+        ("the same CARSO,\nattacked with exact gradients", f"CARSO, paper's objective{CALM}"),
+        ("the classifier alone,\ntrained adversarially", "classifier"),
+        ("CARSO trained by purify_fast\nthrough the whole defence", f"CARSO pipeline{CALM}"),
     ]
-    rows = [_row(results, model, WORST) for _, model, _ in bars]
-    texts = [f"{percent(row)} %" + ("" if row.reliable else "\nALARM: no gradients") for row in rows]
-    titles, _, colors = (list(column) for column in zip(*bars, strict=True))
+    titles, models = zip(*bars, strict=True)
+    rows = [_row(results, model, WORST) for model in models]
+    texts = [f"{percent(row)} %" + ("" if row.reliable else "\nunreliable: no gradients") for row in rows]
+    # The best is green: a reader takes green for the best, whoever made it.
+    best = max(row.accuracy for row in rows if row.reliable)
+    colors = [OURS if row.accuracy == best else PLAIN for row in rows]
     widths = [100 * row.accuracy for row in rows]
     container = axes.barh(range(len(titles)), widths, height=0.72, color=colors)
-    card = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+    card = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.2}
     axes.bar_label(container, texts, padding=4, fontsize=8.5, color=INK, bbox=card)
     axes.set_yticks(range(len(titles)), titles)
     axes.set_ylim(len(titles) - 0.4, -0.6)
     axes.set_xlim(0, 125)
     for bar, row in zip(container, rows, strict=True):
         if not row.reliable:
-            bar.set(facecolor="white", edgecolor=ALARM, hatch="////")
+            bar.set(facecolor=PAPER, edgecolor=ALARM, hatch="////")
     title = "CARSO, as we trained it, under attacks along two kinds of gradients"
     axes.set_title(title, fontsize=9.5, loc="left", color=INK, weight="bold")
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)", fontsize=9.5)
+    what = "images still classified correctly under attack, %  (MNIST, 1,000 images, L-inf 0.3)"
+    axes.set_xlabel(what, fontsize=9.5, color=INK)
