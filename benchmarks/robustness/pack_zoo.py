@@ -155,20 +155,32 @@ def judge(card: Card, model: torch.nn.Module, images: int, data: DataSet, out: P
 
 
 def table(models: Sequence[Card]) -> list[str]:
-    """Return the table of the models of the zoo."""
-    protocols = list(dict.fromkeys(protocol for card in models for protocol in card.attacked))
-    body = []
-    for card in models:
-        eps = f"{round(255 * card.eps)}/255" if card.data == "cifar10" else f"{card.eps:g}"
-        eps += ", L2" if card.norm == "l2" else ""
-        cells = (_attacked(card, name) for name in protocols)
-        proved = "-" if card.certified is None else _cell(card.certified)
-        body.append([f"`{card.name}`", card.title, eps, _cell(card.clean), proved, *cells])
+    """Return a table of the models of the zoo for each data set, the most robust first."""
+    protocols, lines = list(dict.fromkeys(protocol for card in models for protocol in card.attacked)), list[str]()
     head = ["model", "what it is", "eps", "clean", "certified", *(f"`{name}`" for name in protocols)]
-    lines = markdown_table(head, body)
+    for data in dict.fromkeys(card.data for card in models):
+        own = sorted((card for card in models if card.data == data), key=_robust, reverse=True)
+        body = []
+        for card in own:
+            eps = f"{round(255 * card.eps)}/255" if card.data == "cifar10" else f"{card.eps:g}"
+            eps += ", L2" if card.norm == "l2" else ""
+            cells = (_attacked(card, name) for name in protocols)
+            proved = "-" if card.certified is None else _cell(card.certified)
+            body.append([f"`{card.name}`", card.title, eps, _cell(card.clean), proved, *cells])
+        # A column without a number is left out.
+        kept = [k for k in range(len(head)) if any(line[k] != "-" for line in body)]
+        lines += [f"### On {data}", ""]
+        lines += [*markdown_table([head[k] for k in kept], [[line[k] for k in kept] for line in body]), ""]
     if any(OLDER in line for line in lines):
-        lines += ["", f"{OLDER} This number was measured with attacks of an earlier or unknown version."]
+        lines += [f"{OLDER} This number was measured with attacks of an earlier or unknown version."]
     return lines
+
+
+def _robust(card: Card) -> tuple[bool, float]:
+    """The rank of a model by its lowest robust accuracy; models without one, or with an unreliable one, come last."""
+    shares = [accuracy.share for accuracy in card.attacked.values()]
+    reliable = all(accuracy.reliable for accuracy in card.attacked.values())
+    return bool(shares) and reliable, min(shares, default=0.0)
 
 
 def _attacked(card: Card, protocol: str) -> str:

@@ -39,8 +39,8 @@ def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
     assert "†" not in "".join(pack_zoo.table([card]))
     monkeypatch.setattr(APGD, "revision", lambda self: "another")
     revisions.short.cache_clear()
-    cells = pack_zoo.table([card])[2].split("|")
-    assert [cell.strip().endswith("†") for cell in cells] == [False] * 6 + [True, True, False]
+    cells = pack_zoo.table([card])[4].split("|")
+    assert [cell.strip().endswith("†") for cell in cells] == [False] * 5 + [True, True, False]
     monkeypatch.undo()
     revisions.short.cache_clear()
     monkeypatch.setattr(pack_zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
