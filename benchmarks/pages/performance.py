@@ -24,20 +24,14 @@ def _measured_on(rows: list[dict]) -> str:
 
 
 def pipelines(file: Path, *wanted: str) -> list[str]:
-    """Return the table of some pipelines, or of all, and a line that says what its cells have.
+    """Return two tables of some pipelines, or of all: the times, and the speeds relative to another form.
 
-    The table has a line for each implementation and a column for each case.
+    A table has a line for each case and a column for each implementation. The results have the memory and the rates.
 
     Args:
         file: the results of a device's pipelines.
         wanted: names of pipelines.
     """
-
-    def memory(row: Mapping[str, str]) -> str:
-        if not row["peak_MB"]:
-            return ""
-        return f", {int(row['peak_MB']):,} MB, {100 * float(row['share_of_matrix_rate']):.1f} %"
-
     rows = [row for row in sheets.read_csv(file) if not wanted or row["pipeline"] in wanted]
     rows = [row | {"contestant": _form(row["contestant"])} for row in sheets.fewest_threads(rows)]
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
@@ -45,21 +39,22 @@ def pipelines(file: Path, *wanted: str) -> list[str]:
     groups = {at[:2]: group for at, group in sheets.by_case(rows).items()}
     by_expert = all(sheets.fastest(group, sheets.EXPERT) for group in groups.values())
 
-    def cell(pipeline: str, case: str, contestant: str) -> str:
-        row = times.get((pipeline, case, contestant))
-        if not (row and row["ms"]):
-            return "-"
-        speed = sheets.times_the_expert(row, groups[pipeline, case]) if by_expert else row["speed_up"]
-        return f"{float(row['ms']):,.0f} ({speed}){memory(row)}"
+    def speed(row: Mapping[str, str]) -> str:
+        group = groups[row["pipeline"], row["case"]]
+        return str(sheets.times_the_expert(row, group) if by_expert else row["speed_up"])
 
     contestants = dict.fromkeys(row["contestant"] for row in rows)
-    body = [[gpu_tables.ours(name), *(cell(*case[:2], name) for case in cases)] for name in contestants]
     # The text after the semicolon explains the name of the case, as the page does too.
-    heads = [f"{METHODS.get(name, name)}, {case}: {shape.partition(';')[0]}" for name, case, shape in cases]
-    more = ", peak memory minus that of the loaded networks, share of the processor's matrix rate"
-    base = "speed relative to the expert's faster form" if by_expert else "speedup over the plain form, which has 1.00"
-    what = f"Milliseconds ({base}){more if any(map(memory, rows)) else ''}"
-    return [f"{machines(rows)}. {what}.", "", *table(["", *heads], body)]
+    titles = [f"{METHODS.get(name, name)}, {case}: {shape.partition(';')[0]}" for name, case, shape in cases]
+    base = "Speed relative to the expert's faster form" if by_expert else "Speedup over the plain form, which has 1.00"
+    lines = [f"{machines(rows)}."]
+    for title, text in (("Milliseconds", lambda row: f"{float(row['ms']):,.0f}"), (base, speed)):
+        body = []
+        for name, case in zip(titles, cases, strict=True):
+            of_case = [times.get((*case[:2], contestant)) for contestant in contestants]
+            body.append([name, *(text(row) if row and row["ms"] else "-" for row in of_case)])
+        lines += ["", f"{title}:", "", *table(["", *map(gpu_tables.ours, contestants)], body)]
+    return lines
 
 
 #: The names of pipelines in the heads of tables.
@@ -77,7 +72,7 @@ def _form(contestant: str) -> str:
     return contestant.removesuffix(" as released").removesuffix(", PyTorch defaults")
 
 
-#: The explanations of rows in a table of pipelines, by the beginnings of the names of the rows.
+#: The explanations of forms in a table of pipelines, by the beginnings of their names.
 ROWS = {
     "plain": "PyTorch in float32 with contiguous memory, as introductions teach it. No BatchNorm is folded, and the "
     "attacks also compute the gradients of the weights.",
@@ -93,11 +88,11 @@ ROWS = {
 
 
 def explained(folder: Path) -> list[str]:
-    """Return a table that explains the rows of a device's table of pipelines, a line about its cells, and the table."""
+    """Return a table that explains the forms of a device's pipelines, and their tables."""
     measured = sheets.read_csv(folder / sheets.PIPELINES)
     names = {_form(row["contestant"]) for row in measured}
     meanings = [[gpu_tables.ours(name).strip("*"), text] for name, text in ROWS.items() if name in names]
-    return [*table(["row", "what it is"], meanings), "", *pipelines(folder / sheets.PIPELINES)]
+    return [*table(["form", "what it is"], meanings), "", *pipelines(folder / sheets.PIPELINES)]
 
 
 #: The end of the name of the op that computes another op's gradients.
