@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 # what is written between single backticks in a docstring is code
 default_role = "code"
 
-myst_enable_extensions = ["colon_fence"]
+# warnings are written as on GitHub: > [!WARNING]
+myst_enable_extensions = ["colon_fence", "alert"]
 # headings can be linked as on GitHub: [text](page.md#the-heading)
 myst_heading_anchors = 4
 
@@ -41,6 +43,10 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#b4400a", "color-brand-content": "#b4400a"},
     "dark_css_variables": {"color-brand-primary": "#ff9d66", "color-brand-content": "#ff9d66"},
 }
+# a release writes the address of its repository in place of ADDRESS
+repository = re.search(r'^Repository = "(.*)"', (HERE.parent / "pyproject.toml").read_text(), re.M)[1]
+if "ADDRESS" not in repository:
+    html_theme_options |= {"source_repository": f"{repository}/", "source_branch": "main", "source_directory": "docs/"}
 # the pages are read from a disk too: nothing is asked of another server
 html_show_sphinx = False
 html_copy_source = False
@@ -56,6 +62,14 @@ def link_to_generated(app, name, source):
     """Links to files of the repository lead to the pages of the site that hold the same."""
     for file in (*api_pages.RESULTS, *api_pages.PROJECT):
         source[0] = source[0].replace(f"](../{file}.md)", f"](generated/{api_pages.page_of(file)}.md)")
+
+
+def name_commands(app, name, source):
+    """Blocks without a language are commands, which look different from Python and from what programs print."""
+    # the lines between two fences, and those outside, take turns
+    parts = re.split(r"^(```.*)$", source[0], flags=re.M)
+    parts[1::4] = ["```bash" if fence == "```" else fence for fence in parts[1::4]]
+    source[0] = "".join(parts)
 
 
 def keep_errors_beside_values(app, name, source):
@@ -78,6 +92,7 @@ def setup(app):
     app.connect("source-read", link_to_generated)
     app.connect("source-read", list_every_page)
     app.connect("source-read", keep_errors_beside_values)
+    app.connect("source-read", name_commands)
     # before napoleon, which comes at 500, and after it
     app.connect("autodoc-process-docstring", docstrings.keep_returns_whole, priority=400)
     app.connect("autodoc-process-docstring", docstrings.to_rst)

@@ -169,7 +169,7 @@ def table(models: Sequence[Card]) -> list[str]:
             body.append([f"`{card.name}`", card.title, eps, _cell(card.clean), proved, *cells])
         # A column without a number is left out.
         kept = [k for k in range(len(head)) if any(line[k] != "-" for line in body)]
-        lines += [f"### On {data}", ""]
+        lines += [f"## On {data}", ""]
         lines += [*markdown_table([head[k] for k in kept], [[line[k] for k in kept] for line in body]), ""]
     if any(OLDER in line for line in lines):
         lines += [f"{OLDER} This number was measured with attacks of an earlier or unknown version."]
