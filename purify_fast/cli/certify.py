@@ -125,7 +125,6 @@ class Certify(ModelCommand):
         options |= {"radius": self.radius or None, "name": self.title()}
         certificates = certify(model, x, y, sigma=sigma, index=index, out=out, **options)
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
-        reports = {radius: f"attacks-{radius}/report.html" for radius in attacked}
         command = shlex.join(["purify-fast", *self.typed])
         certificates.about.update(dataset=data.name, command=command, processor=processor_of(data.y_test.device))
         if first:
@@ -134,14 +133,12 @@ class Certify(ModelCommand):
             write_run_file(replace(self, sigma=sigma), out)
         how |= {"protocol": self.attack, "votes": self.votes, "config": EvaluateConfig(dataset_name=data.name)}
         for radius in attacked:
-            folder = (out / reports[radius]).parent
+            folder = out / f"attacks-{radius}"
             if first:
                 print(f"attacks within L2 {radius}", file=sys.stderr)
             certificates, report = refute(certificates, model, x, y, radius=radius, out=folder, **how)  # type: ignore[arg-type]
             if first:
                 report.save(folder)
-                done = [reports[other] for other in attacked if other <= radius]
-                certificates.about["reports"] = " ".join(done)
                 certificates.save(out)
         if first:
             print(certificates.to_text())

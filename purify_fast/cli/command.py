@@ -222,13 +222,9 @@ OPTION_TYPES = ConstructorRegistry()
 def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if info.type is not float:
         return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FLOAT",
-        instance_from_str=lambda words: number(words[0]),
-        is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
-    )
+    rules: dict[str, Any] = {"instance_from_str": lambda words: number(words[0])}
+    rules["is_instance"] = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    return PrimitiveConstructorSpec(1, "FLOAT", str_from_instance=lambda value: [str(value)], **rules)
 
 
 #: The address of the pages.

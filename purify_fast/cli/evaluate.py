@@ -324,18 +324,9 @@ class Evaluate(ModelCommand):
         out, (eps, norm) = self.writes(), self.ball()
         chosen, notes = self.chosen(images, self.settings.seed)
         settings = replace(self.settings, dataset_name=self.settings.dataset_name or images.name)
+        how: Any = {"norm": read_norm(norm), "base": base, "out": out, "name": self.title(), "config": settings}
         with float32_products(tf32=self.precision == "tf32"):
-            report = evaluate(
-                model,
-                chosen.x,
-                chosen.y,
-                eps=eps,
-                norm=read_norm(norm),
-                base=base,
-                out=out,
-                name=self.title(),
-                config=settings,
-            )
+            report = evaluate(model, chosen.x, chosen.y, eps=eps, **how)
         if processes()[0] > 0:
             return
         report.notes += notes
@@ -353,12 +344,9 @@ def replaced(out: Path, report: Report) -> str:
         about = json.loads((out / REPORT).read_text(encoding="utf-8"))["about"]
     except (OSError, ValueError, KeyError):
         return ""
-    facts = [about.get(name, "") for name in ("threat", "protocol")]
-    if facts == [report.about.get(name, "") for name in ("threat", "protocol")]:
-        return ""
-    return (
-        f"; this replaced the report {' '.join(filter(None, facts))}, whose rows are kept: --out gives another folder"
-    )
+    was, now = ([facts.get(name, "") for name in ("threat", "protocol")] for facts in (about, report.about))
+    said = f"; this replaced the report {' '.join(filter(None, was))}, whose rows are kept: --out gives another folder"
+    return "" if was == now else said
 
 
 @dataclass(frozen=True)

@@ -52,20 +52,11 @@ def info(everything: bool) -> str:
         for name, op in REGISTRY.items()
         for kind, exists in op.available.items()
     ]
-    return render(
-        __package__,
-        "info.txt.jinja",
-        all=everything,
-        version=__version__,
-        folder=Path(__file__).parents[1],
-        python=platform.python_version(),
-        torch=torch,
-        records=records,
-        gpus=[torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())],
-        library=_library,
-        states=states if torch.cuda.is_available() else {"cpu": states["cpu"]},
-        wrong=WRONG,
-        forced=forced_backends(),
-        environment=[f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")],
-        table=terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body),
-    )
+    facts = {"version": __version__, "folder": Path(__file__).parents[1], "python": platform.python_version()}
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    own = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")]
+    facts |= {"gpus": cards, "environment": own, "wrong": WRONG, "forced": forced_backends()}
+    facts["states"] = states if torch.cuda.is_available() else {"cpu": states["cpu"]}
+    facts["table"] = terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body)
+    modules = {"torch": torch, "records": records, "library": _library}
+    return render(__package__, "info.txt.jinja", all=everything, **facts, **modules)

@@ -71,9 +71,8 @@ class TrainCommand(Training, DataCommand):
         share = accuracy_text(task.result, images.x_test, images.y_test, self.loop.batch_size, most)
         print(f"{what}: {share}")
         options = values(self)
-        words = words_of(
-            {k: options[k] for k in ("data", "size", "num_classes", "data_root") if options[k]}, type(self)
-        )
+        same = {name: options[name] for name in ("data", "size", "num_classes", "data_root") if options[name]}
+        words = words_of(same, type(self))
         attack = shlex.join(["purify-fast", "evaluate", str(self.out), *words])
         print(f"saved to {self.out}" + (f"; attack it with: {attack}" if options.get("eps", 0) > 0 else ""))
 

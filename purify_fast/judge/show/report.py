@@ -327,15 +327,11 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON, with all rows and the headline."""
         row = self.lowest.get(None)
-        content: dict[str, Any] = {
-            "format": FORMAT,
-            "about": self.about,
-            "headlines": {} if row is None else {row.model: {"attack": row.attack, "accuracy": row.accuracy}},
-            "notes": self.notes,
-            "findings": [asdict(finding) for finding in self.findings],
-            "curves": {self.model: self.curves} if self.curves else {},
-            "rows": [row.to_dict() for row in self.rows],
-        }
+        content: dict[str, Any] = {"format": FORMAT, "about": self.about}
+        content["headlines"] = {} if row is None else {row.model: {"attack": row.attack, "accuracy": row.accuracy}}
+        content |= {"notes": self.notes, "findings": [asdict(finding) for finding in self.findings]}
+        content["curves"] = {self.model: self.curves} if self.curves else {}
+        content["rows"] = [row.to_dict() for row in self.rows]
         if (facts := self.stored if self.adversarial is None else self.adversarial.facts()) is not None:
             content["adversarial"] = facts
         return json.dumps(content, indent=1, allow_nan=False)

@@ -288,17 +288,13 @@ def html_page(report: Any, defence: Classifier | None = None) -> str:
     fallen = [(row, int((wrong > 0.5).sum())) for row, wrong in evidence.fallen()]
     drawable = [pair for pair in fallen if pair[0].examples is not None and pair[0].examples.clean.shape[1] in (1, 3)]
     pictured: Any = max(drawable, key=itemgetter(1), default=(None, 0))[0]
-    return render(
-        "page.html.jinja",
-        report=report,
-        own=own,
-        counted=evidence.with_counted_gradients(),
-        curves=[(what, _curve(points)) for what, points in report.curves.items() if len(points) > 1],
-        pictures=[] if pictured is None else picture_lines(pictured.examples, defence),
-        pictured=pictured,
-        change=0.0 if pictured is None else np.abs(pictured.examples.adversarial - pictured.examples.clean).max(),
-        json=functools.partial(json.dumps, ensure_ascii=False, default=str),
-    )
+    shown: dict[str, Any] = {"pictured": pictured, "pictures": []}
+    if pictured is not None:
+        shown["pictures"] = picture_lines(pictured.examples, defence)
+        shown["change"] = np.abs(pictured.examples.adversarial - pictured.examples.clean).max()
+    shown["curves"] = [(what, _curve(points)) for what, points in report.curves.items() if len(points) > 1]
+    shown |= {"counted": evidence.with_counted_gradients(), "own": own, "report": report}
+    return render("page.html.jinja", json=functools.partial(json.dumps, ensure_ascii=False, default=str), **shown)
 
 
 def _curve(points: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
