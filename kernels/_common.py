@@ -140,3 +140,38 @@ def expm1(x):
     p = tl.fma(x, p, 0.16666646301746368)
     p = tl.fma(x, p, 0.5000002980232239)
     return tl.where(tl.abs(x) < 0.7, tl.fma(x * p, x, x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def clamp(x, lo, hi):
+    """Return min(max(x, lo), hi). A NaN stays NaN."""
+    x = tl.maximum(x, lo, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, hi, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load(pointer, at, inside):
+    """Return the numbers at some places in float32, and 0 for places that are not inside."""
+    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def place(element, plane, channels, CHANNELS_LAST: tl.constexpr):
+    """Return the place of each element of an image in a tensor with ``channels`` planes, channels_last or not."""
+    if CHANNELS_LAST:
+        plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
+        channel = element // plane
+        element = (element - channel * plane) * channels + channel
+    return element
+
+
+@triton.jit
+def places(rows, sizes, LAST: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a program's row, the places of its elements in contiguous images and in those of `place`, and which exist.
+
+    ``sizes`` are the numbers of elements of a row, of elements of a plane, and of planes.
+    """
+    size, plane, channels = sizes
+    row, block = program(rows)
+    element, first = first_of(block, size, WIDTH) + tl.arange(0, WIDTH), row.to(tl.int64) * size
+    return row, first + element, first + place(element, plane, channels, LAST), element < size

@@ -128,6 +128,8 @@ def _columns(
     C: tl.constexpr,
     IMAGES: tl.constexpr,
 ):
+    """A program writes the results of some classes of one image, or of all classes of several images."""
+    # lse: logsumexp_k l_k.  mean: mean_k l_k.  mean_sigmoid: logit(mean_k sigmoid(l_k)), by the odds of `_odds`.
     first, at, inside, place, exists = _columns_of(batch, samples, classes, K=K, C=C, IMAGES=IMAGES)
     other = float("-inf") if METHOD == LSE else 0.0 if METHOD == MEAN else float("inf")
     x = tl.load(logits_ptr + first * samples * classes + at, mask=inside, other=other).to(tl.float32)
@@ -160,6 +162,8 @@ def _columns_backward(
     C: tl.constexpr,
     IMAGES: tl.constexpr,
 ):
+    """A program writes the gradients of all samples for the classes of `_columns`."""
+    # lse: g softmax_k(l).  mean: g / samples.  mean_sigmoid: see below.
     first, at, inside, place, exists = _columns_of(batch, samples, classes, K=K, C=C, IMAGES=IMAGES)
     g = tl.load(grad_ptr + first * classes + place, mask=exists, other=0.0).to(tl.float32)
     own = first * samples * classes
@@ -202,6 +206,8 @@ def _peel_normaliser(logits_ptr, row, samples, classes, K: tl.constexpr, C: tl.c
 
 @triton.jit(do_not_specialize=["samples"])
 def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    """A program writes the log-probabilities of all classes of one image."""
+    # S - logsumexp_j S_j, S = exp(logsumexp_k l_k), continued along its tangent.
     # logits_ptr: [batch, samples, classes]; out_ptr: [batch, classes], float32
     row = tl.program_id(0).to(tl.int64)
     top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
@@ -214,6 +220,8 @@ def _peel(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexp
 
 @triton.jit(do_not_specialize=["samples"])
 def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    """A program writes the gradients of all samples and classes of one image."""
+    # (g - softmax(S) sum_j g_j) dS/dq softmax_k(l), q = logsumexp_k l_k.
     # grad_ptr: [batch, classes]; logits_ptr, out_ptr: [batch, samples, classes]
     row = tl.program_id(0).to(tl.int64)
     top, total = _peel_normaliser(logits_ptr, row, samples, classes=classes, K=K, C=C)
@@ -234,6 +242,7 @@ def _peel_backward(grad_ptr, logits_ptr, out_ptr, samples, classes, K: tl.conste
 
 @triton.jit(do_not_specialize=["samples"])
 def _vote(logits_ptr, out_ptr, samples, classes, K: tl.constexpr, C: tl.constexpr):
+    """A program counts, for one image, the samples whose largest logit is that of each class."""
     # logits_ptr: [batch, samples, classes]; out_ptr: [batch, classes], float32
     row = tl.program_id(0).to(tl.int64)
     best = tl.full((K,), float("-inf"), tl.float32)

@@ -150,6 +150,8 @@ def _forward(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """A program computes the loss, the gradient and whether it is wrong, for some rows of logits, or for one row."""
+    # The formulas are in `purify_fast.ops.attack_loss`: a maximum over classes, or a logsumexp, minus the true logit.
     TARGETED: tl.constexpr = (KIND == MARGIN_TARGETED) | (KIND == DLR_TARGETED)
     DIVIDED: tl.constexpr = (KIND == DLR) | (KIND == DLR_TARGETED)
     sign = -1.0 if TOWARD else 1.0

@@ -120,6 +120,8 @@ def _patches(
     VECTOR: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    """A program writes the rows of a few queries: sums over the nine offsets."""
+    # R[q, p] = sum_o G[q + o, p + o], times 1 / |K_p| if SCALED.
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
     at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
@@ -151,6 +153,8 @@ def _attend(
     VECTOR: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    """A program writes the rows of a few queries: both passes of "fuse", and the softmax over the keys."""
+    # A[q, p] = v_p softmax_p(scale v_p S[q, p]).
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
     at = tl.arange(0, GROUPS) * VECTOR
@@ -183,6 +187,8 @@ def _both_ways(pointer, stride, at, inside, x, column, width, VECTOR: tl.constex
 def _spread(
     x_ptr, out_ptr, batch, size, height, width, TOGETHER: tl.constexpr, VECTOR: tl.constexpr, GROUPS: tl.constexpr
 ):
+    """A program writes the rows of a few queries in the four maps, one for each pixel of a cell."""
+    # U_ab[q, p] = 1/4 sum of A[q + o, p + o] over o in {0, a'} x {0, b'}.
     # x_ptr: [batch, size, size]; out_ptr: [batch, 4, size, size]
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
@@ -233,6 +239,8 @@ def _gather(
     VECTOR: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    """A program writes the rows of a few queries: the gradient of `_spread`, and through the softmax."""
+    # dS = scale A (dA - sum_p A dA), dA[q, p] = 1/4 sum of dU_ab[q - o, p - o].
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * TOGETHER
     at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)
@@ -274,6 +282,8 @@ def _scaled(
     VECTOR: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
+    """A program writes the rows of a few queries: the gradient of "fuse" and of the division by the norms."""
+    # dR = dX / |K_p|; the part of a program is the sum of dX R over its queries, from which d|K_p| follows.
     row, block = program(batch)
     sample, first = row.to(tl.int64), block * QUERIES
     at, inside, own, column = keys(size, width, VECTOR=VECTOR, GROUPS=GROUPS)

@@ -72,7 +72,7 @@ def _latents(
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Draw the latents of some rows. A row has ``WIDTH`` numbers, and those after the first ``SIZE`` are zero."""
+    """A program draws the latents of some rows: ``WIDTH`` numbers each, of which those after ``SIZE`` are zero."""
     row, block = program(rows)
     at = first + row
     sample, draw = tl.load(ids_ptr + at // draws), at % draws
@@ -186,6 +186,8 @@ def _layer(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """A program computes some rows (cells of samples) and some columns (channels) of one layer, or of its gradient."""
+    # out = leaky_relu(sum over taps and channels of in W + bias); KIND 2 is an image, and KIND 3 a gradient.
     block, part = program(tiles)
     column = part % (COLUMNS // TILE) * TILE + tl.arange(0, TILE)
     residue = part // (COLUMNS // TILE)
@@ -315,7 +317,7 @@ def _last_two(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Compute the last two layers, for some cells of the image.
+    """A program computes the last two layers, for some cells of the image.
 
     For a cell, the first of the two layers reads input pixels at the offsets ``HIGH`` down to ``LOW``, which is the
     order of `_products`. The second reads cells of the first layer's result at the offsets ``FROM`` to ``TO``.

@@ -6,28 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, empty_like
 
-from ._common import cdiv, first_of, grid, is_channels_last, memory_format, program, tile
+from ._common import cdiv, clamp, first_of, grid, is_channels_last, load, memory_format, place, program, tile
 from ._launch import launch
-from .pgd_step import _clamp, _load
 from .philox import noise
 
 #: The fourth word of Philox's counter: `purify_fast.ops.philox.Stream.DIFFUSION`.
 DIFFUSION = 9
 #: The number of different indices of a step: `purify_fast.ops.diffusion_step.STEPS`.
 STEPS = tl.constexpr(65536)
-
-
-@triton.jit
-def _place(element, size, plane, channels, CHANNELS_LAST: tl.constexpr):
-    """Return each element's offset in the prediction, and the distance from there to the element's v (see the op)."""
-    if CHANNELS_LAST:
-        plane, channels = tl.cast(plane, element.dtype), tl.cast(channels, element.dtype)
-        channel = element // plane
-        at = (element - channel * plane) * channels + channel
-        behind = channels // 2
-    else:
-        at, behind = element, tl.cast(size, element.dtype)
-    return at, behind
 
 
 @triton.jit
@@ -68,18 +54,22 @@ def _forward(
     GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
+    """A program writes some elements of the next state of one sample."""
+    # k3 clamp(k0 x + k1 m, -c, c) + k4 x + s z; s is that of v if LEARNED.
     row, block = program(rows)
     image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
     element = first + tl.arange(0, GROUPS * 4)
     inside = element < size
-    at, behind = _place(element, size, plane, channels, CHANNELS_LAST=CHANNELS_LAST)
+    at = place(element, plane, channels, CHANNELS_LAST)
+    # The distance from an element's m to its v (see the op).
+    behind = tl.cast(channels // 2 if CHANNELS_LAST else size, element.dtype)
     begin = image * size
-    x = _load(x_ptr + begin, element, inside)
+    x = load(x_ptr + begin, element, inside)
     m_ptr += begin * 2 if LEARNED else begin
-    m = _load(m_ptr, at, inside)
+    m = load(m_ptr, at, inside)
     k_ptr += image * stride
     c = tl.load(k_ptr + 2)
-    clipped = _clamp(tl.load(k_ptr) * x + tl.load(k_ptr + 1) * m, -c, c)
+    clipped = clamp(tl.load(k_ptr) * x + tl.load(k_ptr + 1) * m, -c, c)
     out = tl.load(k_ptr + 3) * clipped + tl.load(k_ptr + 4) * x
     if NOISY:
         s = tl.load(k_ptr + 5)
@@ -87,7 +77,7 @@ def _forward(
             pointers, group = (seed_ptr, ids_ptr, draws_ptr, step_ptr), first_of(block, size, GROUPS)
             z = _normals(pointers, image, group, STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
             if LEARNED:
-                out += _deviation(_load(m_ptr, at + behind, inside), s, tl.load(k_ptr + 6), tl.load(k_ptr + 7)) * z
+                out += _deviation(load(m_ptr, at + behind, inside), s, tl.load(k_ptr + 6), tl.load(k_ptr + 7)) * z
             else:
                 out += s * z
     tl.store(out_ptr + begin + element, out, mask=inside)
@@ -117,15 +107,19 @@ def _backward(
     GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
+    """A program writes some elements of the gradients of x and of the prediction of one sample."""
+    # dx = k0 k3 g + k4 g, dm = k1 k3 g, without the terms of k3 where the clamp is active; dv = g z ds/dv.
     row, block = program(rows)
     image, first = row.to(tl.int64), first_of(block, size, GROUPS * 4)
     element = first + tl.arange(0, GROUPS * 4)
     inside = element < size
-    at, behind = _place(element, size, plane, channels, CHANNELS_LAST=CHANNELS_LAST)
+    at = place(element, plane, channels, CHANNELS_LAST)
+    # The distance from an element's m to its v (see the op).
+    behind = tl.cast(channels // 2 if CHANNELS_LAST else size, element.dtype)
     begin = image * size
-    grad, x = _load(grad_ptr + begin, element, inside), _load(x_ptr + begin, element, inside)
+    grad, x = load(grad_ptr + begin, element, inside), load(x_ptr + begin, element, inside)
     of_prediction = begin * 2 if LEARNED else begin
-    m = _load(m_ptr + of_prediction, at, inside)
+    m = load(m_ptr + of_prediction, at, inside)
     dm_ptr += of_prediction
     k_ptr += image * stride
     p, q, c = tl.load(k_ptr), tl.load(k_ptr + 1), tl.load(k_ptr + 2)
@@ -139,7 +133,7 @@ def _backward(
             s = tl.load(k_ptr + 5)
             if s != 0:
                 lo, hi = tl.load(k_ptr + 6), tl.load(k_ptr + 7)
-                v = _load(m_ptr + of_prediction, at + behind, inside)
+                v = load(m_ptr + of_prediction, at + behind, inside)
                 pointers, group = (seed_ptr, ids_ptr, draws_ptr, step_ptr), first_of(block, size, GROUPS)
                 z = _normals(pointers, image, group, STREAM=STREAM, GROUPS=GROUPS, PAIRS=PAIRS)
                 dv = grad * z * (0.25 * (hi - lo) * _deviation(v, s, lo, hi))

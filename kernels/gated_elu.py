@@ -1,4 +1,7 @@
-"""`gated_elu` in Triton: a program computes a tile of rows. A row has n numbers a, followed by n numbers b."""
+"""`gated_elu` in Triton: a program computes adjacent elements of the result, which may belong to several rows.
+
+A row of the features has ``size`` numbers a, followed by as many numbers b. A row of the result has ``size`` numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +12,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, expm1, next_power_of_2, tile
+from ._common import cdiv, expm1, first_of, load, tile
 from ._launch import launch
 
 
 @triton.jit
-def _places(rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the rows and the elements of this program's tile, and the mask of the elements that exist."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // blocks * ROWS + tl.arange(0, ROWS))[:, None]
-    element = (pid % blocks * WIDTH + tl.arange(0, WIDTH))[None, :]
-    return row, element, (row < rows) & (element < size)
+def _places(total, groups, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a program's elements of the result, the places of their a, the distance to their b, and which exist.
+
+    The product tells the compiler that ``GROUP`` elements are in one row, so a thread reads and writes them at once.
+    """
+    element = first_of(tl.program_id(0), total, WIDTH) + tl.arange(0, WIDTH)
+    size = tl.cast(groups, element.dtype) * GROUP
+    return element, element + element // size * size, size, element < total
 
 
 @triton.jit
 def _elu(x):
+    # x for x > 0, else exp(x) - 1.
     return tl.where(x > 0, x, expm1(x))
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
-def _forward(features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["groups"])
+def _forward(features_ptr, out_ptr, total, groups, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """A program writes adjacent elements of the result."""
+    # y = ELU(a) s(b), s the sigmoid.
     # features_ptr: [rows, 2, size]; out_ptr: [rows, size]
-    row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
-    at = row * 2 * size + element
-    a = tl.load(features_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(features_ptr + at + size, mask=inside, other=0.0).to(tl.float32)
+    element, at, size, inside = _places(total, groups, GROUP, WIDTH)
+    a, b = load(features_ptr, at, inside), load(features_ptr, at + size, inside)
     out = _elu(a) * tl.sigmoid(b)
-    tl.store(out_ptr + row * size + element, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + element, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
-def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["groups"])
+def _backward(grad_ptr, features_ptr, out_ptr, total, groups, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """A program writes the gradients of a and of b for adjacent elements of the result."""
+    # da = g s(b) (1 for a > 0, else exp(a)), db = g ELU(a) s(b) s(-b), g the gradient of y.
     # grad_ptr: [rows, size]; features_ptr, out_ptr: [rows, 2, size]
-    row, element, inside = _places(rows, size, blocks, ROWS, WIDTH)
-    at = row * 2 * size + element
-    g = tl.load(grad_ptr + row * size + element, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(features_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(features_ptr + at + size, mask=inside, other=0.0).to(tl.float32)
+    element, at, size, inside = _places(total, groups, GROUP, WIDTH)
+    g = load(grad_ptr, element, inside)
+    a, b = load(features_ptr, at, inside), load(features_ptr, at + size, inside)
     tail = tl.exp(-tl.abs(b))
     inverse = 1.0 / (1.0 + tail)
     to_a = g * (tl.where(b < 0, tail, 1.0) * inverse) * tl.exp(tl.where(a > 0, 0.0, a))
@@ -55,16 +61,18 @@ def _backward(grad_ptr, features_ptr, out_ptr, rows, size, blocks, ROWS: tl.cons
     tl.store(out_ptr + at + size, to_b.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _layout(features: Tensor, dim: int) -> tuple[tuple[int, int, int], dict]:
-    """Return (rows, elements in half a row, programs per row), and the tile of a program as keyword arguments.
-
-    The tensor must not be empty.
-    """
-    rows = math.prod(features.shape[:dim])
-    size = features.numel() // rows // 2
-    block, warps = tile(rows * size, features)
-    width = min(block, next_power_of_2(size))
-    return (rows, size, cdiv(size, width)), {"ROWS": block // width, "WIDTH": width, "num_warps": warps}
+def _run(kernel, features: Tensor, dim: int, out: Tensor, *tensors: Tensor) -> Tensor:
+    """Launch a kernel that reads ``tensors`` and writes ``out``, and return ``out``."""
+    if out.numel() == 0:
+        return out
+    total = features.numel() // 2
+    size = total // math.prod(features.shape[:dim])
+    group = math.gcd(size, 16 // features.element_size())
+    width, warps = tile(total, features)
+    given = *[one.contiguous() for one in tensors], out, total, size // group
+    shape = {"GROUP": group, "WIDTH": width, "num_warps": warps}
+    launch(kernel, (cdiv(total, width),), *given, **shape, enable_fp_fusion=True)
+    return out
 
 
 def forward(features: Tensor, dim: int) -> Tensor:
@@ -72,20 +80,10 @@ def forward(features: Tensor, dim: int) -> Tensor:
     shape = list(features.shape)
     shape[dim] //= 2
     out = torch.empty(shape, dtype=features.dtype, device=features.device)
-    if out.numel() == 0:
-        return out
-    sizes, tile = _layout(features, dim)
-    programs = (cdiv(sizes[0], tile["ROWS"]) * sizes[2],)
-    launch(_forward, programs, features.contiguous(), out, *sizes, **tile, enable_fp_fusion=True)
-    return out
+    return _run(_forward, features, dim, out, features)
 
 
 def backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
     """Return grad times the slopes, contiguous, in the shape and dtype of the features."""
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
-    if out.numel() == 0:
-        return out
-    sizes, tile = _layout(features, dim)
-    programs = (cdiv(sizes[0], tile["ROWS"]) * sizes[2],)
-    launch(_backward, programs, grad.contiguous(), features.contiguous(), out, *sizes, **tile, enable_fp_fusion=True)
-    return out
+    return _run(_backward, features, dim, out, grad, features)

@@ -54,6 +54,8 @@ def _begun(x_ptr, w_ptr, b_ptr, row, lane, size, WIDTH: tl.constexpr):
 
 @triton.jit
 def _newton(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, ALIKE: tl.constexpr, WIDTH: tl.constexpr):
+    """A program moves one row to its hyperplane, in linf or l2."""
+    # d = sign(g w) min(t, room), or min(t |w|, room) for l2; Newton's method finds t with sum |w d| = |g|.
     # x_ptr, w_ptr, out_ptr: [B, size]; b_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
@@ -97,6 +99,8 @@ def _gains(x_ptr, w_ptr, row, lane, size, scale, side, lo, hi, least, WIDTH: tl.
 
 @triton.jit
 def _threshold(x_ptr, w_ptr, b_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    """A program moves one row to its hyperplane, in l1."""
+    # d = sign(g w) room where |w| > t, and a fraction of it where |w| = t; bisections of t's bits find t.
     # x_ptr, w_ptr, out_ptr: [B, size]; b_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)

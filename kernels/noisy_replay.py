@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, tile
+from ._common import cdiv, clamp, load, tile
 from ._launch import launch
-from .pgd_step import _clamp, _load
 from .philox import noise
 
 #: The fourth word of Philox's counter: `purify_fast.ops.philox.Stream.REPLAY_NOISE`.
@@ -34,6 +33,8 @@ def _forward(
     GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
+    """A program writes some elements of one sample."""
+    # clamp(x + eps (2 r - 1), lo, hi) if drift > tau, else x_adv.
     pid = tl.program_id(0).to(tl.int64)
     row, block = pid // blocks, pid % blocks
     element = block * GROUPS * 4 + tl.arange(0, GROUPS * 4)
@@ -42,8 +43,8 @@ def _forward(
         sample = tl.load(ids_ptr + row)
         seed, first = tl.load(seed_ptr), block * GROUPS
         r = noise(seed, first, sample * 0, sample, STREAM, GROUPS=GROUPS, PAIRS=PAIRS, NORMAL=False)
-        x = _load(x_ptr, at, inside) + tl.load(eps_ptr + row).to(tl.float32) * (2 * r - 1)
-        x = _clamp(x, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+        x = load(x_ptr, at, inside) + tl.load(eps_ptr + row).to(tl.float32) * (2 * r - 1)
+        x = clamp(x, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         tl.store(out_ptr + at, tl.load(adv_ptr + at, mask=inside, other=0.0), mask=inside)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import BLOCK, cdiv, limited, next_power_of_2, sum_tile, tile
+from ._common import BLOCK, cdiv, clamp, grid, is_channels_last, limited, load, next_power_of_2, places, sum_tile, tile
 from ._launch import launch
 
 #: The largest tile in which a program can hold a whole sample without spilling registers, by the index of the norm.
@@ -26,22 +26,11 @@ HALVINGS = tl.constexpr(24)
 
 
 @triton.jit
-def _clamp(x, lo, hi):
-    x = tl.maximum(x, lo, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, hi, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _load(pointer, at, inside):
-    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _linf_moved(x, g, nat, alpha, eps, lo, hi):
     # A gradient that is NaN or infinite moves x neither up nor down.
     up, down = (g > 0) & (g < float("inf")), (g < 0) & (g > float("-inf"))
     x += alpha * (up.to(tl.float32) - down.to(tl.float32))
-    return _clamp(_clamp(x, nat - eps, nat + eps), lo, hi)
+    return clamp(clamp(x, nat - eps, nat + eps), lo, hi)
 
 
 @triton.jit
@@ -50,7 +39,7 @@ def _l2_direction(grad_ptr, row, lane, size, WIDTH: tl.constexpr):
     # Return max |g|, the norm of g / max |g|, and whether the gradient has a direction.
     highest = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
-        g = _load(grad_ptr, row * size + first + lane, first + lane < size)
+        g = load(grad_ptr, row * size + first + lane, first + lane < size)
         # tl.max would lose a NaN, so infinity replaces NaN.
         highest = tl.maximum(highest, tl.where(g == g, tl.abs(g), float("inf")))
     peak = tl.max(highest, 0)
@@ -59,7 +48,7 @@ def _l2_direction(grad_ptr, row, lane, size, WIDTH: tl.constexpr):
 
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
-        g = _load(grad_ptr, row * size + first + lane, first + lane < size) / peak
+        g = load(grad_ptr, row * size + first + lane, first + lane < size) / peak
         squares += g * g
     return peak, tl.where(usable, tl.sqrt_rn(tl.sum(squares, 0)), 1.0), usable
 
@@ -74,24 +63,28 @@ def _l2_shrink(squares, eps):
 def _l2_moved(x_ptr, grad_ptr, at, inside, direction):
     # x_ptr, grad_ptr: [B, size]
     peak, step, usable = direction
-    x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
+    x, g = load(x_ptr, at, inside), load(grad_ptr, at, inside)
     return x + tl.where(usable, step * (g / peak), 0.0)
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def _linf(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, blocks, lo, hi, WIDTH: tl.constexpr):
-    # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
-    pid = tl.program_id(0).to(tl.int64)
-    row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)
-    at, inside = row * size + element, element < size
+@triton.jit(do_not_specialize=["rows"])
+def _linf(
+    x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, rows, sizes, lo, hi, LAST: tl.constexpr, WIDTH: tl.constexpr
+):
+    """A program moves some elements of one sample. The gradient may be in channels_last."""
+    # clamp(clamp(x + alpha sign(g), x_nat - eps, x_nat + eps), lo, hi).
+    # x_ptr, nat_ptr, out_ptr: [rows, size]; grad_ptr: [rows, channels, plane]; alpha_ptr, eps_ptr: [rows]
+    row, at, in_gradient, inside = places(rows, sizes, LAST=LAST, WIDTH=WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
-    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+    x, g, nat = load(x_ptr, at, inside), load(grad_ptr, in_gradient, inside), load(nat_ptr, at, inside)
     x = _linf_moved(x, g, nat, alpha=alpha, eps=eps, lo=tl.cast(lo, tl.float32), hi=tl.cast(hi, tl.float32))
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    """A program moves one sample, in four passes over it."""
+    # clamp(x_nat + d min(1, eps / |d|), lo, hi), d = x + alpha g / |g| - x_nat.
     # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -101,32 +94,33 @@ def _l2(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WID
     squares = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        d = _l2_moved(x_ptr, grad_ptr, at, inside, direction) - _load(nat_ptr, at, inside)
+        d = _l2_moved(x_ptr, grad_ptr, at, inside, direction) - load(nat_ptr, at, inside)
         squares += d * d
     shrink = _l2_shrink(squares, eps)
 
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        nat = _load(nat_ptr, at, inside)
+        nat = load(nat_ptr, at, inside)
         d = _l2_moved(x_ptr, grad_ptr, at, inside, direction) - nat
-        x = _clamp(nat + d * shrink, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+        x = clamp(nat + d * shrink, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _l2_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, lo, hi, WIDTH: tl.constexpr):
+    """A program moves one sample, which it holds in registers. The formula is that of `_l2`."""
     # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
-    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+    x, g, nat = load(x_ptr, at, inside), load(grad_ptr, at, inside), load(nat_ptr, at, inside)
     # tl.max would lose a NaN, so infinity replaces NaN.
     peak = tl.max(tl.where(g == g, tl.abs(g), float("inf")), 0)
     usable = (peak > 0) & (peak < float("inf"))
     g = g / tl.where(usable, peak, 1.0)
     step = alpha / tl.where(usable, tl.sqrt_rn(tl.sum(g * g, 0)), 1.0)
     d = (x + tl.where(usable, step * g, 0.0)) - nat
-    x = _clamp(nat + d * _l2_shrink(d * d, eps), tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+    x = clamp(nat + d * _l2_shrink(d * d, eps), tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -171,17 +165,19 @@ def _l1_projected(x, nat, shift, moves, lo, hi):
     left = tl.maximum(tl.abs(d) - shift, 0.0)
     x = tl.where(moves, nat + tl.where(d < 0, -left, left), x)
     # If nat is NaN, the result must be NaN. Then d is NaN, but x can be finite.
-    return _clamp(tl.where(d != d, d, x), lo, hi)
+    return clamp(tl.where(d != d, d, x), lo, hi)
 
 
 @triton.jit(do_not_specialize=["chosen"])
 def _l1_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi, WIDTH: tl.constexpr):
+    """A program moves one sample, which it holds in registers."""
+    # x_nat + sign(d) clamp(|d| - shift, 0, room), d = x + alpha s / |s|_1 - x_nat, with the least shift in the ball.
     # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     at, inside = row * size + lane, lane < size
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
     lo, hi = tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
-    x, g, nat = _load(x_ptr, at, inside), _load(grad_ptr, at, inside), _load(nat_ptr, at, inside)
+    x, g, nat = load(x_ptr, at, inside), load(grad_ptr, at, inside), load(nat_ptr, at, inside)
 
     peak = tl.max(_bits(g), 0)
     usable = peak < INFINITE
@@ -197,13 +193,13 @@ def _l1_whole(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chose
     d = x - nat
     span, room = tl.abs(d), _room(d, nat, lo, hi)
     # The comparison is False for NaN.
-    moves = tl.sum(_clamp(span, 0.0, room), 0) > eps
+    moves = tl.sum(clamp(span, 0.0, room), 0) > eps
     outer = 0.0
     if moves:
         inner, outer = 0.0, tl.max(span, 0)
         for _ in range(HALVINGS):
             middle = (inner + outer) * 0.5
-            outside = tl.sum(_clamp(span - middle, 0.0, room), 0) > eps
+            outside = tl.sum(clamp(span - middle, 0.0, room), 0) > eps
             inner, outer = tl.where(outside, middle, inner), tl.where(outside, outer, middle)
     x = _l1_projected(x, nat, outer, moves=moves, lo=lo, hi=hi)
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
@@ -218,14 +214,14 @@ def _reaching(x_ptr, grad_ptr, places, box, least, WIDTH: tl.constexpr):
     count = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        count += (_candidates(_load(x_ptr, at, inside), _load(grad_ptr, at, inside), lo, hi) >= least).to(tl.int32)
+        count += (_candidates(load(x_ptr, at, inside), load(grad_ptr, at, inside), lo, hi) >= least).to(tl.int32)
     return tl.sum(count, 0)
 
 
 @triton.jit
 def _again(x_ptr, grad_ptr, at, inside, least, length, lo, hi):
     # x_ptr, grad_ptr: [B, size]
-    x, g = _load(x_ptr, at, inside), _load(grad_ptr, at, inside)
+    x, g = load(x_ptr, at, inside), load(grad_ptr, at, inside)
     return _l1_moved(x, g, _candidates(x, g, lo, hi), least, length)
 
 
@@ -239,15 +235,16 @@ def _l1_spread(pointers, places, step, shift, box, WIDTH: tl.constexpr):
     left, largest = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
-        nat = _load(nat_ptr, at, inside)
+        nat = load(nat_ptr, at, inside)
         d = _again(x_ptr, grad_ptr, at, inside=inside, least=least, length=length, lo=lo, hi=hi) - nat
-        left += _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
+        left += clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
         largest = tl.maximum(largest, tl.abs(d))
     return tl.sum(left, 0), tl.max(largest, 0)
 
 
 @triton.jit(do_not_specialize=["chosen"])
 def _l1(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo, hi, WIDTH: tl.constexpr):
+    """A program moves one sample, in about fifty passes over it. The formula is that of `_l1_whole`."""
     # x_ptr, grad_ptr, nat_ptr, out_ptr: [B, size]; alpha_ptr, eps_ptr: [B]
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     alpha, eps = tl.load(alpha_ptr + row).to(tl.float32), tl.load(eps_ptr + row).to(tl.float32)
@@ -255,7 +252,7 @@ def _l1(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo,
 
     bits = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, size, WIDTH):
-        bits = tl.maximum(bits, _bits(_load(grad_ptr, row * size + first + lane, first + lane < size)))
+        bits = tl.maximum(bits, _bits(load(grad_ptr, row * size + first + lane, first + lane < size)))
     peak = tl.max(bits, 0)
     usable = peak < INFINITE
     places, low, high = (row, lane, size), 0, tl.where(usable, peak, 0) + 1
@@ -281,15 +278,21 @@ def _l1(x_ptr, grad_ptr, nat_ptr, alpha_ptr, eps_ptr, out_ptr, size, chosen, lo,
     for first in range(0, size, WIDTH):
         at, inside = row * size + first + lane, first + lane < size
         x = _again(x_ptr, grad_ptr, at, inside=inside, least=least, length=length, lo=lo, hi=hi)
-        x = _l1_projected(x, _load(nat_ptr, at, inside), outer, moves=moves, lo=lo, hi=hi)
+        x = _l1_projected(x, load(nat_ptr, at, inside), outer, moves=moves, lo=lo, hi=hi)
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def layout(x: Tensor, norm: int) -> tuple[int, int, dict]:
-    """Return the number of elements and of programs per sample, and the tile. ``norm`` is as in `forward`."""
-    size = x.numel() // x.shape[0]
-    width, warps = tile(size, x) if norm == 0 else sum_tile(size, 2 * BLOCK)
-    return size, cdiv(size, width) if norm == 0 else 1, {"WIDTH": width, "num_warps": warps}
+def launch_linf(kernel, images: tuple[Tensor, ...], of_samples: tuple[Tensor, ...], *numbers: float) -> Tensor:
+    """Launch an elementwise kernel, and return its result. ``images`` begin with x and the gradient."""
+    x, grad, *others = images
+    rows, last = x.shape[0], is_channels_last(grad)
+    size, channels = x.numel() // rows, x.shape[1] if last else 1
+    out, (width, warps) = torch.empty(x.shape, dtype=x.dtype, device=x.device), tile(size, x)
+    tensors = x.contiguous(), grad if last else grad.contiguous(), *(one.contiguous() for one in (*others, *of_samples))
+    given = *tensors, out, rows, (size, size // channels, channels), *map(float, numbers)
+    shape = {"LAST": last, "WIDTH": width, "num_warps": warps}
+    launch(kernel, grid(rows, cdiv(size, width)), *given, **shape, enable_fp_fusion=False)
+    return out
 
 
 def whole_warps(width: int) -> int:
@@ -304,16 +307,14 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    size, blocks, block = layout(x, norm)
+    if norm == 0:
+        return launch_linf(_linf, (x, grad, x_nat), (alpha, eps), lo, hi)
+    size = x.numel() // x.shape[0]
     fitting, chosen = max(32, next_power_of_2(size)), max(1, int(density * size + 0.5))
-    whole = fitting <= WHOLE.get(norm, 0)
-    if whole:
-        block = {"WIDTH": fitting, "num_warps": whole_warps(fitting)}
-    if norm == 2:
-        block |= limited(L1_REGISTERS)
-    kernel = (_linf, _l2_whole if whole else _l2, _l1_whole if whole else _l1)[norm]
-    own = ((blocks,), (), (chosen,))[norm]
+    whole = fitting <= WHOLE[norm]
+    width, warps = (fitting, whole_warps(fitting)) if whole else sum_tile(size, 2 * BLOCK)
+    block = {"WIDTH": width, "num_warps": warps} | (limited(L1_REGISTERS) if norm == 2 else {})
+    kernel, own = (_l2_whole if whole else _l2, ()) if norm == 1 else (_l1_whole if whole else _l1, (chosen,))
     tensors = [one.contiguous() for one in (x, grad, x_nat, alpha, eps)]
-    given = *tensors, out, size, *own, float(lo), float(hi)
-    launch(kernel, (x.shape[0] * blocks,), *given, **block, enable_fp_fusion=False)
+    launch(kernel, (x.shape[0],), *tensors, out, size, *own, float(lo), float(hi), **block, enable_fp_fusion=False)
     return out

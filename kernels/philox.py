@@ -139,6 +139,7 @@ def noise(seed, first, draw, sample, stream, GROUPS: tl.constexpr, PAIRS: tl.con
 def _philox(
     seed_ptr, ids_ptr, out_ptr, rows, numel, draws, first_draw, stream, KIND: tl.constexpr, GROUPS: tl.constexpr
 ):
+    """A program writes some numbers of one row, in groups of four: the words of a Philox block, or what they become."""
     # seed_ptr: [1], int64; ids_ptr: [rows / draws], int64; out_ptr: [rows, numel], int32 or float32
     row, block = program(rows)
     seed, sample, draw = tl.load(seed_ptr), tl.load(ids_ptr + row // draws), row % draws + first_draw

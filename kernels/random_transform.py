@@ -15,16 +15,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import _tile, cdiv, grid, is_channels_last, memory_format, next_power_of_2, program, tile, warps
+from ._common import (
+    _tile,
+    cdiv,
+    clamp,
+    grid,
+    is_channels_last,
+    limited,
+    load,
+    memory_format,
+    next_power_of_2,
+    program,
+    tile,
+    warps,
+)
 from ._launch import launch
-from .pgd_step import _clamp, _load
 from .philox import _four, in_order, words
 
 #: The fourth words of Philox's counter: `purify_fast.ops.philox.Stream.TRANSFORM_NOISE` and `MASK`.
 TRANSFORM_NOISE = tl.constexpr(2)
 MASK = 3
 #: A program ranks at most this number of blocks of an image. It compares them with at most as many blocks at a time.
-TILE = 64
+TILE = 32
+#: The largest number of registers of a thread that computes the gradients of eight pixels in all planes. By default,
+#: some compilers limit themselves to 96, so that one more program runs on a multiprocessor, and spill registers.
+BACKWARD_REGISTERS = 112
 #: The largest number of channels of an image whose planes a thread computes together. It keeps them in registers.
 MOST_CHANNELS = 8
 
@@ -49,7 +64,7 @@ def _owners(
     STREAM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Write the owners of the blocks, from the ranks of their keys. A block's rank is the number of lower keys.
+    """A program writes the owners of some blocks, by the ranks of their keys: the numbers of lower keys.
 
     With PARTITION, the owner is the pass that hides the block, and ``cut`` is the number of blocks per pass. Otherwise,
     the owner is 1 for hidden blocks and 0 for visible blocks, and ``cut`` is the number of hidden blocks.
@@ -150,7 +165,7 @@ def _pixels_of(pointer, pixel, plane, exists, PIXELS: tl.constexpr, ALIGNED: tl.
     columns = ()
     for i in tl.static_range(0, PIXELS, V):
         at, inside = _places(pixel + i, plane, 1, V, PIXELS=PIXELS, ALIGNED=ALIGNED, ROWS=ROWS)
-        columns += _split(_load(pointer, at, inside & exists), V)
+        columns += _split(load(pointer, at, inside & exists), V)
     return columns
 
 
@@ -185,7 +200,8 @@ def _forward(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Write packed images. A program has some pixels of all ``PLANES`` planes of an image, or of one plane."""
+    """A program writes some pixels of all ``PLANES`` planes of packed images, or of one plane."""
+    # 2 clamp(x + sigma n, 0, 1) - 1 where visible and 0 where hidden, then a plane of ones, and 1 where hidden.
     row, block = program(batch)
     image = row.to(tl.int64)
     channels, plane, _, _, _, blocks = sizes
@@ -207,7 +223,7 @@ def _forward(
             u = _noisy(x, sigma, seed, group, plane, draw=sample * 0 + draw, sample=sample, NOISE=NOISE, PIXELS=PIXELS)
             seen = ()
             for i in tl.static_range(len(x)):
-                seen += (2 * _clamp(u[i], 0.0, 1.0) - 1,)
+                seen += (2 * clamp(u[i], 0.0, 1.0) - 1,)
         else:
             seen = (tl.zeros((ROWS,), tl.float32) + tl.where(channel == channels, 1.0, 0.0),) * PIXELS
         for own in range(num_passes):
@@ -244,7 +260,8 @@ def _backward(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Write the gradients of images. A program has some pixels of all channels of an image, or of one channel."""
+    """A program writes some pixels of the gradient of an image, in all channels or in one."""
+    # 2 (0 <= x + sigma n <= 1) times the sum of the gradients of the passes in which the pixel is visible.
     row, block = program(batch)
     image = row.to(tl.int64)
     channels, plane, _, _, _, blocks = sizes
@@ -337,6 +354,7 @@ def _launch(kernel, pointers: tuple[Tensor, ...], x: Tensor, owners, planes, sig
         ROWS=block // pixels,
         num_warps=own,
         enable_fp_fusion=False,
+        **(limited(BACKWARD_REGISTERS) if together and pixels == 8 and kernel is _backward else {}),
     )
 
 

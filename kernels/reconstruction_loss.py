@@ -16,6 +16,8 @@ from ._launch import launch
 
 @triton.jit(do_not_specialize=["chunks"])
 def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    """A program sums one chunk of one sample."""
+    # max(l, 0) - l t + log(1 + exp(-|l|)), summed.
     # logits_ptr, target_ptr: [B, size]; out_ptr: [B, chunks], float32
     pid = tl.program_id(0).to(tl.int64)
     row, chunk = pid // chunks, pid % chunks
@@ -33,6 +35,7 @@ def _forward(logits_ptr, target_ptr, out_ptr, size, chunks, LENGTH: tl.constexpr
 
 @triton.jit(do_not_specialize=["chunks"])
 def _add(parts_ptr, out_ptr, chunks, WIDTH: tl.constexpr):
+    """A program adds the chunks of one sample, in order."""
     # parts_ptr: [B, chunks], float32; out_ptr: [B], float32
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((WIDTH,), tl.float32)
@@ -44,6 +47,8 @@ def _add(parts_ptr, out_ptr, chunks, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _backward(grad_ptr, logits_ptr, target_ptr, out_ptr, size, blocks, WIDTH: tl.constexpr):
+    """A program writes some elements of the gradient of one sample."""
+    # g (sigmoid(l) - t).
     # grad_ptr: [B]; logits_ptr, target_ptr, out_ptr: [B, size]
     pid = tl.program_id(0).to(tl.int64)
     row, element = pid // blocks, pid % blocks * WIDTH + tl.arange(0, WIDTH)

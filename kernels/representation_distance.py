@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import CHUNK, cdiv, dense, sum_tile, tile
+from ._common import CHUNK, cdiv, clamp, dense, load, sum_tile, tile
 from ._launch import launch
-from .pgd_step import _clamp, _load
 
 #: The indices of the kinds in `purify_fast.ops.representation_distance`, and the two limits of the same file.
 ABS_COSINE, COSINE, L2 = tl.constexpr(0), tl.constexpr(1), 3
@@ -53,7 +52,7 @@ def _sums(u_ptr, v_ptr, start, end, DIFFERENCE: tl.constexpr, WIDTH: tl.constexp
     dot, uu, vv = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in range(start, end, WIDTH):
         element = first + tl.arange(0, WIDTH)
-        u, v = _load(u_ptr, element, element < end), _load(v_ptr, element, element < end)
+        u, v = load(u_ptr, element, element < end), load(v_ptr, element, element < end)
         if DIFFERENCE:
             dot += (u - v) * (u - v)
         else:
@@ -72,7 +71,7 @@ def _angle(dot, uu, vv, kind):
     along = tl.div_rn(dot, uu)
     # c is the cosine. In this order of operations, it is exactly 1 at u = v.
     c = along * tl.sqrt_rn(tl.div_rn(uu, vv))
-    c = tl.where(norms < float("inf"), _clamp(c, -1.0, 1.0), float("nan"))
+    c = tl.where(norms < float("inf"), clamp(c, -1.0, 1.0), float("nan"))
     c = tl.where(nothing, 0.0, c)
     near = tl.where(kind == ABS_COSINE, tl.abs(c), c)
     square = tl.maximum(1.0 - c * c, LEAST_SQUARE_SINE, propagate_nan=tl.PropagateNan.ALL)
@@ -120,7 +119,7 @@ def _forward(
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Sum the chunks.
+    """A program sums one chunk of one sample, in one layer: u . v, |u|^2 and |v|^2, or |u - v|^2.
 
     A sample has ``programs`` programs. ``layer`` is the index of the launch's first layer among all ``layers`` layers.
     If there is no second launch, the distance is computed here.
@@ -150,7 +149,7 @@ def _forward(
 def _add(
     parts_ptr, out_ptr, slopes_ptr, chunks, programs, layers, layer, kind, DIFFERENCE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Add the chunks of one sample and layer. ``programs`` is the number of programs per sample in `_forward`."""
+    """A program adds the chunks of one sample and layer. ``programs`` is their number per sample in `_forward`."""
     # parts_ptr: [B, programs, 3], float32; out_ptr: [B, layers], float32; slopes_ptr: [B, layers, 2], float32
     pid = tl.program_id(0).to(tl.int64)
     row, own = pid // len(chunks), pid % len(chunks)
@@ -162,9 +161,9 @@ def _add(
     for first in range(0, count, WIDTH):
         chunk = first + tl.arange(0, WIDTH)
         at, inside = (start + chunk) * 3, chunk < count
-        dot += _load(parts_ptr, at, inside)
-        uu += _load(parts_ptr, at + 1, inside)
-        vv += _load(parts_ptr, at + 2, inside)
+        dot += load(parts_ptr, at, inside)
+        uu += load(parts_ptr, at + 1, inside)
+        vv += load(parts_ptr, at + 2, inside)
     at, sums = row * layers + layer + own, (tl.sum(dot, 0), tl.sum(uu, 0), tl.sum(vv, 0))
     _measure(sums, out_ptr, slopes_ptr, at, kind, DIFFERENCE=DIFFERENCE)
 
@@ -173,6 +172,8 @@ def _add(
 def _backward(
     grad_ptr, students, teachers, slopes_ptr, outs, sizes, blocks, programs, layers, layer, WIDTH: tl.constexpr
 ):
+    """A program writes some elements of the gradient of one sample, in one layer."""
+    # g scale (v - along u), whose numbers scale and along are the slopes that the forward has returned.
     # grad_ptr: [B, layers]; slopes_ptr: [B, layers, 2], float32
     # students, teachers, outs: a pointer for each layer: [B, sizes[i]]
     pid = tl.program_id(0).to(tl.int64)
@@ -185,7 +186,7 @@ def _backward(
             at, inside, of_row = row * sizes[i] + element, element < sizes[i], row * layers + layer + i
             weight = tl.load(grad_ptr + of_row).to(tl.float32) * tl.load(slopes_ptr + 2 * of_row)
             along = tl.load(slopes_ptr + 2 * of_row + 1)
-            u, v = _load(students[i], at, inside), _load(teachers[i], at, inside)
+            u, v = load(students[i], at, inside), load(teachers[i], at, inside)
             tl.store(outs[i] + at, (weight * (v - along * u)).to(outs[i].dtype.element_ty), mask=inside)
         before += blocks[i]
 

@@ -30,6 +30,8 @@ def _forward(
     GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
+    """A program writes the latent of one sample, and its divergence."""
+    # z = mu + e exp(logvar / 2), kl = 1/2 sum (mu^2 + exp(logvar) - logvar - 1).
     row = tl.program_id(0).to(tl.int64)
     seed, sample = tl.load(seed_ptr), tl.load(ids_ptr + row)
     zero = sample * 0
@@ -61,6 +63,8 @@ def _backward(
     GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
+    """A program writes some gradients of mu and logvar of one sample."""
+    # dmu = dz + dkl mu, dlogvar = dz e exp(logvar / 2) / 2 + dkl (exp(logvar) - 1) / 2.
     row = tl.program_id(0).to(tl.int64)
     seed, sample, dkl = tl.load(seed_ptr), tl.load(ids_ptr + row), tl.load(dkl_ptr + row).to(tl.float32)
     zero = sample * 0

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, first_of, grid, limited, next_power_of_2, program, tile
+from ._common import cdiv, clamp, first_of, grid, limited, load, next_power_of_2, program, tile
 from ._launch import launch
-from .pgd_step import HALVINGS, L1_REGISTERS, _clamp, _l1_projected, _load, _room, whole_warps
+from .pgd_step import HALVINGS, L1_REGISTERS, _l1_projected, _room, whole_warps
 
 #: Two constants of `purify_fast.ops.square_proposal`: the number of random numbers before the signs of the channels,
 #: and the number that is added to lengths, so that no division by a length is a division by 0.
@@ -61,6 +61,8 @@ def _linf(
     hi,
     WIDTH: tl.constexpr,
 ):
+    """A program writes some elements of one proposal."""
+    # clamp(x_nat + eps s, lo, hi) in the window, x elsewhere.
     row, block = program(rows)
     image = (row % images).to(tl.int64)
     numbers_ptr += image * of_image + (row // images).to(tl.int64) * of_draw
@@ -74,9 +76,9 @@ def _linf(
     within = _within((line - channel * height).to(tl.int32) - top, column - left, edge)
 
     number = tl.load(numbers_ptr + PLACES + channel, mask=inside & within, other=0.0)
-    x, nat = _load(x_ptr + image * size, element, inside), _load(nat_ptr + image * size, element, inside)
+    x, nat = load(x_ptr + image * size, element, inside), load(nat_ptr + image * size, element, inside)
     moved = nat + tl.load(eps_ptr + image).to(tl.float32) * tl.where(number < 0.5, -1.0, 1.0)
-    moved = _clamp(moved, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
+    moved = clamp(moved, tl.cast(lo, tl.float32), tl.cast(hi, tl.float32))
     out = tl.where(within, moved, x).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row.to(tl.int64) * size + element, out, mask=inside)
 
@@ -104,12 +106,12 @@ def _pixels(place, first, WIDTH: tl.constexpr):
     top, left, other_top, other_left = windows
     pixel = first + tl.arange(0, WIDTH)[None, :]
     at, inside = channel * (height * width) + pixel, (channel < channels) & (pixel < height * width)
-    nat = _load(nat_ptr, at, inside)
+    nat = load(nat_ptr, at, inside)
     line = pixel // width
     column = pixel - line * width
     index = (line - top) * side + (column - left)
     one, two = _within(line - top, column - left, edge), _within(line - other_top, column - other_left, edge)
-    return nat, _load(x_ptr, at, inside) - nat, one, two, at, inside, index
+    return nat, load(x_ptr, at, inside) - nat, one, two, at, inside, index
 
 
 @triton.jit
@@ -148,7 +150,7 @@ def _l1_spread(proposal, shift, lo, hi, WHOLE: tl.constexpr, CHANNELS: tl.conste
     for first in range(0, WIDTH if WHOLE else height * width, WIDTH):
         nat, moved, _at, _inside = _again(place, factors, held, first, WHOLE=WHOLE, WIDTH=WIDTH)
         d = (nat + moved) - nat
-        kept = _clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
+        kept = clamp(tl.abs(d) - shift, 0.0, _room(d, nat, lo, hi))
         left += kept
         count += (kept > 0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(d))
@@ -197,8 +199,8 @@ def _factors(
         both += tl.where(one | two, mass, 0.0)
     length, windows = _root(tl.sum(old, 1), L1)[:, None], tl.sum(both, 1)[:, None]
     others = tl.sum(tl.sum(rest, 0), 0)
-    # tl.maximum would lose a NaN, but _clamp propagates it.
-    unused = _clamp(_mass(eps, L1) - (others + tl.sum(tl.sum(windows, 1), 0)), 0.0, float("inf"))
+    # tl.maximum would lose a NaN, but clamp propagates it.
+    unused = clamp(_mass(eps, L1) - (others + tl.sum(tl.sum(windows, 1), 0)), 0.0, float("inf"))
     # A program that holds no image reads only the lines of W again.
     begin = 0 if WHOLE else corners[0] * width // WIDTH * WIDTH
     end = WIDTH if WHOLE else (corners[0] + edge) * width
@@ -234,6 +236,8 @@ def _mass_moved(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """A program writes one proposal, in l2 or l1."""
+    # d <- h / |h|_W (u / C + |d|_{W or V}^p)^(1/p) in W, 0 in the rest of V; then the projection of the norm.
     row = tl.program_id(0).to(tl.int64)
     image, pixels = row % rows, height * width
     size = channels * pixels
@@ -267,7 +271,7 @@ def _mass_moved(
         if L1:
             x = _l1_projected(nat + moved, nat, shift, moves=moves, lo=lo, hi=hi)
         else:
-            x = _clamp(nat + moved * stretch, lo, hi)
+            x = clamp(nat + moved * stretch, lo, hi)
         tl.store(out_ptr + row * size + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -53,6 +53,7 @@ def _forward(
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """A program copies some elements of one image, each from the pass that owns its block."""
     image, _block = program(images)
     image = image.to(tl.int64)
     sizes = groups, line, height, cell, tall, columns
@@ -82,6 +83,7 @@ def _backward(
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """A program writes some elements of the gradients of all passes of one image: 0 in passes that do not own them."""
     image, _block = program(images)
     image = image.to(tl.int64)
     sizes = groups, line, height, cell, tall, columns

@@ -79,6 +79,9 @@ def _cases() -> dict[str, tuple]:
         cases[f"hyperplane_projection-{name}"] = (held, held, rows, norm, 0.0, 1.0)
         if name in APGD_NORMS:
             cases[f"apgd_step-{name}"] = (*[image] * 4, rows, rows, 0.75, norm, 0.0, 1.0)
+    of_copy = image, x(4, 3, 64, 64, last=True), image
+    cases["pgd_step-linf-channels_last"] = (*of_copy, rows, rows, 0, 0.0, 1.0, 0.05)
+    cases["apgd_step-linf-channels_last"] = (*of_copy, image, rows, rows, 0.75, 0, 0.0, 1.0)
     for method, name in enumerate(METHODS):
         # A program has some of the many classes of an image, or the few classes of several images.
         for classes, kind in ((1024, ""), (10, "-few")):
@@ -111,7 +114,7 @@ def _cases() -> dict[str, tuple]:
 
     cases["noisy_replay"] = (image, image, rows, one(()), rows, SEED, IDS, 0.0, 1.0)
     # The dimension of the channels is the last one for channels_last.
-    for shape, dim, layout in (((4, 96, 16, 16), 1, ""), ((4, 16, 16, 96), 3, "-channels_last")):
+    for shape, dim, layout in (((4, 96, 16, 16), 1, ""), ((4, 16, 16, 48), 3, "-channels_last")):
         grad = list(shape)
         grad[dim] //= 2
         cases[f"gated_elu-forward{layout}"] = (x(*shape), dim)

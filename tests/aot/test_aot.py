@@ -177,7 +177,8 @@ NARROW = (
     ("attack_loss.*", "ld", {2, 4, 8}, "labels and the logits of their classes, and rows of ten classes"),
     ("attack_loss.*", "st", {4}, "the loss of a row"),
     ("attack_loss-*-few", "st", {2}, "rows of ten classes begin anywhere"),
-    ("random_transform._owners", "st", {1}, "64 blocks"),
+    ("*pgd_step-linf-channels_last", "ld", {2, 4}, "in the gradient, from one pixel to the next are all channels"),
+    ("random_transform._owners", "st", {1}, "32 blocks"),
     ("random_transform.*", "ld", {1}, "the owner of every pixel's block"),
     ("square_proposal.*", "ld", {4}, "the signs of the channels, and the pattern, where its window lies"),
     ("stitch.*", "ld", {1}, "the owner of every pixel's block"),
@@ -320,8 +321,7 @@ def test_packed_images_in_channels_last_move_whole_sectors(way, dtype):
 
 #: Bit-exact against the reference, so that no product may be fused with a sum.
 EXACT = (
-    "pgd_step-linf",
-    "apgd_step-linf",
+    "*pgd_step-linf*",
     "square_proposal-linf",
     "random_transform-*",
     "noisy_replay",
@@ -446,6 +446,7 @@ TWO_BYTES = (
     ("contextual_attention-backward", "LDG", "of numbers of 16 bits the one that moves into a group"),
     ("diffusion_step-*-channels_last", "LDG", "in the prediction, from one pixel to the next are all channels"),
     ("diffusion_step-backward-*-channels_last", "STG", "likewise"),
+    ("*pgd_step-linf-channels_last", "LDG", "in the gradient, from one pixel to the next are all channels"),
     ("aggregate-*-few", "LDG", "a class for a thread: rows of ten classes begin anywhere"),
     ("aggregate-*-backward-few", "STG", "likewise"),
     ("attack_loss-*", "LDG", "the logit of the true class"),
