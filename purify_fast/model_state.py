@@ -140,6 +140,10 @@ class _Description:
             self.tensors.append(value)
             return (value.data_ptr(), value.shape, value.dtype, value.device)
         if isinstance(value, nn.Module):
+            known = kind.known_identity(value) if hasattr(kind, "known_identity") else None
+            if known is not None:
+                self.objects.append(known)
+                return (id(known), *(part.training for part in value.modules()))
             held = [item for group in ("_parameters", "_buffers", "_modules") for item in vars(value)[group].items()]
             hooks = [("a hook", hook) for group in _HOOKS for hook in getattr(value, group).values()]
             inside = [(name, self.of(part)) for name, part in (*held, *hooks, *attributes(value))]

@@ -148,7 +148,7 @@ class FollowedDefence(Followed):
             if not (in_place and self._values is not None and self._values.fit(watch)):
                 how = {"compile": copied.classifier.compiled, "plain": copied.classifier.plain, "followed": self}
                 self.take(copied, defence.make_frozen_copy(copied.classifier.dtype, **how))
-            self._values.write()
+            self._values.write(self.graphs)
             self.end_read(copied)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FollowedDefence:
@@ -158,7 +158,7 @@ class FollowedDefence(Followed):
         return other
 
     def end_read(self, copied: Any) -> None:
-        self.finish()
+        self.finish(self._values)
         copied._modules |= self.parts
         copied._reads = self.reads
 

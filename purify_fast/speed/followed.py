@@ -16,6 +16,7 @@ from .snapshot import Snapshot, held_by
 from .watch import tensors_of
 
 if TYPE_CHECKING:
+    from .folding.batchnorm import Values
     from .graphs.graphed_loop import StepGraphs
 
 
@@ -35,6 +36,7 @@ class Followed:
             must read. Several copies may follow by one object.
         watch: what the model held at the last read. It is another object if the model holds others.
         reason: why every call of the copy must read the model again; empty if counts of writes show a change.
+        remade: why each read makes a new network; empty if it writes into the present one.
         graphs: the graphs of attacks that are called directly on the copy.
 
     Raises:
@@ -43,7 +45,7 @@ class Followed:
 
     def __init__(self, model: nn.Module | None = None):
         self.graphs: StepGraphs | None = None
-        self.reads, self.reason = 0, ""
+        self.reads, self.reason, self.remade = 0, "", ""
         self.watch: Any = None
         self._given, self._warned = model, False
         #: The memo of the copying in memory that has made this object, until the model is asked for.
@@ -92,9 +94,10 @@ class Followed:
         """Return True if a read may write into present tensors. A backward pass of an earlier call may need them."""
         return not self.reason or block.get() > 0
 
-    def finish(self) -> None:
-        """Remember that the copy has been made from what was read last."""
+    def finish(self, values: Values) -> None:
+        """Remember that the copy has been made from what was read last, and that ``values`` write into it."""
         self.reads = next(NUMBERS)
+        self.remade = "" if values.possible else self.reason or "it holds objects whose copies may differ"
 
     def fits(self) -> bool:
         """Return True if names, shapes and the sharing of the model's tensors are those of the copy."""

@@ -24,6 +24,7 @@ from .eager_mode import eager
 from .folding.inference_copy import DTYPES, InferenceCopy
 from .followed import Followed, check_parts, is_frozen_copy
 from .precision import fast_bfloat16, float32_products, is_dense
+from .reading import block
 from .watch import FEWEST_WEIGHTS, Watch, matrix_weights, tensors_of
 
 
@@ -261,7 +262,7 @@ class FrozenCopy(InferenceCopy):
         followed = Followed(model)
         super().__init__(model, image_shape, compile=compile, watch=followed.watch, **form._asdict())
         self._followed, self._name = followed, type(model).__name__
-        followed.finish()
+        followed.finish(self._values)
 
     @property
     def about(self) -> str:
@@ -302,8 +303,13 @@ class FrozenCopy(InferenceCopy):
         """
         if self._followed.has_model:
             watch = self._followed.read()
-            self._read(watch.roots[0], watch, in_place)
-            self._followed.finish()
+            self._read(watch.roots[0], watch, in_place, self._followed.graphs)
+            self._followed.finish(self._values)
+
+    def known_identity(self) -> Any:
+        """Within an attack, an object that is another one if the network is, without another look; else None."""
+        held = self._values.possible and 0 < block.get() < self._followed.reads
+        return self._values.own if held else None
 
     def follows(self, model: nn.Module) -> bool:
         """Read the model again; False if it has changed so much that it needs a new copy."""

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from captures import Rerun, Tape
+from cuda_launches import CudaLaunches
 from direct import direct
 from torch import nn
 
@@ -14,6 +15,7 @@ import purify_fast
 from purify_fast import Atop
 from purify_fast.attacks import pgd, square
 from purify_fast.methods.atop import SmallGenerator
+from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS, leave_no_trace
 
@@ -31,10 +33,10 @@ def network():
     return nn.Sequential(*layers).eval()
 
 
-def attacked(model=None):
+def attacked(model=None, dtype=torch.float32):
     """A copy of a network, images and labels."""
     x = torch.rand(6, 3, 8, 8)
-    return purify_fast.frozen_copy(model or network(), x, dtype=torch.float32), x, torch.arange(6) % 5
+    return purify_fast.frozen_copy(model or network(), x, dtype=dtype), x, torch.arange(6) % 5
 
 
 def attack_of(name):
@@ -124,4 +126,106 @@ def test_ranges_of_pixels_that_are_made_anew_share_a_graph(rerun):
         plain._followed.graphs = None
         assert torch.equal(images, pgd(plain, given, y, eps=0.2, steps=3, seed=0, **ends))
         assert float(images.amin()) >= low
-    assert rerun.recorded == 1
+    # the step, and the reading of the model
+    assert rerun.recorded == 2
+
+
+class Launched(Rerun):
+    """Stands for graphs whose replays launch nothing after the first, which is compared with the function."""
+
+    def record(self, run, device):
+        first = [super().record(run, device)]
+        return lambda: first.pop()() if first else None
+
+
+def test_an_attack_on_an_unchanged_model_launches_little_beside_its_replays():
+    """No kernel for a tensor, and none for the reading of the model, which is one replay."""
+    torch.manual_seed(0)
+    fast, x, y = attacked(PreActResNet18(width=4).eval(), torch.bfloat16)
+    assert fast.folded > 5
+    fast._followed.graphs = StepGraphs("always", capture=Launched())
+    for _ in range(3):
+        pgd(fast, x, y, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)
+    with CudaLaunches() as counted:
+        pgd(fast, x, y, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)
+    assert counted.count <= 20 and not any(name.startswith("_foreach") for name in counted.by_name), counted.by_name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_reading_follows_every_write(capture, dtype):
+    model = network()
+    fast, x, y = attacked(model, dtype)
+    fast._followed.graphs = StepGraphs("always", capture=capture)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    def other_memory():
+        # A graph has the addresses of the tensors at its capture.
+        model[0].weight.data = 1.5 * model[0].weight.data
+
+    def uncounted():
+        model[1].running_var.data.mul_(2)
+
+    recorded = []
+    for change in (lambda: None, step, uncounted, step, other_memory, step):
+        change()
+        found = pgd(fast, x, y, eps=0.1, steps=4, seed=0)
+        new = purify_fast.frozen_copy(model, x, dtype=dtype)
+        new._followed.graphs = None
+        assert torch.equal(found, pgd(new, x, y, eps=0.1, steps=4, seed=0))
+        recorded.append(capture.recorded)
+    # The step, then the reading, and both again in other memory: the network is made again.
+    assert recorded[1:4] == [2] * 3 and recorded[-1] <= 4
+
+
+def test_a_replayed_reading_is_seen_by_a_backward_pass_of_an_earlier_call(rerun):
+    fast, x, y = attacked()
+    fast._followed.graphs = StepGraphs("always", capture=rerun)
+    for _ in range(2):
+        pgd(fast, x, y, eps=0.1, steps=2)
+    out = fast(x.requires_grad_())
+    pgd(fast, x.detach(), y, eps=0.1, steps=2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_reading_that_cannot_be_captured_runs_as_it_is_written(rerun, caplog):
+    caplog.set_level(logging.INFO, "purify_fast")
+    model = network()
+    fast, x, y = attacked(model)
+    fast._followed.graphs = graphs = StepGraphs("always", capture=rerun)
+    pgd(fast, x, y, eps=0.1, steps=2)
+    rerun.error = RuntimeError("no memory is left for a graph")
+    for factor in (1.0, 2.0, 0.5):
+        model[0].weight.data.mul_(factor)
+        found = pgd(fast, x, y, eps=0.1, steps=2, seed=0)
+        assert torch.equal(found, pgd(purify_fast.frozen_copy(model, x), x, y, eps=0.1, steps=2, seed=0))
+    assert rerun.recorded == 1 and not graphs.refusals and not graphs.lock.locked()
+    assert caplog.text.count("Values is not captured: RuntimeError: no memory is left for a graph") == 1
+
+
+class KeepsNormsFrozen(nn.Sequential):
+    """An own ``train()``, as fine-tuning code often has it."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["direct", "of a training"])
+def test_a_copy_that_is_made_again_in_every_attack_is_refused_with_its_reason(rerun, own):
+    """A graph would serve in a single attack, and the copies before would be kept with their graphs."""
+    fast, x, y = attacked(KeepsNormsFrozen(*network()).eval())
+    graphs = StepGraphs(capture=rerun)
+    fast._followed.graphs, given = (graphs, None) if own else (None, graphs)
+    reason = r"made again in every attack, because KeepsNormsFrozen \(the model\) computes in train\(\) or eval\(\)"
+    with pytest.warns(UserWarning, match=reason):
+        direct(pgd, fast, x, y, eps=0.1, steps=2 * CAPTURE_STEPS, graphs=given)
+    for _ in range(3):
+        direct(pgd, fast, x, y, eps=0.1, steps=2 * CAPTURE_STEPS, graphs=given)
+    assert rerun.recorded == 0 and len(graphs.refusals) == 1

@@ -88,6 +88,9 @@ class Values:
         watch: what the models held when the networks were made.
         copies: for each network: the network, its model, and the names of the folded pairs.
         more: further tensors of the copies, each with its source, or with a function that computes its value.
+
+    Attributes:
+        possible: whether new copies of the same models can differ in these values only.
     """
 
     def __init__(
@@ -107,25 +110,36 @@ class Values:
             for name, _ in pairs:
                 self._folds.append((targets[f"{name}.weight"], sources[f"{name}.weight"], targets[f"{name}.bias"]))
         found |= {id(target): (target, source) for target, source in more}
+        self._targets = [target for target, _ in found.values()]
         for weight, _, bias in self._folds:
             del found[id(weight)], found[id(bias)]
         self._computed = [(target, source) for target, source in found.values() if callable(source)]
         self._pairs = [(target, source) for target, source in found.values() if not callable(source)]
         known = [*self._pairs, *((weight, source) for weight, source, _ in self._folds)]
         # A value that is not rounded at once would have other bits than in a new copy.
-        self._possible = only_registered(*(model for _, model, _ in copies)) and all(
+        self.possible = only_registered(*(model for _, model, _ in copies)) and all(
             source is not None and source.dtype in (torch.float32, target.dtype) for target, source in known
         )
 
     def fit(self, watch: Snapshot) -> bool:
         """Return True if new copies would differ in these values only. ``watch``: what the models hold now."""
-        return self._possible and watch is self.watch and self.own.same()
+        return self.possible and watch is self.watch and self.own.same()
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Write the present values of the models into the copies, where this is possible."""
-        if not self._possible:
+    def write(self, graphs: Any = None) -> None:
+        """Write the present values of the models into the copies, where this is possible.
+
+        ``graphs``: the `StepGraphs` of attacks on the copies, which have a graph of this function too.
+        """
+        if not self.possible:
             return
+        if graphs is not None and graphs.repeat(self, self._write, self._targets[0].device):
+            # A backward pass of an earlier call must notice that its tensors were overwritten.
+            torch.autograd.graph.increment_version(self._targets)
+        else:
+            self._write()
+
+    def _write(self) -> None:
         pairs = [*self._pairs, *((target, compute()) for target, compute in self._computed)]
         for (weight, source, bias), (factor, new) in zip(self._folds, scales_of(self._folded), strict=True):
             pairs.append((bias, new))

@@ -315,12 +315,12 @@ class InferenceCopy(nn.Module):
         self._read(classifier, known.again() if same else Snapshot(classifier))
 
     @torch.inference_mode(False)
-    def _read(self, classifier: nn.Module, watch: Snapshot, in_place: bool = True) -> None:
+    def _read(self, classifier: nn.Module, watch: Snapshot, in_place: bool = True, graphs: Any = None) -> None:
         """Read the classifier. ``watch``: what it holds now; ``in_place``: whether present tensors may be written."""
         with section("a copy reads its model"):
             if not (in_place and self._values is not None and self._values.fit(watch)):
                 self._make(classifier, watch)
-            self._values.write()
+            self._values.write(graphs)
 
     def _make(self, classifier: nn.Module, watch: Snapshot) -> None:
         made = freeze(without_recorders(deep_copy(classifier)))

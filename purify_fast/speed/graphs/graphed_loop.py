@@ -383,11 +383,11 @@ class StepGraphs:
             del self._captured[key]
         model = function.model
         if not isinstance(model, nn.Module):
-            return self._refuse(None, f"{_name(model)} is not a torch.nn.Module, so its dependencies are unknown")
+            return self.refuse(f"{_name(model)} is not a torch.nn.Module, so its dependencies are unknown")
         try:
             base = step_key(function, state)
         except TypeError:
-            return self._refuse(None, f"{_name(model)} cannot be hashed")
+            return self.refuse(f"{_name(model)} cannot be hashed")
         self.refusal = self._refused.get(base)
         if self.refusal is not None:
             return None
@@ -397,9 +397,9 @@ class StepGraphs:
             values, objects, _ = identity_key(model)
             key = weak_key((base, values))
         except TypeError as error:
-            return self._refuse(base, f"{_name(model)}: {error}")
+            return self.refuse(f"{_name(model)}: {error}", base)
         if any(isinstance(one, torch.Generator) for one in objects):
-            return self._refuse(base, f"{_name(model)} has its own torch.Generator, which a graph would not advance")
+            return self.refuse(f"{_name(model)} has its own torch.Generator, which a graph would not advance", base)
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
         launched = remember(self._launched, key, self._launched.get(key) or Launches(), REMEMBERED)
@@ -412,8 +412,11 @@ class StepGraphs:
             remember(self._captured, key, captured, MOST_GRAPHS)
         return captured
 
-    def _refuse(self, base: Hashable | None, reason: str) -> Captured | None:
-        """Record that a step is not captured, and warn once for each reason. Return None, because there is no graph."""
+    def refuse(self, reason: str, base: Hashable | None = None) -> Captured | None:
+        """Record that a step is not captured, and warn once for each reason. A step with the key ``base`` never is.
+
+        Return None, because there is no graph.
+        """
         self.refusal = reason
         if base is not None:
             self._refused[base] = reason
@@ -422,6 +425,29 @@ class StepGraphs:
             self.refusals.append(refusal)
             warnings.warn(refusal, stacklevel=2)
         return None
+
+    def repeat(self, owner: Any, run: Callable[[], None], device: torch.device) -> bool:
+        """Replay a function of an object that works on the same memory in every call, once an attack was captured.
+
+        Return False if the function is to be called, because nothing can be replayed here.
+        """
+        key = weakref.ref(owner)
+        if not self.captures or key in self._refused or not self.free_for(device):
+            return False
+        try:
+            captured = self._captured.get(key)
+            if captured is None:
+                with leave_no_trace(device):
+                    with self.capture.aside(device):
+                        run()
+                    captured = Captured(key, {}, self.capture.record(run, device), [], [])
+            remember(self._captured, key, captured, MOST_GRAPHS).replay()
+        except Exception as error:
+            self._refused[key] = in_one_line(error)
+            logger.info("%s is not captured: %s", type(owner).__name__, self._refused[key])
+        finally:
+            self.lock.release()
+        return key not in self._refused
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -466,7 +492,7 @@ class StepGraphs:
                         raise RuntimeError("a replay gives another result than the step")
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
-            return self._refuse(base, f"the step cannot be captured ({in_one_line(error)})")
+            return self.refuse(f"the step cannot be captured ({in_one_line(error)})", base)
         finally:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
