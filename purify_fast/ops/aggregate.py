@@ -117,7 +117,6 @@ OP = define_op(
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv. PyTorch computes the mean by a few
     # launches.
     cuda=dict.fromkeys(METHODS, 0) | {"mean": None},
-    in_graphs={"cuda": ("lse",)},
 )
 BACKWARD = define_backward(
     OP,

@@ -149,6 +149,7 @@ BACKWARD = define_backward(
         torch.empty_like(m, memory_format=memory_format(last_channels(m))),
     ),
     changes={"exact": lambda shape, learned, noisy, _: not (learned and noisy)},
+    in_graphs={"cuda": ("learned",)},
 )
 
 

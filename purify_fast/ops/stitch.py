@@ -65,7 +65,6 @@ OP = define_op(
     fake=lambda images, owners, passes: _like(images, owners.shape[0] * owners.shape[1]),
     examples=examples(_arguments, EXAMPLES, exact=True),
     # From benchmarks/results: kernels.csv of cpu and nvidia-h200, and cpu/ops.csv.
-    in_graphs={"cuda": ("",)},
 )
 BACKWARD = define_backward(
     OP,
