@@ -2,7 +2,7 @@
 
 - ``correct`` verifies every kernel, runs the tests that need a GPU, and runs compute-sanitizer. All three run side by
   side. The call ends within 150 seconds.
-- ``goals`` measures what this package promises, beside an expert's code. The call ends within 200 seconds.
+- ``goals`` measures what this package promises, beside an expert's code. The call ends within seven minutes.
 - ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD and its
   kernels, evaluations, trainings and loops of users, and pipelines. The call ends within nine minutes.
 
@@ -10,8 +10,9 @@ A call consists of sections. Each section has a separate process and a time limi
 process and all preparation.
 
 DIR is the folder for the results of the device. A section writes its findings to ``DIR/gpu_check/<section>.json`` and
-its output to ``DIR/gpu_check/<section>.log``. At the end of a call, everything that should leave the machine is in one
-file, ``DIR/<call>.tar.xz``, which is smaller than 16 MB.
+its output to ``DIR/gpu_check/<section>.log``. After each row, everything that should leave the machine is in one file,
+``<call>.tar.xz`` in the folder of ``--archives``, which is smaller than 16 MB. Where few files come back from a
+machine, let only these files be in the folder that comes back.
 
 With ``--resume``, a section keeps the rows that an earlier call has written, for example before it was killed.
 
@@ -33,7 +34,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import tarfile
 import threading
 import time
 import traceback
@@ -52,7 +52,7 @@ from .. import RESULTS, options
 from ..prose import rendered
 from ..speed import sheets, timing
 from ..speed.running import device_class
-from .gpu_sections import FAILED, SECTIONS, Context, Outcome
+from .gpu_sections import FAILED, SECTIONS, Context, Outcome, pack
 
 #: A section must end this many seconds before it is killed. The first number is for a GPU, the other for a rehearsal.
 GRACE = (10.0, 3.0)
@@ -60,10 +60,6 @@ GRACE = (10.0, 3.0)
 CLOSING = (15.0, 4.0)
 #: Packages for which extras exist, and which a rented card's machine does not have.
 LACKING = ("art", "attackbench", "foolbox", "matplotlib", "pyautoattack", "robustbench", "torchattacks", "tyro")
-#: The largest size of an archive in bytes.
-MOST_BYTES = 16_000_000
-#: The endings of the files in an archive.
-PACKED = (".csv", ".json", ".log", ".md", ".outcomes")
 
 
 class Call(NamedTuple):
@@ -78,10 +74,9 @@ class Call(NamedTuple):
     together: bool
 
 
-CALLS = {"correct": Call((150, 3600), True), "goals": Call((200, 7200), False), "measured": Call((540, 14400), False)}
+CALLS = {"correct": Call((150, 3600), True), "goals": Call((420, 7200), False), "measured": Call((540, 14400), False)}
 #: The command that tells the commit of this tree.
 COMMIT = f"git -C '{RESULTS.parent}' describe --always --dirty --exclude='*'"
-_packing = threading.Lock()
 
 
 def _rehearse(out: Path) -> None:
@@ -175,36 +170,14 @@ def page(results: dict[str, dict | None], context: Context) -> str:
     return rendered(template, rehearsal=context.rehearsal, here=here, table=table(results), results=results)
 
 
-def pack(out: Path, call: str) -> tuple[Path, list[str]]:
-    """Pack the results, summaries and logs of a folder into one archive of about `MOST_BYTES` at most.
-
-    Args:
-        out: folder of the results. Of its folders, only the files directly in ``gpu_check`` are packed.
-        call: name of the call, which becomes the name of the archive.
-
-    Returns:
-        The path of the archive, and the names of the files that were left out because they are the largest.
-    """
-    path, left_out, room = out / f"{call}.tar.xz", [], 4 * MOST_BYTES
-    found = [file for folder in (out, out / "gpu_check") for file in folder.iterdir() if file.suffix in PACKED]
-    # A fast preset is enough: most of the bytes are text, which shrinks to less than a quarter.
-    with tarfile.open(path, "w:xz", preset=1) as archive:
-        for file in sorted(found, key=lambda file: file.stat().st_size):
-            room -= file.stat().st_size
-            if room < 0:
-                left_out.append(str(file.relative_to(out)))
-            else:
-                archive.add(file, f"{out.name}/{file.relative_to(out)}")
-    return path, left_out
-
-
 class _Run:
     """A run of one call: the sections that it runs, and their results so far."""
 
     def __init__(self, call: str, out: Path, device: torch.device, chosen: argparse.Namespace):
         self.call, self.rehearsal = call, chosen.rehearse
         self.ends = time.monotonic() + (chosen.seconds or CALLS[call].seconds[self.rehearsal]) - CLOSING[self.rehearsal]
-        self.context = Context(out, device, self.rehearsal, 0.0, chosen.data)
+        archives = out if chosen.archives is None else chosen.archives.resolve()
+        self.context = Context(out, device, self.rehearsal, 0.0, chosen.data, archives)
         self.resume = chosen.resume
         self.results: dict[str, dict | None] = {name: None for name in chosen.only if SECTIONS[name].call == call}
 
@@ -222,9 +195,8 @@ class _Run:
         result = run_section(name, context) | {"date": date}
         self.results[name] = result
         write_text(self.context.out / "gpu_check" / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        with _packing:
-            # A machine may be taken at any time.
-            pack(self.context.out, self.call)
+        # A machine may be taken at any time.
+        pack(context, self.call)
         print(f"{name}: {result['state']} after {result['seconds']:.0f} s; {result['summary']}", flush=True)
 
     def go(self) -> bool:
@@ -239,10 +211,15 @@ class _Run:
                     process.terminate()
                 raise
         write_text(out / f"{self.call}.md", page(self.results, self.context))
-        archive, left_out = pack(out, self.call)
+        archive, left_out = pack(self.context, self.call)
         print("\n".join(table(self.results)), out / f"{self.call}.md", sep="\n")
         print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB", *(f"without {name}" for name in left_out), sep="; ")
         return all(result is not None and result["state"] != FAILED for result in self.results.values())
+
+
+def add_archives(parser: argparse.ArgumentParser) -> None:
+    text = "folder for the archive of each call, which has its rows so far; default: that of --out"
+    parser.add_argument("--archives", type=Path, metavar="DIR", help=text)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +228,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     rehearse = "rehearse every section on the CPU; the numbers mean nothing"
     parser.add_argument("--rehearse", action="store_true", help=rehearse)
     options.add_out(parser, "/<device>", quick=False)
+    add_archives(parser)
     options.add_names(parser, SECTIONS, "--only", "sections of these calls to run, in this order")
     parser.add_argument("--seconds", type=float, help="time limit of each call; default: that of the call")
     parser.add_argument("--resume", action="store_true", help="keep the rows that an earlier call has written")

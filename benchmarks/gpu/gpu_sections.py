@@ -10,6 +10,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -54,6 +56,10 @@ PIPELINES = ("arrest_step", "carso_training", "carso_inference", "diffusion", "a
 IMAGES = 500
 #: The number of timed runs. The result is their median time.
 RUNS = 20
+#: The largest size of an archive in bytes.
+MOST_BYTES = 16_000_000
+#: The endings of the files in an archive.
+PACKED = (".csv", ".json", ".log", ".md", ".outcomes")
 
 
 PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
@@ -69,6 +75,7 @@ class Context:
         rehearsal: True for a rehearsal on a CPU, in which all inputs are small and the numbers mean nothing.
         seconds: time limit of the section in seconds.
         data: folder with CIFAR-10, or path of an ``.npz`` file. If it is None, the current folder is used.
+        archives: folder of the archives; None: `out`.
         started: start time of the section on the monotonic clock.
     """
 
@@ -77,14 +84,15 @@ class Context:
     rehearsal: bool
     seconds: float
     data: Path | None = None
+    archives: Path | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.started)
 
-    def budget(self) -> Budget:
-        return Budget(self.left, resume=True, failed={})
+    def budget(self, alike: bool = True) -> Budget:
+        return Budget(self.left, resume=True, failed={}, alike=alike)
 
 
 @dataclass
@@ -96,14 +104,47 @@ class Outcome:
     traceback: str = ""
 
 
-def measured(context: Context, file: str, work: dict[str, Callable[[], dict | list[dict]]]) -> Outcome:
-    """Measure the parts of a section that are missing in its results file. Write the file after each part.
+def pack(context: Context, call: str) -> tuple[Path, list[str]]:
+    """Pack the results, summaries and logs of a folder into one archive of about `MOST_BYTES` at most.
+
+    Args:
+        context: context of the call. Of its folder for results, only the files directly in ``gpu_check`` are packed.
+        call: name of the call, which becomes the name of the archive.
+
+    Returns:
+        The path of the archive, and the names of the files that were left out because they are the largest.
+    """
+    out, folder = context.out, context.archives or context.out
+    path, left_out, room = folder / f"{call}.tar.xz", [], 4 * MOST_BYTES
+    for place in (folder, out / "gpu_check"):
+        place.mkdir(parents=True, exist_ok=True)
+    found = [file for place in (out, out / "gpu_check") for file in place.iterdir() if file.suffix in PACKED]
+    # Sections side by side pack at any time, and the machine may be taken meanwhile.
+    unfinished = out / "gpu_check" / f"{call}.{os.getpid()}.{threading.get_ident()}.unfinished"
+    # A fast preset is enough: most of the bytes are text, which shrinks to less than a quarter.
+    with tarfile.open(unfinished, "w:xz", preset=1) as archive:
+        for file in sorted(found, key=lambda file: file.stat().st_size):
+            room -= file.stat().st_size
+            if room < 0:
+                left_out.append(str(file.relative_to(out)))
+            else:
+                archive.add(file, f"{out.name}/{file.relative_to(out)}")
+    shutil.move(unfinished, path)
+    return path, left_out
+
+
+def measured(
+    context: Context, file: str, work: dict[str, Callable[[], dict | list[dict]]], alike: bool = True
+) -> Outcome:
+    """Measure the parts of a section that are missing in its results file. Write the file after each part, and pack it.
 
     Args:
         context: context of the section.
         file: name of the results file in the folder of the device.
         work: for each name in the column ``part``, the function that measures one row or several rows.
+        alike: whether the parts take about as long as each other, see `Budget`.
     """
+    (call,) = {section.call for section in SECTIONS.values() if file in section.files}
     path, here = context.out / file, timing.environment(context.device)
     before = sheets.rows_of(path)
     incomplete = {row["part"] for row in before if row.get("verdict") == "left out"}
@@ -114,8 +155,9 @@ def measured(context: Context, file: str, work: dict[str, Callable[[], dict | li
         made = work[part]()
         rows.extend({"part": part, **row, **here} for row in (made if isinstance(made, list) else [made]))
         sheets.write_csv(path, rows)
+        pack(context, call)
 
-    budget = context.budget()
+    budget = context.budget(alike)
     with float32_products():
         budget.go([(part, partial(run, part)) for part in work if part not in there], "part")
     # Only kernels have the column "passed", and only forms of PGD and of use the column "verdict".
@@ -285,9 +327,11 @@ def forms_of_pgd(context: Context) -> Outcome:
 
 
 def reached_goals(context: Context) -> Outcome:
-    """Measure the goals by this package and by an expert, each in a process of its own (see `goals`)."""
+    """Measure the goals by this package, by an expert and plainly, each in a process of its own (see `goals`)."""
     results: dict[str, Tensor] = {}
-    return measured(context, GOALS, {part: partial(goals.row_of, part, context, results) for part in goals.PARTS})
+    goals.compile_all(context)
+    work = {part: partial(goals.row_of, part, context, results) for part in goals.PARTS}
+    return measured(context, GOALS, work, alike=False)
 
 
 def profile(context: Context) -> Outcome:
@@ -424,7 +468,7 @@ SECTIONS = {
     "verdicts": Section("correct", verdicts, (140, REHEARSED), (VERDICTS,)),
     "sanitizer": Section("correct", sanitizer, (140, REHEARSED)),
     "tests": Section("correct", tests, (140, REHEARSED)),
-    "goals": Section("goals", reached_goals, (185, REHEARSED), (GOALS,)),
+    "goals": Section("goals", reached_goals, (405, REHEARSED), (GOALS,)),
     "limits": Section("measured", measured_limits, (25, REHEARSED)),
     "pgd": Section("measured", forms_of_pgd, (190, REHEARSED), (PGD,)),
     "profile": Section("measured", profile, (25, REHEARSED), (PROFILE,)),

@@ -88,13 +88,18 @@ def _work(pipe, pipeline: str, case: str, contestant: str, device_type: str, qui
         pipe.send((False, traceback.format_exc()))
 
 
+def _is_preloaded(name: str) -> bool:
+    return name == "__main__" or (name.startswith("benchmarks.") and not name.endswith("__main__"))
+
+
 class Process:
     """A process that calls ``work`` with one end of a pipe and further arguments."""
 
     def __init__(self, *task, work=_work):
-        # A server imports PyTorch once, and its forks are the processes. It must not use CUDA.
+        # A server imports once what this process has imported of the benchmarks, and its forks are the processes. It
+        # must not use CUDA.
         context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        context.set_forkserver_preload(["__main__", __name__])
+        context.set_forkserver_preload([name for name in ("__main__", *sys.modules) if _is_preloaded(name)])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, *task), daemon=True)
         self.process.start()

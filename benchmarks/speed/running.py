@@ -44,11 +44,12 @@ class Budget:
     """The time limit of a run, and the list of work that did not fit into this limit. By default there is no limit.
 
     Attributes:
-        seconds: time limit in seconds. An item of work is not started if it would end too late, assuming that it takes
-            as long as the longest earlier item.
+        seconds: time limit in seconds. No item of work is started after it.
         resume: True to keep the measurements of an earlier run. False measures them again.
         failed: dictionary that collects the traceback of each failed item, by the item's name. If it is None, an error
             ends the run.
+        alike: True if an item is not started either if it would end too late, assuming that it takes as long as the
+            longest earlier item. False is for items that have time limits of their own.
         left_out: names of the items that were not started, or that raised a TimeoutError.
         ends: end of the time limit on the monotonic clock. It is known once the work has begun.
     """
@@ -56,6 +57,7 @@ class Budget:
     seconds: float = math.inf
     resume: bool = False
     failed: dict[str, str] | None = None
+    alike: bool = True
     left_out: list[str] = field(default_factory=list)
     ends: float = math.inf
 
@@ -66,7 +68,7 @@ class Budget:
         with tqdm(work, unit=unit, file=sys.stderr, disable=None) as progress:
             for index, (name, run) in enumerate(progress):
                 before, spent = spent, time.monotonic() - start
-                longest = max(longest, spent - before)
+                longest = max(longest, spent - before) if self.alike else 0.0
                 if spent + longest > self.seconds:
                     self.left_out += [name for name, _ in work[index:]]
                     return

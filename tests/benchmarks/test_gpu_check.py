@@ -13,8 +13,8 @@ import torch
 from small_runs import attack, batch, classifier_task
 
 from benchmarks import __main__ as program
-from benchmarks.gpu import goals, gpu_check, gpu_sections, in_use
-from benchmarks.speed import limits, pipelines, sheets, timing
+from benchmarks.gpu import goals, gpu_check, gpu_lease, gpu_sections, in_use
+from benchmarks.speed import limits, pipelines, running, sheets, timing
 from benchmarks.speed.pipelines import pgd_forms
 from purify_fast.speed import StepGraphs
 
@@ -171,16 +171,60 @@ def lease(*arguments: str) -> int:
 
 
 def test_a_lease_writes_marked_rows_and_names_device_and_commit(tmp_path, monkeypatch, capsys, forking):
-    part = f"CARSO prediction, {goals.UNRACED}"
+    part = f"ARREST step, {goals.UNRACED}"
     monkeypatch.setattr(goals, "PARTS", {part: goals.PARTS[part]})
-    assert lease("goals", "--out", str(tmp_path)) == 0
+    assert lease("goals", "--out", str(tmp_path), "--archives", str(tmp_path / "back")) == 0
     (row,) = sheets.read_csv(tmp_path / gpu_sections.GOALS)
     assert (row["part"], row["verdict"], row["rehearsal"]) == (part, "right", "True") and float(row["ms"]) > 0
     assert timing.REHEARSAL is False
     said = capsys.readouterr().out
     commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     assert f"{row['device']}, commit {commit.strip()}" in said and "| goals | passed |" in said
-    assert (tmp_path / "goals.tar.xz").is_file()
+    assert f"{goals.COMPILING:5d}  all compilations, side by side" in said
+    assert [file.name for file in (tmp_path / "back").iterdir()] == ["goals.tar.xz"]
+
+
+def test_the_lease_measures_each_goal_in_each_form_within_its_time():
+    """By the seconds that parts are assumed to take, once their code is in the compiler's cache."""
+    for goal in (goals.PGD, *goals.PIPELINES):
+        forms = {part.partition(", ")[2] for part in goals.PARTS if part.startswith(f"{goal}, ")}
+        assert forms == {goals.RACED, goals.COMPILED, goals.UNRACED, "expert", "expert, compiled", goals.PLAIN}
+    _, seconds, (section,) = gpu_lease.STAGES["goals"]
+    limit = min(gpu_sections.SECTIONS[section].limits[0], seconds - gpu_check.CLOSING[0]) - gpu_check.GRACE[0]
+    assert seconds <= gpu_check.CALLS[section].seconds[0] == 420
+    assert list(dict(goals.plan()))[1:] == list(goals.PARTS) and goals.plan()[-1][1] <= limit
+    assert max(goals.FORMS.values()) < goals.MOST_SECONDS[0] == goals.COMPILING == 120
+
+
+def test_each_row_is_packed_at_once_and_a_long_part_keeps_no_other_from_its_start(tmp_path, monkeypatch):
+    clock, found = [0.0], []
+    monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
+    context = gpu_sections.Context(tmp_path / "out", CPU, True, 100.0, archives=tmp_path / "back", started=0.0)
+
+    def part(seconds):
+        def run():
+            if found:
+                with tarfile.open(tmp_path / "back" / "goals.tar.xz") as archive:
+                    lines = archive.extractfile(f"out/{gpu_sections.GOALS}").read().decode().splitlines()
+                assert len(lines) == 1 + len(found)
+            clock[0] += seconds
+            found.append(seconds)
+            return {"form": str(seconds)}
+
+        return run
+
+    work = {str(seconds): part(seconds) for seconds in (10, 60, 20, 30, 1)}
+    outcome = gpu_sections.measured(context, gpu_sections.GOALS, work, alike=False)
+    assert found == [10, 60, 20, 30] and outcome.left_out == ["1"]
+
+
+def test_compiled_parts_run_once_before_and_an_error_there_ends_nothing(rehearsal, monkeypatch, capfd, forking):
+    parts = {f"a, {form}": lambda device, quick, form=form: (print(form), 1 / 0) for form in goals.FORMS}
+    monkeypatch.setattr(goals, "PARTS", parts)
+    goals.compile_all(rehearsal)
+    out, errors = capfd.readouterr()
+    assert sorted(out.split("\n")) == ["", "expert, compiled", "ours, compiled"]
+    assert errors.count("ZeroDivisionError: division by zero") == 2
 
 
 def test_a_part_that_raises_or_differs_is_reported(rehearsal, monkeypatch, forking):

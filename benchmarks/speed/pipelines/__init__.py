@@ -94,7 +94,7 @@ def autocast(make: Make, device: torch.device, quick: bool) -> Job:
     return Job(cast(job.run), cast(job.result))
 
 
-def _made(make: Make, device: torch.device, quick: bool) -> Job:
+def made(make: Make, device: torch.device, quick: bool) -> Job:
     """Make a job. In a quick run `torch.compile` is switched off, because compilation would take most of the time."""
     if not quick:
         return make(device, quick)
@@ -115,7 +115,7 @@ def columns(
     """
 
     def of(make: Callable[..., Job], **options: bool) -> Make:
-        return partial(_made, partial(make, **options))
+        return partial(made, partial(make, **options))
 
     gpu = torch.cuda.is_available()
     own = {"ours": {}, "ours, compiled": {"compiled": True}}
@@ -149,11 +149,11 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 def training_step(task: Task, batch: Batch, compiled: bool, captured: bool) -> Callable[[], Tensor]:
     """Return a function that does one training step as `fit` does it on this device, and returns the loss.
 
-    If it is ``captured``, the steps of its attack are replays of CUDA graphs.
+    If it is ``captured``, the steps of its attack are replays of CUDA graphs. Compiled steps have graphs of their own.
     """
     task.compiles = compiled
     task.begin()
-    task.graphs = StepGraphs("always") if captured else None
+    task.graphs = StepGraphs("always") if captured and not compiled else None
     for optimizer in task.optimizers.values():
         fuse(optimizer, batch.x.device.type == "cuda")
 

@@ -60,17 +60,21 @@ def plain(device: torch.device, quick: bool, *, count: int, compiled: bool = Fal
     """Return the attack in plain PyTorch on the network as a user has it, with gradients of its weights too."""
     x, y = _images(device, quick, count)
     network, attacked = _network(quick).to(device), _network(quick).to(device)
-    called = torch.compile(attacked, dynamic=False, disable=not compiled)
+    return job(plain_attack(torch.compile(attacked, dynamic=False, disable=not compiled), x, y), network, x, y)
+
+
+def plain_attack(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """Return a function that attacks a model, whose weights get gradients too."""
 
     def run() -> Tensor:
         point = x
         for _ in range(STEPS):
             point = point.detach().requires_grad_()
-            F.cross_entropy(called(point), y).backward()
+            F.cross_entropy(model(point), y).backward()
             point = (x + (point.detach() + ALPHA * point.grad.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
         return point
 
-    return job(run, network, x, y)
+    return run
 
 
 def by_expert(device: torch.device, quick: bool, *, count: int, compiled: bool = False) -> Job:
