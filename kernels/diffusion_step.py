@@ -151,29 +151,14 @@ def _launch(kernel, images: tuple[Tensor, ...], named: tuple[Tensor, ...], resul
     size = x.numel() // rows
     # A thread reads single numbers of a channels_last prediction, but whole vectors of the state.
     block, warps = tile(size, x) if last else tile(size, x, prediction)
-    coefficients = named[0].contiguous()
-    launch(
-        kernel,
-        grid(rows, cdiv(size, block)),
-        *(one.contiguous() for one in images[:-1]),
-        prediction if last else prediction.contiguous(),
-        coefficients,
-        *(one.contiguous() for one in named[1:]),
-        *results,
-        rows,
-        size,
-        size // x.shape[1],
-        channels,
-        coefficients.shape[-1] if coefficients.dim() == 2 else 0,
-        LEARNED=channels > x.shape[1],
-        NOISY=noisy,
-        CHANNELS_LAST=last,
-        STREAM=DIFFUSION,
-        GROUPS=block // 4,
-        PAIRS=prediction.element_size() == 2 and not last,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
+    coefficients, *others = (one.contiguous() for one in named)
+    tensors = [*(one.contiguous() for one in images[:-1]), prediction if last else prediction.contiguous()]
+    stride = coefficients.shape[-1] if coefficients.dim() == 2 else 0
+    given = *tensors, coefficients, *others, *results, rows, size, size // x.shape[1], channels, stride
+    kind = {"LEARNED": channels > x.shape[1], "NOISY": noisy, "CHANNELS_LAST": last, "STREAM": DIFFUSION}
+    pairs = prediction.element_size() == 2 and not last
+    shape = {"GROUPS": block // 4, "PAIRS": pairs, "num_warps": warps}
+    launch(kernel, grid(rows, cdiv(size, block)), *given, **kind, **shape, enable_fp_fusion=False)
 
 
 def forward(x: Tensor, prediction: Tensor, *named) -> Tensor:

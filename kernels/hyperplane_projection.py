@@ -145,19 +145,6 @@ def forward(x: Tensor, w: Tensor, b: Tensor, norm: int, lo: float, hi: float) ->
     rows, size = x.shape[0], x.numel() // x.shape[0]
     width, warps = sum_tile(size, 2 * BLOCK)
     kernel, own = (_threshold, {}) if norm == 2 else (_newton, {"ALIKE": norm == 0})
-    launch(
-        kernel,
-        (rows,),
-        dense(x),
-        dense(w),
-        b.contiguous(),
-        out,
-        size,
-        float(lo),
-        float(hi),
-        **own,
-        WIDTH=width,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
+    given = dense(x), dense(w), b.contiguous(), out, size, float(lo), float(hi)
+    launch(kernel, (rows,), *given, **own, WIDTH=width, num_warps=warps, enable_fp_fusion=False)
     return out

@@ -163,20 +163,7 @@ def forward(
         return out
     block, warps = tile(numel, out)
     rows = sample_ids.shape[0] * draws
-    launch(
-        _philox,
-        grid(rows, cdiv(numel, block)),
-        seed.contiguous(),
-        sample_ids.contiguous(),
-        out,
-        rows,
-        numel,
-        draws,
-        first_draw,
-        stream,
-        KIND=distribution,
-        GROUPS=block // 4,
-        num_warps=warps,
-        enable_fp_fusion=True,
-    )
+    given = seed.contiguous(), sample_ids.contiguous(), out, rows, numel, draws, first_draw, stream
+    shape = {"GROUPS": block // 4, "num_warps": warps}
+    launch(_philox, grid(rows, cdiv(numel, block)), *given, KIND=distribution, **shape, enable_fp_fusion=True)
     return out
