@@ -455,8 +455,7 @@ class StepGraphs:
         return {"captured": self.captures, **({"not_captured": list(self.refusals)} if self.refusals else {})}
 
     def log(self, what: str, seconds: float, size: int) -> None:
-        """Count a capture, and log its time in seconds and its memory in bytes."""
-        self.captures += 1
+        """Log a capture, with its time in seconds and its memory in bytes."""
         logger.info("%s is captured as a CUDA graph, in %.1f s and %d MB", what, seconds, size >> 20)
 
     def _make(self, function: StepFunction, state: State, base: Hashable, objects: list[Any]) -> Captured | None:
@@ -497,6 +496,7 @@ class StepGraphs:
             # Restore the counts of images, because the steps of a trial and a capture are not steps of the attack.
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
+        self.captures += 1
         self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given])
 
