@@ -61,10 +61,11 @@ def _backward(grad_ptr, features_ptr, out_ptr, total, groups, GROUP: tl.constexp
     tl.store(out_ptr + at + size, to_b.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _run(kernel, features: Tensor, dim: int, out: Tensor, *tensors: Tensor) -> Tensor:
-    """Launch a kernel that reads ``tensors`` and writes ``out``, and return ``out``."""
+def _run(kernel, tensors: tuple[Tensor, ...], dim: int, out: Tensor) -> Tensor:
+    """Launch a kernel that reads ``tensors``, of which the features are the last, and return ``out``."""
     if out.numel() == 0:
         return out
+    features = tensors[-1]
     total = features.numel() // 2
     size = total // math.prod(features.shape[:dim])
     group = math.gcd(size, 16 // features.element_size())
@@ -80,10 +81,10 @@ def forward(features: Tensor, dim: int) -> Tensor:
     shape = list(features.shape)
     shape[dim] //= 2
     out = torch.empty(shape, dtype=features.dtype, device=features.device)
-    return _run(_forward, features, dim, out, features)
+    return _run(_forward, (features,), dim, out)
 
 
 def backward(grad: Tensor, features: Tensor, dim: int) -> Tensor:
     """Return grad times the slopes, contiguous, in the shape and dtype of the features."""
     out = torch.empty(features.shape, dtype=features.dtype, device=features.device)
-    return _run(_backward, features, dim, out, grad, features)
+    return _run(_backward, (grad, features), dim, out)

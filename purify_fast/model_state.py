@@ -140,8 +140,7 @@ class _Description:
             self.tensors.append(value)
             return (value.data_ptr(), value.shape, value.dtype, value.device)
         if isinstance(value, nn.Module):
-            known = kind.known_identity(value) if hasattr(kind, "known_identity") else None
-            if known is not None:
+            if (known := getattr(kind, "known_identity", lambda part: None)(value)) is not None:
                 self.objects.append(known)
                 return (id(known), *(part.training for part in value.modules()))
             held = [item for group in ("_parameters", "_buffers", "_modules") for item in vars(value)[group].items()]

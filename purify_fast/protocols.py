@@ -13,6 +13,7 @@ A method that models of this package have has no protocol, and `supports` looks 
     compiled_steps          the `CompiledSteps` of a copy on which whole steps of attacks may be compiled
     with_drawn_seed         a block in which a call takes a seed that was drawn before, outside of a compiled step
     prepare_replay          renews values that were computed from the weights, and which replays read from memory
+    known_identity          an object that is another one if the parts of a module are, or None if it is not known
 """
 
 from __future__ import annotations

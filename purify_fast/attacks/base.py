@@ -427,13 +427,9 @@ class Attack(abc.ABC):
         # With a user's loss, any labels are allowed.
         token = first_output.set(("targeted" if context.toward else "y", y if ours else y[:0]))
         try:
-            with reading(model) as (own, remade):
-                graphs = context.graphs if context.graphs is not None else own if ours else None
-                if remade and graphs is not None and graphs.may_capture(x.device):
-                    # A graph of the copy's network would serve in this attack only.
-                    graphs.refuse(f"its frozen copy is made again in every attack, because {remade}")
-                    context, graphs = replace(context, graphs=None), None
-                if graphs is None or graphs is context.graphs or not graphs.free_for(x.device):
+            with reading(model) as graphs:
+                free = graphs is not None and context.graphs is None and ours and graphs.free_for(model, x.device)
+                if not free:
                     return self.search(model, x, y, context)
                 try:
                     captured = replace(context, graphs=graphs)

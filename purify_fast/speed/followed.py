@@ -16,7 +16,6 @@ from .snapshot import Snapshot, held_by
 from .watch import tensors_of
 
 if TYPE_CHECKING:
-    from .folding.batchnorm import Values
     from .graphs.graphed_loop import StepGraphs
 
 
@@ -94,8 +93,8 @@ class Followed:
         """Return True if a read may write into present tensors. A backward pass of an earlier call may need them."""
         return not self.reason or block.get() > 0
 
-    def finish(self, values: Values) -> None:
-        """Remember that the copy has been made from what was read last, and that ``values`` write into it."""
+    def finish(self, values: Any) -> None:
+        """Remember that the copy has been made from what was read last. ``values``: its `Values`."""
         self.reads = next(NUMBERS)
         self.remade = "" if values.possible else self.reason or "it holds objects whose copies may differ"
 

@@ -23,8 +23,7 @@ block = ContextVar("block", default=0)
 def reading(*models: object) -> Iterator[Any]:
     """A block in which each frozen copy reads its model once: the parts of the given modules now, others when called.
 
-    If the first model is a frozen copy itself, the block gets its `StepGraphs`, and why each read makes a new network,
-    see `Followed`. For any other model it gets None and an empty text.
+    It gives the `StepGraphs` of the first model if this is a frozen copy itself, and None for any other model.
 
     Writes may not have been counted, and a copy may be hidden in functions and objects. A step in the block meets the
     same networks as the step before.
@@ -37,6 +36,6 @@ def reading(*models: object) -> Iterator[Any]:
                 if vars(part).get("_followed") is not None:
                     part.prepare_replay()  # type: ignore[operator]
         followed = getattr(models[0], "__dict__", {}).get("_followed") if models else None
-        yield (None, "") if followed is None else (followed.graphs, followed.remade)
+        yield None if followed is None else followed.graphs
     finally:
         block.reset(token)

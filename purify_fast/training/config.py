@@ -123,6 +123,7 @@ class TrainingAttack:
         alpha, random = now.step_size(radius), self.random_start
         pgd = PGD(steps=self.steps, alpha=alpha, random_start=random, start_std=self.start_std, keep_best=False)
         attack = FGSM() if one_step else pgd
+        graphs = graphs if graphs is None or graphs.serves(model, x.device) else None
         # Without copies, the attack takes its gradients from the model in the precision that the training has chosen.
         context = AttackContext(
             eps=radius, norm=self.norm, seed=batch.seed, sample_ids=ids, loss_function=loss, graphs=graphs

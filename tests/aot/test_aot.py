@@ -121,7 +121,6 @@ SPILLS = {
     "3.6": {
         ("contextual_attention._scaled", 80): 8,
         ("attack_loss._forward", 90): 8,
-        ("random_transform._backward", 100): 8,
         ("apgd_step._l2", 100): 8,
     },
     "3.9": {("representation_distance._forward", 90): 8, ("random_transform._backward", 120): 8},

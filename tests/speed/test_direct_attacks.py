@@ -18,6 +18,7 @@ from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS, leave_no_trace
+from purify_fast.training import Batch, TrainingAttack
 
 CPU = torch.device("cpu")
 
@@ -221,11 +222,19 @@ class KeepsNormsFrozen(nn.Sequential):
 def test_a_copy_that_is_made_again_in_every_attack_is_refused_with_its_reason(rerun, own):
     """A graph would serve in a single attack, and the copies before would be kept with their graphs."""
     fast, x, y = attacked(KeepsNormsFrozen(*network()).eval())
-    graphs = StepGraphs(capture=rerun)
-    fast._followed.graphs, given = (graphs, None) if own else (None, graphs)
+    graphs, steps = StepGraphs(capture=rerun), 2 * CAPTURE_STEPS
+    fast._followed.graphs = graphs if own else None
+    batch = Batch(x, y, torch.arange(6), seed=1)
+
+    def attack():
+        if own:
+            pgd(fast, x, y, eps=0.1, steps=steps)
+        else:
+            TrainingAttack(eps=0.1, steps=steps).run(fast, batch, graphs=graphs)
+
     reason = r"made again in every attack, because KeepsNormsFrozen \(the model\) computes in train\(\) or eval\(\)"
     with pytest.warns(UserWarning, match=reason):
-        direct(pgd, fast, x, y, eps=0.1, steps=2 * CAPTURE_STEPS, graphs=given)
+        attack()
     for _ in range(3):
-        direct(pgd, fast, x, y, eps=0.1, steps=2 * CAPTURE_STEPS, graphs=given)
+        attack()
     assert rerun.recorded == 0 and len(graphs.refusals) == 1

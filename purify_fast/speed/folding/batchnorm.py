@@ -131,12 +131,7 @@ class Values:
 
         ``graphs``: the `StepGraphs` of attacks on the copies, which have a graph of this function too.
         """
-        if not self.possible:
-            return
-        if graphs is not None and graphs.repeat(self, self._write, self._targets[0].device):
-            # A backward pass of an earlier call must notice that its tensors were overwritten.
-            torch.autograd.graph.increment_version(self._targets)
-        else:
+        if self.possible and (graphs is None or not graphs.repeat(self, self._write, self._targets)):
             self._write()
 
     def _write(self) -> None:

@@ -357,9 +357,17 @@ class StepGraphs:
         """Return True if steps on a device may be captured."""
         return self.mode != "off" and device.type == self.capture.kind
 
-    def free_for(self, device: torch.device) -> bool:
+    def serves(self, model: Any, device: torch.device) -> bool:
+        """Return False, and say why, if each attack makes a frozen copy again, so that a graph would serve once."""
+        remade = getattr(getattr(model, "_followed", None), "remade", "")
+        if remade and self.may_capture(device):
+            self.refuse(f"its frozen copy is made again in every attack, because {remade}")
+        return not remade
+
+    def free_for(self, model: Any, device: torch.device) -> bool:
         """Take the lock for a direct attack on a device; False if nothing can be captured now, as in a capture."""
-        return self.may_capture(device) and on_usual_stream(device) and not is_tracing() and self.lock.acquire(False)
+        free = self.may_capture(device) and on_usual_stream(device) and not is_tracing() and self.serves(model, device)
+        return free and self.lock.acquire(False)
 
     def retry_without_graphs(self, work: Callable[[], Result], device: torch.device) -> Result:
         """Call a function. If memory runs out and there are graphs, delete the graphs and call the function again.
@@ -426,13 +434,13 @@ class StepGraphs:
             warnings.warn(refusal, stacklevel=2)
         return None
 
-    def repeat(self, owner: Any, run: Callable[[], None], device: torch.device) -> bool:
-        """Replay a function of an object that works on the same memory in every call, once an attack was captured.
+    def repeat(self, owner: Any, run: Callable[[], None], written: list[Tensor]) -> bool:
+        """Replay a function of an object that writes to the same tensors in every call, once an attack was captured.
 
         Return False if the function is to be called, because nothing can be replayed here.
         """
-        key = weakref.ref(owner)
-        if not self.captures or key in self._refused or not self.free_for(device):
+        key, device = weakref.ref(owner), written[0].device
+        if not self.captures or key in self._refused or not self.free_for(None, device):
             return False
         try:
             captured = self._captured.get(key)
@@ -442,6 +450,8 @@ class StepGraphs:
                         run()
                     captured = Captured(key, {}, self.capture.record(run, device), [], [])
             remember(self._captured, key, captured, MOST_GRAPHS).replay()
+            # A backward pass of an earlier call must notice that its tensors were overwritten.
+            torch.autograd.graph.increment_version(written)
         except Exception as error:
             self._refused[key] = in_one_line(error)
             logger.info("%s is not captured: %s", type(owner).__name__, self._refused[key])
