@@ -65,8 +65,7 @@ def _run(kernel, tensors: tuple[Tensor, ...], dim: int, out: Tensor) -> Tensor:
     """Launch a kernel that reads ``tensors``, of which the features are the last, and return ``out``."""
     if out.numel() == 0:
         return out
-    features = tensors[-1]
-    total = features.numel() // 2
+    features, total = tensors[-1], tensors[-1].numel() // 2
     size = total // math.prod(features.shape[:dim])
     group = math.gcd(size, 16 // features.element_size())
     width, warps = tile(total, features)
@@ -78,8 +77,7 @@ def _run(kernel, tensors: tuple[Tensor, ...], dim: int, out: Tensor) -> Tensor:
 
 def forward(features: Tensor, dim: int) -> Tensor:
     """Combine the two halves along ``dim``. The result is contiguous, in the dtype of the features."""
-    shape = list(features.shape)
-    shape[dim] //= 2
+    shape = [size // 2 if at == dim else size for at, size in enumerate(features.shape)]
     out = torch.empty(shape, dtype=features.dtype, device=features.device)
     return _run(_forward, (features,), dim, out)
 
