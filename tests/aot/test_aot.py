@@ -127,6 +127,10 @@ SPILLS = {
 }
 
 
+#: The most registers of a thread, where more would leave half of a multiprocessor idle.
+REGISTERS = {"random_transform._owners": 64}
+
+
 @every()
 def test_compiles_without_spills_or_doubles_and_threads_move_16_bytes(case, dtype):
     for architecture in architectures_of(dtype):
@@ -139,6 +143,7 @@ def check_resources(kernel, case: str, architecture: int) -> None:
     name, ptx, used = name_of(kernel.src.fn), kernel.asm["ptx"], usage(kernel.asm["cubin"])
     allowed = SPILLS.get(triton.__version__.rpartition(".")[0], {}).get((name, architecture), 0)
     assert used["STACK"] <= allowed and used["LOCAL"] == 0, (name, used, architecture)  # spills
+    assert used["REG"] <= REGISTERS.get(name, 255), (name, used, architecture)
     assert not re.search(r"\.f64|\.local\b|__local_depot", ptx), (name, architecture)
 
 
