@@ -12,7 +12,7 @@ from .gpu import gpu_check, gpu_lease
 from .pages import fill
 from .robustness import answer, contests, errors, pack_zoo, smoothing
 from .robustness.broken import run_broken
-from .robustness.studies import run_study
+from .robustness.studies import papers_questions
 from .robustness.truth import run_truth
 from .speed import kernel_times, running
 from .speed.elsewhere import measuring as elsewhere
@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "errors": (errors, "compare the printed errors of random models with the spread of their numbers"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
-    "study": (run_study, "run a study of robustness, which trains and attacks models"),
+    "study": (papers_questions, "train and attack small models for the questions that the papers leave open"),
     "gpu_check": (gpu_check, "run the checks that need a GPU, in calls of 150 s, of 200 s and of nine minutes"),
     "gpu_lease": (gpu_lease, "run the most important of these checks in 13 minutes"),
     "zoo": (pack_zoo, "pack trained models into the zoo, and write their cards"),

@@ -23,6 +23,7 @@ from .. import RESULTS
 from ..prose import wrapped
 from ..robustness import answer, contests, errors, pack_zoo, smoothing
 from ..robustness.broken import run_broken as broken
+from ..robustness.studies import papers_questions
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.elsewhere import architectures, measuring as elsewhere, small_networks
@@ -67,6 +68,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "truth": truth.table,
     "elsewhere": elsewhere.table,
     "elsewhere_copies": lambda results: architectures.sentences(results / "cpu"),
+    **{f"papers_{part}": functools.partial(papers_questions.table, part) for part in papers_questions.PARTS},
     "elsewhere_small": lambda results: small_networks.table(results / "cpu"),
 }
 #: A page whose sentences may contain numbers that are in no results file. `check` does not look for these numbers.

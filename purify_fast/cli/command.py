@@ -247,8 +247,8 @@ def cli(kind: Any, arguments: list[str], example: str = "", **options: Any) -> A
     except SystemExit as end:
         # The texts of the options say what happens without them. Several whole numbers are written as INT ...
         text = re.sub(r"\s+\(default:\s*(None)?\)", "", printed.getvalue())
-        for form, words in ((r"\{?\[(\w+) \[\w+ \.\.\.\]\]\}?", r"\1 ..."), (r"\{None\}\|(\w+( \.\.\.)?)", r"\1")):
-            text = re.sub(form, lambda found, words=words: found.expand(words).ljust(len(found[0])), text)
+        text = re.sub(r"\{?\[(\w+) \[\w+ \.\.\.\]\]\}?", lambda found: f"{found[1]} ...".ljust(len(found[0])), text)
+        text = re.sub(r"\{None\}\|(\w+( \.\.\.)?)", lambda found: found[1].ljust(len(found[0])), text)
         if end.code:
             # The parts between lines of dashes are a title, the error, and what is near.
             _, error, *rest = (" ".join(part.split()) for part in re.split(r"^ *-{9,} *$", text, flags=re.M))

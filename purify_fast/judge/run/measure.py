@@ -346,7 +346,8 @@ class Measure:
         draws = {name: value for name, value in spec.attack.settings(run.context).items() if name == "eot_iter"}
         row = self.new_row(judged.right, attack="", kind=spec.attack.kind, attacked=len(index), warnings=run.warnings)
         # None if no gradient was counted.
-        row.health = run.health.counts if run.health.count("gradients") else None
+        counted = run.health.count("gradients") > 0
+        row.health = {name: run.health.count(name) for name in run.health.counts} if counted else None
         row.reliable, row.nonfinite_predictions = run.health.reliable, judged.nonfinite
         row.settings = settings_of(spec, subject, self.context) | draws
         row.may_end_early, row.uses_gradients = spec.attack.may_end_early(run.context), spec.attack.uses_gradients
