@@ -154,6 +154,7 @@ def _by_method() -> dict[str, dict[str, Recipe]]:
     return {name: import_module(f"{__package__}.{name}").RECIPES for name in names}
 
 
+@functools.cache
 def all_recipes() -> dict[str, Recipe]:
     """Return all recipes by their whole names, such as "carso/cifar10"."""
     return {recipe.name: recipe for recipes in _by_method().values() for recipe in recipes.values()}

@@ -12,10 +12,12 @@ from small_models import SMALL, first_digits, smaller
 from small_runs import StopAt, Stopped, arrest_task, atop_task, carso_task
 
 from purify_fast import data, methods
+from purify_fast.data import DataSet
 from purify_fast.methods.arrest.recipes import ArrestRecipe
 from purify_fast.methods.atop import DeepFillGenerator
 from purify_fast.methods.atop.defence import _block
 from purify_fast.methods.atop.task import AtopRecipe
+from purify_fast.methods.carso.method import TrainCarso
 from purify_fast.methods.carso.recipes import CarsoRecipe
 from purify_fast.methods.carso.task import config_in_epoch, kl_weight
 from purify_fast.methods.recipes import all_recipes, recipe
@@ -259,3 +261,15 @@ def test_held_out_images_get_the_same_noise_from_any_number_of_processes(monkeyp
     torch.manual_seed(1)
     monkeypatch.setattr("purify_fast.methods.purifier_task.processes", lambda: (0, 2))
     assert made.validate(batch) == alone
+
+
+@pytest.mark.parametrize("name", ["cifar10", "carso/cifar10"])
+def test_the_command_trains_the_system_that_its_recipe_names(name):
+    x, y = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12) % 3
+    training = TrainCarso(recipe=name, layers=("act",), cond_dim=4, latent_dim=3, samples=2)
+    classifier = build_classifier("preact_resnet18", (3, 16, 16), 3, width=2)
+    defence = training.task(DataSet(x, y, x, y, "small", 3), classifier).defence
+    sizes = {"layers": ["act"], "image_shape": [3, 16, 16], "cond_dim": 4, "latent_dim": 3, "samples": 2}
+    assert defence.arguments.items() >= sizes.items()
+    # The images are not the recipe's, so their own statistics normalize them.
+    assert defence.arguments["mean"] == pytest.approx((x / 255).mean((0, 2, 3)).tolist(), abs=1e-6)

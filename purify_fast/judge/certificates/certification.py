@@ -355,7 +355,8 @@ def certify(
     extra = choosing if y is None or not radii else 0
     zeros, ids = np.zeros(n, dtype=np.int64), None if index is None else torch.as_tensor(index).cpu().numpy()
     result = Certificates(zeros, zeros.copy(), sigma, radii, alpha, notes=notes, index=ids)  # type: ignore[arg-type]
-    result.labels[:], result.tested[:] = -1 if y is None else labels, -1 if extra else labels
+    result.labels[:] = -1 if y is None else labels.numpy()
+    result.tested[:] = -1 if extra else labels.numpy()
     if radii == (0.0,) and y is not None:
         result.refuted[0.0] = np.zeros(n, dtype=np.bool_)
     steps = steps_of(result.sigma, result.radii, result.alpha, draws, batch_size=batch_size, choosing=choosing)

@@ -156,7 +156,7 @@ class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
         if self.recipe is None:
             sizes |= {"image_shape": images.image_shape, "decoder_width": self.decoder_width}
             return CarsoTask(Carso(classifier, **sizes), self.method)
-        published = recipe(self.recipe)
+        published = recipe(self.recipe, "carso")
         same = images.name == published["data.name"] and images.image_shape[0] == published.image_shape[0]
         mean, std = (None, None) if same else statistics(images.x_train)
         own = published.for_data(images.image_shape, images.num_classes, mean=mean, std=std)
