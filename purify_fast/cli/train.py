@@ -110,7 +110,7 @@ class TrainClassifier(TrainCommand):
     """
 
     called: ClassVar[str] = "train classifier"
-    example: ClassVar[str] = "--data pets --size 64 --model preact_resnet18 --eps 8/255 --steps 10 --out runs/pets"
+    example: ClassVar[str] = "--data pets --size 64 --model preact_resnet18 --width 16 --eps 8/255 --out runs/pets"
 
     out: Path = Path("runs/classifier")
     model: str = "small_cnn"
