@@ -93,4 +93,4 @@ def summary(metrics: Mapping[str, float]) -> str:
         f"{name.replace('_', ' ')} " + (f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.4g}")
         for name, value in metrics.items()
     ]
-    return f"last epoch, on training images: {', '.join(shown)}" if shown else "nothing was trained"
+    return f"last epoch: {', '.join(shown)} (on training images)" if shown else "nothing was trained"
