@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from .. import _library
 from .._files import render
 from .._version import __version__
-from ..judge.show.text import terminal_table
+from ..judge.show.text import TERMINAL
 from ..ops import REGISTRY
 from ..ops.dispatch import records
 from ..ops.dispatch.choices import in_words
@@ -47,16 +48,17 @@ def _state(op: Op, kind: str) -> tuple[str, str, str]:
 def info(everything: bool) -> str:
     """The text of the command ``info``: versions, devices, how many ops kernels compute, and wrong kernels."""
     states = {kind: {name: _state(op, kind) for name, op in REGISTRY.items()} for kind in ("cpu", "cuda")}
-    body = [
-        (name if kind == "cpu" else "", kind, ", ".join(exists), *states[kind][name])
-        for name, op in REGISTRY.items()
-        for kind, exists in op.available.items()
-    ]
+    lines = []
+    for name, op in REGISTRY.items():
+        for kind, exists in op.available.items():
+            eager, graph, why = states[kind][name]
+            start = f"{name} on {kind}" if kind == "cpu" else f"  on {kind}"
+            lines.append(f"{start}: {eager}; in graphs: {graph}; available: {', '.join(exists)}; {why}")
     facts = {"version": __version__, "folder": Path(__file__).parents[1], "python": platform.python_version()}
     cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     own = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("PURIFY_FAST_")]
     facts |= {"gpus": cards, "environment": own, "wrong": WRONG, "forced": forced_backends()}
     facts["states"] = states if torch.cuda.is_available() else {"cpu": states["cpu"]}
-    facts["table"] = terminal_table(["op", "device", "available", "eager", "in graphs", "why"], body)
+    facts["ops"] = [textwrap.fill(line, TERMINAL, subsequent_indent="    ", break_on_hyphens=False) for line in lines]
     modules = {"torch": torch, "records": records, "library": _library}
     return render(__package__, "info.txt.jinja", all=everything, **facts, **modules)

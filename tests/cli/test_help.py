@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -96,9 +97,15 @@ def test_report_names_versions_every_op_and_the_kernels_of_a_forced_backend(run)
         assert f"on cpu, kernels compute 0 of {len(REGISTRY)} ops" in " ".join(installation.info(False).split())
 
 
+def rows_of(text):
+    """What is said of each op. A line that begins with spaces continues the one before."""
+    rows = [" ".join(row.split()) for row in re.split(r"\n(?=\S)", text)]
+    return {row.split()[0]: row for row in rows if row}
+
+
 @pytest.mark.skipif(not _library.loaded(), reason="the CPU's kernels are the extension's")
 def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, kernel_cache):
-    rows = {line.split()[0]: line for line in installation.info(True).splitlines() if line}
+    rows = rows_of(installation.info(True))
     assert "cpp" in rows["philox"] and "verified at first use" in rows["philox"]
     verdicts = {name: verify.verdict_of(REGISTRY[name], CPU) for name in ("philox", "stitch")}
     verdicts["stitch"] = dataclasses.replace(verdicts["stitch"], error=0.25, budget=0.0, case="3x3x32x32, float32")
@@ -107,7 +114,8 @@ def test_report_says_what_was_verified_and_what_is_wrong(tmp_path, monkeypatch, 
     records._contents.clear()
     text = installation.info(True)
     assert "WRONG here, and therefore not used: stitch; please report it" in installation.info(False)
-    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    rows = rows_of(text)
+    assert max(map(len, text.partition("aggregate on")[2].splitlines())) <= 100
     assert f"verified {verdicts['philox'].date[:10]}, error " in rows["philox"]
     assert "the cpp kernel is WRONG here: an error of 0.25 where 0 is allowed (3x3x32x32, float32)" in rows["stitch"]
     assert str(tmp_path) in text.partition("verdicts")[2]
