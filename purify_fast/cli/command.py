@@ -251,7 +251,8 @@ def cli(kind: Any, arguments: list[str], example: str = "", **options: Any) -> A
         text = re.sub(r"\{None\}\|(\w+( \.\.\.)?)", lambda found: found[1].ljust(len(found[0])), text)
         if end.code:
             # The parts between lines of dashes are a title, the error, and what is near.
-            _, error, *rest = (" ".join(part.split()) for part in re.split(r"^ *-{9,} *$", text, flags=re.M))
+            parts = [" ".join(part.split()) for part in re.split(r"^ *-{9,} *$", text, flags=re.M)]
+            error = parts[min(1, len(parts) - 1)]
             error = re.sub(r"^Error parsing (?:(--\S+):|\S+:) ", lambda found: f"{found[1] or ''} ".lstrip(), error)
             error = error.replace("invalid literal for int() with base 10:", "must be a whole number, got")
             optional = re.search(
@@ -259,7 +260,7 @@ def cli(kind: Any, arguments: list[str], example: str = "", **options: Any) -> A
             )
             if optional:
                 error = error[: optional.start()] + (optional[4] or f"must be {optional[1]}, got {optional[2]}")
-            near = re.search(r"^Perhaps you meant: (--\S+)", rest[0])
+            near = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts[2:]))
             raise ValueError(f"{error}{f'; is {near[1]} meant?' if near else ''}") from None
         for line in [*text.splitlines(), *([f"Example: purify-fast {example}", f"Pages: {PAGES}"] if example else [])]:
             # The lines of a block of options have their width.
