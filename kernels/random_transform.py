@@ -36,8 +36,7 @@ from .philox import _four, in_order, words
 TRANSFORM_NOISE = tl.constexpr(2)
 MASK = 3
 #: A program ranks at most this number of blocks of an image. It compares them with at most as many blocks at a time.
-#: For 64 blocks, a thread would need 79 registers, and only three programs of eight warps would fit into a
-#: multiprocessor.
+#: With 64, a thread would need 79 registers, and only three programs of eight warps would fit into a multiprocessor.
 TILE = 32
 #: The largest number of registers of a thread that computes the gradients of eight pixels in all planes. By default,
 #: some compilers limit themselves to 96, so that one more program runs on a multiprocessor, and spill registers.
