@@ -228,7 +228,8 @@ def main(chosen: argparse.Namespace) -> str:
     trial: dict[str, Any] = {"images": 10, "few": 10, "steps": 2, "queries": 100, "brief": True}
     setting = Setting(runs, chosen.data, **(trial if chosen.quick else {}))
     torch.set_num_threads(1)
-    facts = {"version": __version__} | environment(torch.device("cpu"))
+    amounts = {"steps": setting.steps, "queries": setting.queries}
+    facts = {"version": __version__} | amounts | environment(torch.device("cpu"))
     with folder_lock(runs):
         kept = {key(row) for row in rows_of(out / FILE)}
         for name in chosen.parts:
