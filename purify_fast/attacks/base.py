@@ -28,16 +28,13 @@ from .objective import GradientHealth, LossFunction, Objective, better_of, usabl
 Radius = float | Tensor
 
 
-def drawn_seed(generator: torch.Generator | None = None) -> int:
-    """Draw a seed from a generator, or from torch's generator of the CPU."""
-    device = "cpu" if generator is None else generator.device
-    # A number is read from a tensor of the CPU by NumPy, because it waits for no device.
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=device).cpu().numpy())
-
-
 def chosen_seed(seed: int | Tensor | torch.Generator | None) -> int | Tensor:
-    """Return the seed of a direct call: the given seed, or a seed that a generator draws."""
-    return drawn_seed(seed) if seed is None or isinstance(seed, torch.Generator) else seed
+    """Return the seed of a direct call: the given seed, or one that a generator draws; None: torch's of the CPU."""
+    if seed is not None and not isinstance(seed, torch.Generator):
+        return seed
+    device = "cpu" if seed is None else seed.device
+    # A number is read from a tensor of the CPU by NumPy, because it waits for no device.
+    return int(torch.randint(2**63 - 1, (), generator=seed, device=device).cpu().numpy())
 
 
 class TimeIsOver(BaseException):

@@ -121,8 +121,8 @@ def counted(loaded: DataSet) -> str:
     parts = []
     for labels, what in ((loaded.y_train, "training"), (loaded.y_test, "held-out")):
         sizes = labels.cpu().bincount(minlength=loaded.num_classes).tolist()
-        named = zip(loaded.classes or (), sizes, strict=False)
-        by_class = f" ({', '.join(f'{name} {size:,}' for name, size in named)})" if len(sizes) <= 12 else ""
+        named = ", ".join(f"{name} {size:,}" for name, size in zip(loaded.classes or (), sizes, strict=False))
+        by_class = f" ({named})" if named and len(sizes) <= 12 else ""
         if len(labels):
             parts.append(f"{len(labels):,} {what} images{by_class}")
     return f"{loaded.name}: {', '.join(parts)}"

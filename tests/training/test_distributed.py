@@ -128,7 +128,7 @@ def test_the_command_by_several_processes(few_images, tmp_path):
     done = together(tmp_path, 2, lambda: cli.main(["train", *words, *few_images]), "torchrun")
     assert done.results == [2, 2]
     for name, text in zip(("purify-fast: ", "purify-fast, process 1: "), done.errors, strict=True):
-        assert f"{name}batch_size must be a multiple of 2, the number of processes, got 21" in text
+        assert f"{name}--batch-size must be a multiple of 2, the number of processes, got 21" in text
 
 
 def test_each_process_has_its_own_gpu(monkeypatch):

@@ -9,10 +9,11 @@ import math
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -532,7 +533,7 @@ _NAMED = 3
 
 def of_loader(x: Any, y: Any) -> tuple[Any, Any]:
     """Gather the batches ``(images, labels)`` of a DataLoader, if no labels are given beside it."""
-    if y is not None or hasattr(x, "__array__") or not hasattr(x, "__iter__"):
+    if y is not None or isinstance(x, (Tensor, np.ndarray)) or not isinstance(x, Iterable):
         return x, y
     batches = [batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else () for batch in x]
     if not batches or not all(batches):
