@@ -306,9 +306,10 @@ class _Evaluation:
             steps = context.graphs.facts
             report.about["captured"] = "; ".join([f"{steps['captured']} captured", *steps.get("not_captured", ())])
         passes, n = measure.progress.images + subject.passes, len(subject.y)
-        counts = f"{passes.forwards / n:,.0f} forward passes and {passes.gradients / n:,.0f} gradients per image"
-        # Otherwise other processes or earlier runs have made a part of the passes.
-        report.about |= {"passes": counts} if shards.world == 1 and not measure.cache.used else {}
+        if shards.world == 1 and not measure.cache.used:
+            # Otherwise other processes or earlier runs have made a part of the passes.
+            counts = f"{passes.forwards / n:,.0f} forward passes and {passes.gradients / n:,.0f} gradients per image"
+            report.about["passes"] = counts
         report.about["seconds"] = f"{measure.progress.seconds:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         shards.end(report.to_json)

@@ -98,7 +98,7 @@ def test_report_names_versions_every_op_and_the_kernels_of_a_forced_backend(run)
 
 
 def rows_of(text):
-    """What is said of each op. A line that begins with spaces continues the one before."""
+    """Return the text of each op. A line that begins with spaces continues the line before."""
     rows = [" ".join(row.split()) for row in re.split(r"\n(?=\S)", text)]
     return {row.split()[0]: row for row in rows if row}
 

@@ -1,4 +1,4 @@
-"""What is on by default: once each on a device, against the same without graphs or copies. A CPU rehearses it."""
+"""Each default for a GPU runs once, and is compared with the same run without graphs or copies."""
 
 import inspect
 from functools import partial

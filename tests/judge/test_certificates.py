@@ -660,7 +660,7 @@ def test_a_report_names_no_attack_that_was_not_made():
 
 
 def test_the_curve_ends_at_the_largest_radius_that_was_asked():
-    """What is not known beyond it is not drawn as a share of 0."""
+    """Beyond this radius nothing is known, so no share of 0 is drawn there."""
     made = Certificates(np.array([1000, 1000, 0]), np.full(3, 1000), 0.5, (0.25, 0.5), 0.001)
     shown = made._shown()
     assert shown["farthest"] == 0.5 and shown["below"] == [(0.0, 2 / 3)]

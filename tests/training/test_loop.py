@@ -154,7 +154,7 @@ def test_what_is_not_finite_never_enters_a_checkpoint(tmp_path, how, at):
 
 
 class Structural:
-    """One that does not know this package; it has the three methods."""
+    """A callback of another package, which has the three methods that `fit` calls."""
 
     def __init__(self):
         self.steps, self.epochs, self.ends = [], [], []

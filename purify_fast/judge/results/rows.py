@@ -180,8 +180,8 @@ class Row:
     uses_gradients: bool = True
     nonfinite_predictions: int = 0
     examples: Examples | None = field(default=None, compare=False)
-    fallen: Any = field(default=None, compare=False)
-    fallen_images: Any = field(default=None, compare=False)
+    fallen: np.ndarray | None = field(default=None, compare=False)
+    fallen_images: np.ndarray | None = field(default=None, compare=False)
     margins: np.ndarray | None = field(default=None, compare=False)
     wrong: np.ndarray | None = field(default=None, compare=False)
     shares_draws: bool = False
@@ -540,5 +540,6 @@ def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
         refuted = refuted and bound < claim
         if row.n_eval < CLAIM_DRAWS:
             reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"
-    verdict: Any = "not tested" if reason else "refuted" if refuted else "not refuted"
+    verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if refuted else "not refuted"
+    verdict = "not tested" if reason else verdict
     return ClaimTest(verdict, claim, row.mean, left, images=row.n, chance=chance, bound=bound, reason=reason)

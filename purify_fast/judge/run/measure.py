@@ -180,10 +180,11 @@ class Table:
     def add(self, row: Row) -> None:
         """Add the row of another attack."""
         worse = row.points.is_worse(self.points.at(slice(row.n)))
-        for index, image in zip(row.fallen, row.fallen_images, strict=True):
-            if worse[index] or index not in self.images:
-                # A view would keep the memory of all images.
-                self.images[index] = row.attack, image.copy()
+        if row.fallen is not None and row.fallen_images is not None:
+            for index, image in zip(row.fallen.tolist(), row.fallen_images, strict=True):
+                if worse[index] or index not in self.images:
+                    # A view would keep the memory of all images.
+                    self.images[index] = row.attack, image.copy()
         row.fallen = row.fallen_images = None
         self.rows.append(row)
 
