@@ -179,6 +179,13 @@ def ball_of_run(folder: Path) -> tuple[float, str] | None:
     return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
 
 
+def size_of_run(folder: Path) -> tuple[int, ...] | None:
+    """The height and the width to which a training resized its images; None if it did not, or without a run.yaml."""
+    options = read_run_file(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    size = options.get("size") or ()
+    return tuple(size * 2 if len(size) == 1 else size) or None
+
+
 def read_run_file(path: Path) -> dict[str, Any]:
     """Read a table of options from a YAML file. Raises a ValueError if the file contains no table."""
     try:

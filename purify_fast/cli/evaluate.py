@@ -18,7 +18,18 @@ from .._files import REPORT, usable_device, what_is
 from .._validation import Count, Norm, Precision, read_norm
 from ..judge.request.config import EvaluateConfig
 from ..methods import all_methods
-from .command import EVALUATION, RUN_FILE, Command, DataCommand, ball_of_run, flag, parse, values, write_run_file
+from .command import (
+    EVALUATION,
+    RUN_FILE,
+    Command,
+    DataCommand,
+    ball_of_run,
+    flag,
+    parse,
+    size_of_run,
+    values,
+    write_run_file,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,8 +102,9 @@ def trained_classifier(
     if not is_named(text):
         if weights is not None:
             raise ValueError(f"--classifier-weights is only for a classifier by name, not for the folder {classifier}")
-        saved = load_classifier(saved_folder(classifier)).to(images.y_train.device)
-        refuse_other_images(saved, images, f"the classifier in {classifier}")
+        folder = saved_folder(classifier)
+        saved = load_classifier(folder).to(images.y_train.device)
+        refuse_other_images(saved, images, f"the classifier in {classifier}", folder)
         return saved
     if weights is None and text.partition(":")[0] in LIBRARIES:
         raise ValueError(f"{text} has random weights: give trained weights with --classifier-weights")
@@ -100,7 +112,7 @@ def trained_classifier(
 
 
 def accuracy_text(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, most: int = 10**9) -> str:
-    """The share of at most ``most`` images that are classified correctly, ``91.6 ± 1.2 % of 500 held-out images``."""
+    """Say how many of at most ``most`` images are classified correctly, and if a guess would be as good."""
     import torch
 
     from ..data import to_float
@@ -112,12 +124,18 @@ def accuracy_text(model: nn.Module, x: Tensor, y: Tensor, batch_size: int, most:
         x, y = x[chosen.to(x.device)], y[chosen.to(y.device)]
     parts = [slice(k, k + batch_size) for k in range(0, len(y), batch_size)]
     with evaluation_mode(model), torch.no_grad():
-        share = sum(int((model(to_float(x[part])).argmax(1) == y[part]).sum()) for part in parts) / len(y)
-    return f"{100 * share:.1f} ± {100 * (share * (1 - share) / len(y)) ** 0.5:.1f} % of {len(y)} held-out images"
+        logits = torch.cat([model(to_float(x[part])) for part in parts])
+    share, classes = float((logits.argmax(1) == y).double().mean()), logits.shape[1]
+    error, of_guess = ((part * (1 - part) / len(y)) ** 0.5 for part in (share, 1 / classes))
+    text = f"{100 * share:.1f} ± {100 * error:.1f} % (standard error) of {len(y)} held-out images"
+    return text + f", no better than a guess among {classes} classes" * (share <= 1 / classes + 2 * of_guess)
 
 
-def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
-    """Raise a ValueError if a model was trained on images of another size, on fewer classes or on other classes."""
+def refuse_other_images(model: nn.Module, images: DataSet, what: str, folder: Path) -> None:
+    """Raise a ValueError if a model was trained on images of another size, on fewer classes or on other classes.
+
+    A network may accept other sizes than those of its training, which the run.yaml of the folder names.
+    """
     from ..data.images import same_name
     from ..defences.base import Defence
 
@@ -125,11 +143,12 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str) -> None:
     facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
     classes = model.num_classes if isinstance(model, Defence) else facts["num_classes"]
     channels, *size = images.image_shape
-    # A model without a fixed size accepts the size of these images.
-    usual = (facts.get("in_channels", channels), *facts.get("image_size", size))
+    trained = size_of_run(folder)
+    usual = (facts.get("in_channels", channels), *(trained or facts.get("image_size", size)))
     shape: tuple[int, ...] = getattr(model, "image_shape", usual)
     if tuple(shape) != images.image_shape:
         own, other = ("x".join(map(str, sizes)) for sizes in (images.image_shape, shape))
+        other = other if trained or shape[0] == channels else f"{shape[0]} channels"
         raise ValueError(f"images of {images.name} are {own}, but {what} was trained on {other} (--data, --size)")
     if images.num_classes > classes:
         raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")
@@ -193,6 +212,8 @@ class ModelCommand(DataCommand):
             return Path("runs/own") / self.title() / self.report_folder
         # The folder of a model of the zoo belongs to the installed package, so reports are not written there.
         name = zoo_name(self.folder)
+        if name is None and not self.folder.exists():
+            raise FileNotFoundError(f"{self.folder} does not exist: train a model into it, or give zoo:NAME")
         return (self.folder if name is None else Path("runs/zoo") / name) / self.report_folder
 
     def title(self) -> str:
@@ -222,7 +243,7 @@ class ModelCommand(DataCommand):
             return own_model(str(self.own), images), None
         else:
             model = load_classifier(saved).to(images.y_test.device)
-        refuse_other_images(model, images, f"the model in {self.folder}")
+        refuse_other_images(model, images, f"the model in {self.folder}", saved)
         return model, base
 
     def behind(self, folder: Path, images: DataSet) -> nn.Module:
@@ -244,7 +265,7 @@ class ModelCommand(DataCommand):
 
         count = len(images.y_test)
         if self.images >= count:
-            fewer = f": --images {self.images} asks for more than there are" if self.images > count else ""
+            fewer = f", which are fewer than --images {self.images}" if self.images > count else ""
             ids = torch.arange(count, device=images.y_test.device)
             return Subset(images.x_test[:], images.y_test, ids), [f"all {count} held-out images{fewer}"]
         with warnings.catch_warnings(record=True) as caught:

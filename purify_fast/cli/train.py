@@ -142,7 +142,8 @@ class TrainClassifier(TrainCommand):
 def _command(training: type[Training]) -> type[TrainCommand]:
     """Make the command of a method's training."""
     own = {"called": training.called, "__doc__": training.__doc__, "__module__": training.__module__}
-    own["example"] = "--classifier runs/classifier " * issubclass(training, OnClassifier) + "--epochs 20"
+    example = "--eps 0.2 --epochs 20"
+    own["example"] = f"--classifier {training.classifier} {example}" if issubclass(training, OnClassifier) else example
     return dataclass(frozen=True)(type(training.__name__, (training, TrainCommand), own))
 
 

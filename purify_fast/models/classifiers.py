@@ -502,4 +502,9 @@ def called_by(spec: str) -> Any:
     module = importlib.import_module(module_name)
     if name not in vars(module):
         raise ValueError(f"{spec}: {module.__file__} has no function or class {name!r}")
-    return vars(module)[name]()
+    function = vars(module)[name]
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(f"{spec} must take no arguments and return the model, but calling it fails: {error}") from None
+    return function()

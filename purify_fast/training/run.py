@@ -105,7 +105,7 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a model that `save_model` wrote."""
     path = Path(folder) / MODEL
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {folder} is not a saved model, but {what_is(folder)}")
+        raise FileNotFoundError(f"{folder} is not a saved model: it {what_is(folder)}")
     try:
         facts, state = read_sealed(path)
         if "kind" not in facts:

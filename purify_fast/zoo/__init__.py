@@ -141,7 +141,8 @@ def card(name: str) -> Card:
     """The description of a model in the zoo. Another name than those of `list` raises a ValueError."""
     if name not in list():
         near = ", ".join(difflib.get_close_matches(name, list(), 3) or list())
-        raise ValueError(f"name must be a model of the zoo, got {name!r}: the nearest are {near}; list() has all")
+        every = "`purify-fast zoo` lists all"
+        raise ValueError(f"name must be a model of the zoo, got {name!r}: the nearest are {near}; {every}")
     return read_card(MODELS / name)
 
 

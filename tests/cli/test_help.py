@@ -52,6 +52,7 @@ def test_the_help_of_each_command_ends_with_an_example_that_is_read(monkeypatch,
         *_, example, pages = capsys.readouterr().out.splitlines()
         assert example.startswith(f"Example: purify-fast {name} ") and pages.startswith("Pages: https://")
         monkeypatch.setattr(kind, "run", lambda self: ran.append(self))
+        monkeypatch.setattr(kind, "writes", lambda self: None)
         assert cli.main(shlex.split(example)[2:]) == 0
     assert len(ran) == len(cli._KINDS)
 

@@ -60,7 +60,7 @@ def test_a_file_of_the_users_own_is_evaluated(run, bars, mine):
     assert code == 0 and (out / "report.html").is_file() and (out / "run.yaml").is_file(), printed
     report = json.loads((out / "report.json").read_text())
     assert report["rows"][0]["model"] == "code.my_defence.make" and report["rows"][0]["accuracy"] == 1.0
-    assert "all 8 held-out images: --images 100000 asks for more than there are" in report["notes"]
+    assert "all 8 held-out images, which are fewer than --images 100000" in report["notes"]
     # the same command by its file, in which finished rows are used again
     code, printed = run("evaluate", "--config", out / "run.yaml")
     assert code == 0 and "from the cache" in printed

@@ -7,7 +7,7 @@ from safetensors.torch import save
 
 import purify_fast
 from purify_fast._settings import weights_fingerprint
-from purify_fast.models.classifiers import SmallCNN
+from purify_fast.models.classifiers import SmallCNN, build_classifier
 from purify_fast.training import load_classifier, run as checkpoint, save_classifier
 from purify_fast.training.classifier import written_by
 from purify_fast.training.run import read_model, save_model
@@ -42,7 +42,7 @@ REFUSED = {
     "train diffusion --epochs 1": "train diffusion is no command: examples/your_diffusion_loop.py --train OUT trains a "
     "denoiser, and `purify-fast evaluate OUT --classifier FOLDER` puts it in front of a classifier",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
-    "train carso --data {bars} --classifier nowhere": "nowhere is not a saved model",
+    "train carso --data {bars} --classifier nowhere": "nowhere is not a saved model: it does not exist",
     "train carso --recipe cifar": "--recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
     "train carso --recipe cifar10 --init x": "--init has no effect beside --recipe",
     "train carso --official-code": "--official-code has no effect without --recipe",
@@ -52,8 +52,8 @@ REFUSED = {
     f"{ARREST}--layers hiden": "no module 'hiden', its modules are ",
     f"{TRAIN.format('generator')}--classifier {{fits}} --purifier gan": "invalid choice 'gan' for argument",
     f"{TRAIN.format('atop')}--classifier {{fits}} --init None --batch-size 33": "at most the number of images, 32",
-    "evaluate nowhere": "model.safetensors is missing",
-    "evaluate runs/2024-01-01T10:00:00 --eps 0.1": "runs/2024-01-01T10:00:00 is not a saved model",
+    "evaluate nowhere": "nowhere does not exist: train a model into it, or give zoo:NAME",
+    "evaluate runs/2024-01-01T10:00:00 --eps 0.1": "runs/2024-01-01T10:00:00 does not exist",
     "evaluate {saved} --data {bars} --device cpu --eps 0.1": " are 1x16x16, but the model in {saved} was",
     "evaluate zoo:digits-pgd-at --eps 8": "at most 1 for linf, in image units, got 8",
     "evaluate {fits} --data digits --device cpu --eps 0.1": "images have 10 classes, but the ",
@@ -125,6 +125,21 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_2(run, bars, saved, fits
     wanted = REFUSED[line].replace("{saved}", str(saved)).replace("{bars}", str(bars)).replace("{fits}", str(fits))
     assert code == 2 and wanted in printed and "Traceback" not in printed, printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_network_of_any_size_is_judged_at_the_size_of_its_training(run, bars, tmp_path):
+    network = build_classifier("preact_resnet18", (1, 16, 16), 2, width=2)
+    save_classifier(network, tmp_path / "net")
+    (tmp_path / "net" / "run.yaml").write_text("command: train classifier\nsize: [16]\neps: 0.1\n")
+    code, printed = run("evaluate", tmp_path / "net", "--data", bars, "--size", "8", "--device", "cpu")
+    assert code == 2 and f"are 1x8x8, but the model in {tmp_path / 'net'} was trained on 1x16x16" in printed, printed
+
+
+def test_a_function_that_takes_images_is_no_function_that_returns_a_model(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def direct(x):\n    return x\n")
+    code, printed = run("evaluate", "mine.py:direct", "--eps", "0.1", "--device", "cpu")
+    assert code == 2 and "mine.py:direct must take no arguments and return the model" in printed, printed
 
 
 @pytest.mark.parametrize(
