@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from purify_fast.judge.results.rows import Estimate
+from purify_fast.judge.estimates import Estimate
 from purify_fast.judge.show.text import markdown_table
 
 from ..kept import Row, rows_of

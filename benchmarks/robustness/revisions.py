@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from purify_fast.attacks.base import ThreatModel
 from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.request.preparation import AttackSpec, protocol_attacks
-from purify_fast.judge.run import attack_run as stopping
+from purify_fast.judge.run import measure as stopping
 from purify_fast.methods.diffusion import DiffusionPurifier
 
 #: The versions of the rule for random models, of the probes of random models, of the draws of models that promise

@@ -134,18 +134,20 @@ def checked_logits(logits: object, images: int) -> Tensor:
     return logits
 
 
-def are_one_hot(logits: Tensor) -> bool:
-    """Return True if every row is a single 1 among zeros."""
-    return bool((((logits == 0) | (logits == 1)).all(1) & (logits.sum(1) == 1)).all())
-
-
 def are_probabilities(logits: Tensor) -> bool:
     """Return True if every row of the output consists of probabilities: numbers in [0, 1] whose sum is 1."""
     # The tolerance is for rounding: the sum has many rounded terms, and half precision has only three or four digits.
     slack = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     values = logits.double()
-    inside = (values >= 0) & (values <= 1 + slack)
-    return bool(inside.all() and ((values.sum(1) - 1).abs() <= slack).all())
+    return bool((values >= 0).all() and ((values.sum(1) - 1).abs() <= slack).all())
+
+
+def not_logits(*outputs: Tensor) -> str:
+    """The problem and the advice for a model whose outputs are all probabilities; empty for any other model."""
+    if not all(map(are_probabilities, outputs)):
+        return ""
+    one_hot = all(bool(((output == 0) | (output == 1)).all()) for output in outputs)
+    return ONE_HOT if one_hot else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
 
 
 # -- the model under attack: it is frozen and tested, and a model that writes to its input is refused ------------------

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
         as_attack as as_attack,
         lee_kim_2023 as lee_kim_2023,
     )
-    from ..judge.results.rows import Examples as Examples, Paired as Paired, Row as Row
+    from ..judge.results.rows import Examples as Examples, Row as Row
     from ..judge.runner import evaluate as evaluate
     from ..judge.show.report import (
         Adversarial as Adversarial,
         CheckedAdversarial as CheckedAdversarial,
+        Paired as Paired,
         Report as Report,
         check_adversarial as check_adversarial,
     )

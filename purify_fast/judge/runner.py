@@ -29,18 +29,19 @@ from ..speed.memory import peak_so_far
 from ..speed.precision import raced_convolutions, whole_float32_by_default
 from ..speed.reading import reading
 from .alarms import probes as probing
-from .alarms.probes import Before, Probes
+from .alarms.probes import Before, Missing, Probes
 from .alarms.signs import Evidence, findings, signs_of_masking
 from .request import preparation
 from .request.config import USUAL_BATCH, EvaluateConfig, Predict, ProtocolName, config_of
 from .request.deadline import DrawsUnderAttack, Subject, device_of
+from .request.fingerprint import state_digest
 from .request.preparation import AttackFunction, AttackSpec, row_name, threat_name
-from .results.cache import RowCache, state_digest
+from .results.cache import RowCache
 from .results.rows import CUT, Points, Row, worst_rows
-from .run.attack_run import Shards
 from .run.measure import Measure, Progress, Table, counted_model, settings_of
 from .searches.engine import JudgeContext
 from .searches.model_tests import check_leaves_images, check_model, strays_frozen
+from .shards import Shards
 from .show.report import Report, gathered
 from .show.text import notes_on_rows, paragraphs
 
@@ -232,7 +233,8 @@ class _Evaluation:
             modes += preparation.note_of_modes(model, name, strays) if strays else []
             weights = state_digest(model)
             report.about |= {"model": weights} if weights else {}
-            preparation.warn_of_probabilities(subject, name)
+            if subject.mistake:
+                logger.warning("%s %s. The report will mark its accuracy", name, subject.mistake)
             report.notes += [f"the model: {VARYING}"] * self.draws
             report.notes += paragraphs("first_notes.jinja", subject=subject, config=config, name=name, modes=modes)
             probes = config.protocol is not None if config.probes is None else config.probes
@@ -279,10 +281,10 @@ class _Evaluation:
         models = [report.about.get("model"), subject.num_classes, subject.is_random]
         same = {"images": subject.data, "models": models, "seed": subject.seed, "attacks": attacks}
         shards.check_same(same | {"batch size": [context.batch_size, context.max_forward_batch]})
-        measure.progress.total = len(measure.attacks)
         first_probes = self.probe()
-        measure.progress.total = measure.progress.rows + len(measure.attacks)
-        measure.progress.plan(len(subject.y))
+        # Nothing predicts how long the searches take.
+        measure.progress.total = len(measure.attacks)
+        measure.progress.say(f"plan: {len(measure.attacks)} attacks on {len(subject.y)} images")
         if shards.rank > 0:
             return Report.from_json(measure.follow())
         report.rows = self.rows()
@@ -315,32 +317,31 @@ class _Evaluation:
         shards.end(report.to_json)
         return report
 
-    def in_time(self, what: str, make: Callable[[], Result]) -> Result | None:
-        """Call ``make`` in all processes until the time is over for the first; None, in all of them, if it is over."""
+    def in_time(self, what: str, make: Callable[[], Result], until: float | None = None) -> Result | None:
+        """Call ``make`` in all processes until the time is over for the first; None, in all, if it has no result.
+
+        ``until`` is the end of this time, by default that of the evaluation. If it is over, ``what`` was left out.
+        """
         deadline, shards, result = self.subject.deadline, self.measure.shards, None
-        deadline.begin(self.until if shards.rank == 0 else math.inf)
+        deadline.begin(math.inf if shards.rank > 0 else self.until if until is None else until)
         with contextlib.suppress(TimeIsOver):
             result = make()
+        if deadline.over:
+            self.left_out.append(what)
         deadline.begin()
-        if shards.from_first(lambda: result is not None):
-            return result
-        self.left_out.append(what)
-        return None
+        return result if shards.from_first(lambda: result is not None) else None
 
     def probe(self) -> Probes | None:
         """Run the probes before the attacks, and choose other attacks if they found signs of masked gradients."""
-        deadline, before = self.subject.deadline, self.before
+        before = self.before
         if self.measure.shards.rank == 0:
             # Judge the clean images before the probes, so that the time of a judgement is known.
             self.measure.judging()
         if before is None:
             return None
         now = time.monotonic()
-        deadline.begin(now + PROBES_SHARE * max(0.0, self.until - now))
-        probes = self.measure_before_attacks(before)
-        if deadline.over:
-            self.left_out.append("probes before the attacks")
-        deadline.begin()
+        until = now + PROBES_SHARE * max(0.0, self.until - now)
+        probes = self.in_time("probes before the attacks", lambda: self.measure_before_attacks(before), until)
         if probes is not None:
             stronger = self.in_time("the attacks for masked gradients", lambda: self.strengthen(probes))
             if stronger:
@@ -396,7 +397,7 @@ class _Evaluation:
                 deadline.begin()
             table.add(row := rows[-1])
             share = f"{row.attack}: {100 * row.accuracy:.1f} % of {row.n} images{measure.cache.source}"
-            measure.progress.finished(share)
+            measure.progress.say(share)
         return rows
 
     def tell_what_was_left_out(self) -> None:
@@ -414,8 +415,7 @@ class _Evaluation:
     def conclude(self, measured: Probes | None) -> None:
         """Add the ``worst`` rows, the alarms' findings and the probes' curves to the report, and mark doubtful rows."""
         report, subject = self.report, self.subject
-        evidence = Evidence(report.rows, None, subject.num_classes, subject.has_probabilities, subject.has_one_hot)
-        probed = None
+        evidence, probed = Evidence(report.rows, subject=subject), None
         if self.before is not None and measured is not None:
             probes = self.all_probes(self.before, measured, evidence)
             evidence = replace(evidence, probes=probes)
@@ -423,7 +423,7 @@ class _Evaluation:
             report.curves |= probes.curves()
         else:
             with contextlib.suppress(TimeIsOver):
-                evidence = replace(evidence, **self.about_gradients(evidence))
+                evidence = replace(evidence, cosine=self.compared_gradients(evidence.with_counted_gradients()))
         report.rows = [*report.rows, *worst_rows(report.rows, probed)]
         report.findings = [replace(finding, model=self.name) for finding in findings(evidence)]
         doubts = [finding for finding in report.findings if finding.verdict == "unreliable"]
@@ -438,17 +438,14 @@ class _Evaluation:
                 row.reliable = False
                 row.doubts = [finding.alarm for finding in doubts]
 
-    def about_gradients(self, evidence: Evidence) -> dict[str, Any]:
-        """Compare or look for gradients without the probes; the result are fields of the evidence."""
-        subject, counted = self.subject, evidence.with_counted_gradients()
-        if any(row.lacked_gradients for row in counted):
-            # The rows only count gradients of zeros. The probes would have told why.
-            return {"no_gradient": probing.has_no_gradient(subject)}
+    def compared_gradients(self, counted: Sequence[Row]) -> float | Missing | None:
+        """Compare the gradients that attacks counted with small steps, without the probes; None if it is not asked."""
+        subject = self.subject
         # The gradients of BPDA and of surrogates are approximations by design.
         approximate = getattr(type(subject.base_model), "approximates_gradients", False)
         if approximate or self.config.probes is not None or all(row.settings.get("through") for row in counted):
-            return {}
-        return {"cosine": subject.batch_limit.within(lambda: probing.compared_gradients(subject, self.measure.context))}
+            return None
+        return subject.batch_limit.within(lambda: probing.compared_gradients(subject, self.measure.context))
 
     def column(self, probes: Probes) -> Row:
         """The column of the probes: the points of the images that fell to them, and the clean points of the others."""
@@ -464,44 +461,30 @@ class _Evaluation:
         row.take(row.points.put(fallen.numpy(), points))
         return row
 
-    def probes_key(self, more: dict[str, Any]) -> str | None:
-        """Return the cache's name for the probes' results, a hash of the probes' settings and of ``more``."""
+    def kept_probes(self, more: dict[str, Any], ask: Callable[[], Probes]) -> Probes | None:
+        """Probes from the cache, named by their settings and ``more``, or from ``ask``; None if the time was over."""
         context, subject = self.measure.context, self.subject
         ball = [context.eps, context.norm, context.eot_iter, context.batch_size, context.max_forward_batch]
         settings = {"probes": [probing.PROBED, subject.data, subject.seed, subject.is_random, *ball]}
-        return self.measure.cache.key(settings | more, subject.model)
+        key = self.measure.cache.key(settings | more, subject.model)
+        with contextlib.suppress(TimeIsOver):
+            # If memory runs out, the probes run again with fewer images at once.
+            return Probes(**self.measure.cache.values(key, lambda: asdict(subject.batch_limit.within(ask))))
+        return None
 
     def measure_before_attacks(self, before: Before) -> Probes | None:
-        """Run the probes before the attacks, in the first process; each is kept as soon as it is made.
+        """Run the probes before the attacks, in the first process.
 
         The result is None if the time was over before the first images were probed.
         """
-        measure, subject, progress = self.measure, self.subject, self.measure.progress
-        model = counted_model(subject.model, progress)
+        measure, settled = self.measure, functools.partial(signs_of_masking, is_random=True)
+        model = counted_model(self.subject.model, measure.progress)
 
-        def keep(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-            def shown() -> dict[str, Any]:
-                progress.total += 1
-                with progress.row(f"probe: {name}"):
-                    result = make()
-                progress.rows += 1
-                return result
+        def ask() -> Probes:
+            with measure.progress.row("probes before the attacks"):
+                return probing.measure_before_attacks(before, measure.context, model, settled)
 
-            return measure.cache.values(self.probes_key({"probe": name} | settings), shown)
-
-        def values() -> dict[str, Any] | None:
-            settled = functools.partial(signs_of_masking, is_random=True)
-
-            def ask() -> Probes:
-                return probing.measure_before_attacks(before, measure.context, model, keep, settled)
-
-            # If memory runs out, the probes run again with fewer images at once.
-            with contextlib.suppress(TimeIsOver):
-                return asdict(subject.batch_limit.within(ask))
-            return None
-
-        result = measure.shards.from_first(values)
-        return None if result is None else Probes(**result)
+        return measure.shards.from_first(lambda: self.kept_probes({}, ask))
 
     def all_probes(self, before: Before, measured: Probes, evidence: Evidence) -> Probes:
         """Return the results of all probes; cached results are used only if the attacks before them were the same."""
@@ -509,9 +492,6 @@ class _Evaluation:
         # The images that withstood every attack; without an attack, none.
         left = np.zeros(measured.n, dtype=bool) if wrong is None else wrong == 0
         measured = replace(measured, left=left.tolist())
-        key = self.probes_key({"attacks": [row.attack for row in evidence.rows], "left": digest(torch.tensor(left))})
+        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.tensor(left))}
         ask = functools.partial(probing.probe, before, self.measure.context, measured)
-        with contextlib.suppress(TimeIsOver):
-            limit = self.subject.batch_limit
-            return Probes(**self.measure.cache.values(key, lambda: asdict(limit.within(ask))))
-        return replace(measured, whole=False)
+        return self.kept_probes(attacks, ask) or replace(measured, whole=False)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .._settings import first_tensor
 from .._tensors import check_one_device
 from .._validation import DelayUnit, Precision
-from ..attacks.attacked_model import INSTEAD_OF_PROBABILITIES, ONE_HOT, are_one_hot, are_probabilities
+from ..attacks.attacked_model import not_logits
 from ..models.layers import count_classes, evaluation_mode
 from ..speed.layout import autocast_to
 from .optimizers import Lookahead, set_modes
@@ -339,9 +339,8 @@ def check_classifier(
                 raise WritesToItsInput
         output = copied(images)
     check_labels(classes, known)
-    if are_probabilities(output):
-        kind = ONE_HOT if are_one_hot(output) else f"returns probabilities, not logits: {INSTEAD_OF_PROBABILITIES}"
-        logger.warning("the model %s. The loss of the training takes logits, so it will be wrong", kind)
+    if mistake := not_logits(output):
+        logger.warning("the model %s. The loss of the training takes logits, so it will be wrong", mistake)
 
 
 def check_labels(classes: int, known: int) -> None:

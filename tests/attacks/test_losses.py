@@ -331,7 +331,7 @@ def test_targets_that_no_class_has_are_refused(made):
 def test_the_drop_in_class_refuses_them_too(made, label):
     model, x, _ = made
     judge = AutoAttack(model, eps=0.1, version="custom", attacks_to_run=["apgd-ce"], verbose=False)
-    with pytest.raises(ValueError, match=rf"y\[0\] is {label}, but the model has 4 classes"):
+    with pytest.raises(ValueError, match=f"y must have class numbers from 0 to 3, got {label}"):
         judge.run_standard_evaluation(x, torch.full((6,), label))
 
 

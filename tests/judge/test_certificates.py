@@ -31,11 +31,11 @@ from purify_fast.judge.certificates.certificates import (
     boundary,
     leads,
     looks,
-    lower_bounds,
     most_wrong,
     spent,
 )
 from purify_fast.judge.certificates.certification import DependentDrawsError, Draws
+from purify_fast.judge.estimates import lower_bounds
 from purify_fast.ops.philox import Stream, philox, philox_key
 
 NORMAL = NormalDist()

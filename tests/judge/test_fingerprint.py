@@ -11,7 +11,7 @@ from evaluating import evaluate
 from torch import nn
 
 from purify_fast.attacks import PGD
-from purify_fast.judge.results.cache import fingerprint
+from purify_fast.judge.request.fingerprint import fingerprint
 
 X, Y = torch.rand(8, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 QUIET = {"eps": 0.02, "attacks": [PGD(steps=2)]}

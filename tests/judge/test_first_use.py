@@ -46,7 +46,7 @@ def trio():
         (lambda x, y: {"x": x[:, 0]}, r"x must be .*, got \[10, 6, 7\]"),
         (lambda x, y: {"x": [(x, y)]}, "x must be .*, got list"),
         (lambda x, y: {"x": x[:0], "y": y[:0]}, "x must be .* with at least one image"),
-        ({"y": torch.tensor([0, 4] * 5)}, r"y\[1\] is 4, but the model has 4 classes"),
+        ({"y": torch.tensor([0, 4] * 5)}, "y must have class numbers from 0 to 3, got 4"),
         ({"eps": "8/255"}, "eps must be a number, such as 8 / 255, got '8/255'"),
         ({"eps": torch.full((10,), 0.1)}, r"eps must be a number, such as 8 / 255, got tensor\("),
         ({"eps": 0}, "eps must be above 0, got 0"),

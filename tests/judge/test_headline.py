@@ -19,8 +19,10 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.judge.alarms.signs import Finding
+from purify_fast.judge.estimates import chance_of_at_most, t_quantile
 from purify_fast.judge.request.deadline import Subject
-from purify_fast.judge.results.rows import Points, chance_of_at_most, judge_claim, t_quantile, worst_rows
+from purify_fast.judge.results.rows import Points, worst_rows
+from purify_fast.judge.show.report import judge_claim
 from purify_fast.judge.show.text import notes_on_rows
 
 

@@ -25,7 +25,7 @@ def report():
     rows = [row("clean", [1, 1, 1, 1], kind="clean"), row("PGD <b>", [1, 0, 0, 1]), row("APGD", [1, 1, 0, 0])]
     rows += [row("masked", [1, 1, 1, 1], reliable=False), row("worst", [1, 0, 0, 0], kind="worst")]
     report = Report(rows, ["a note with <script>"], {"threat": "L-inf 8/255", "version": "purify_fast 0"})
-    report.findings = [Finding("missed images", "unreliable", "9 of 10 images", "Square", "m")]
+    report.findings = [Finding("unreliable", "9 of 10 images", "Square", alarm="missed images", model="m")]
     report.curves = {"steps": [[1, 0.9], [10, 0.5], [30, 0.4]]}
     return report
 
@@ -54,7 +54,7 @@ def test_the_number_comes_first_and_what_all_rows_share_is_said_once(report):
     assert page.index('class="number"') < page.index("<dl>") < page.index("data-accuracy")
     columns = re.search(r"<thead><tr>(.*?)</tr>", page[page.rindex('<div class="scroll">') :])[1]
     assert columns == "<th>attack</th><th>accuracy</th><th>remark</th>", columns
-    assert "The same in all rows: n 4, draws 1, not finite 0 %, zero 0 %, unmoved 0 %, seed 3, s 1.5." in page
+    assert "The same in all rows: n 4, draws 1, gradients 0 % / 0 % / 0 %, seed 3, s 1.5." in page
     assert page.count('<span class="pill unreliable">') == 2
 
 

@@ -25,10 +25,15 @@ from purify_fast.judge.surrogates.copies import surrogates
 QUIET = {"eps": EPS}
 
 
-def copies(model, x, absent=None):
-    """The surrogates of a model, by name."""
+def copies_and_absent(model, x):
+    """The surrogates of a model, and the reasons why others are missing, by name."""
     with torch.no_grad():
-        return dict(surrogates(model, x[:4], 10, ThreatModel("linf", EPS), absent))
+        usable, absent = surrogates(model, x[:4], 10, ThreatModel("linf", EPS))
+    return dict(usable), absent
+
+
+def copies(model, x):
+    return copies_and_absent(model, x)[0]
 
 
 def names(model, x):
@@ -82,7 +87,8 @@ def test_a_module_that_blocks_gradients_is_the_identity_backward():
     x, _ = held_out()
     for first, inner in ((detour(), "first"), (nn.Sequential(nn.Identity(), detour()), "first.1")):
         model = behind(first).eval()
-        copy = copies(model, x, absent := {})[f"a copy whose {inner} is the identity backward"]
+        usable, absent = copies_and_absent(model, x)
+        copy = usable[f"a copy whose {inner} is the identity backward"]
         leaf = x[:8].clone().requires_grad_()
         out = copy(leaf)
         with torch.no_grad():
@@ -129,7 +135,7 @@ def test_a_copy_that_there_is_not_is_told_with_its_reason():
             raise OSError("no modes here")
         return standard()(images)
 
-    copies(refuses, x, absent := {})
+    _, absent = copies_and_absent(refuses, x)
     missing = ["a straight-through copy", "a copy softened 10 times", "a copy softened 100 times"]
     assert absent == dict.fromkeys(missing, "OSError: no modes here")
 
@@ -215,7 +221,7 @@ def test_a_defence_that_takes_gradients_itself_has_softened_copies():
 
     torch.manual_seed(0)
     model, x = Made(descends, layer=nn.Linear(16, 3)).eval(), torch.rand(8, 1, 4, 4)
-    found = surrogates(model, x, 3, ThreatModel("linf", EPS))
+    found, _ = surrogates(model, x, 3, ThreatModel("linf", EPS))
     assert [name for name, _ in found if "softened" in name]
     with torch.no_grad():
         assert not any(surrogate(x).requires_grad for _, surrogate in found)

@@ -12,8 +12,8 @@ from torch import nn
 from purify_fast.attacks import APGD, FGSM, PGD
 from purify_fast.evaluation import AttackSpec
 from purify_fast.judge.results.rows import CUT
-from purify_fast.judge.run import attack_run as stopping
-from purify_fast.judge.run.attack_run import NearestRule, StoppingRule, nearest_first
+from purify_fast.judge.run import measure as stopping
+from purify_fast.judge.run.measure import NearestRule, StoppingRule, nearest_first
 
 
 def _most_unsearched(left, withstood, error):

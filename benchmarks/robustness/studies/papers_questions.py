@@ -16,7 +16,7 @@ import torch
 from examples.demo.setting import LAYERS
 from purify_fast._files import folder_lock
 from purify_fast._version import __version__
-from purify_fast.judge.results.rows import Estimate
+from purify_fast.judge.estimates import Estimate
 from purify_fast.judge.show.text import markdown_table
 
 from ...kept import Row, put, rows_of

@@ -7,7 +7,6 @@ step of the images, the logits should also change as the model's gradients predi
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from ...ops import attack_loss
 from ...protocols import Classifier
 from ...speed.agreement import BFLOAT16, apart, differ
 from ..request.deadline import Subject
-from ..results.cache import state_digest
+from ..request.fingerprint import state_digest
 from ..searches.apgd import APGD
 from ..searches.engine import JudgeContext
 
@@ -88,7 +87,7 @@ class Probes:
         later_changes: share of the predictions on clean images that have changed since before the attacks.
         state_changed: whether weights or buffers have changed since before the attacks.
         sets_seed: whether the model sets the seed of torch's generator.
-        whole: whether the fields after ``left`` could be measured before the time was over.
+        whole: whether all could be measured before the time was over.
     """
 
     n: int
@@ -135,12 +134,8 @@ class Probes:
         return {name: [list(point) for point in curve] for name, curve in named.items() if curve}
 
 
-#: Makes the values of a probe, or reads them from the cache: `Keep(name, settings, make)`.
-Keep = Callable[[str, dict[str, Any], Callable[[], dict[str, Any]]], dict[str, Any]]
-
-
 def measure_before_attacks(
-    before: Before, context: JudgeContext, model: Any, keep: Keep, settled: Callable[[Probes], object]
+    before: Before, context: JudgeContext, model: Any, settled: Callable[[Probes], object]
 ) -> Probes:
     """Make the measurements before the attacks of the report.
 
@@ -149,19 +144,19 @@ def measure_before_attacks(
     """
     subject, x, is_random = before.subject, before.x, before.subject.is_random
     some = slice(subject.batch_size)
-    compare = functools.partial(differences, subject, before.y[some], x[some], near(context, x)[some])
-    measured = Probes(0, [], compared=len(x[some]), **keep("gradients and small steps", {}, compare))
+    cosine, without = differences(subject, before.y[some], x[some], near(context, x)[some])
+    measured = Probes(0, [], cosine, without, len(x[some]))
     # On a random model every search costs several draws. If its gradients are useless, no search follows them.
     blind = is_random and measured.is_blind
     most = subject.batch_limit.limit(context.max_forward_batch)
     short = replace(context, batch_size=subject.batch_size, max_forward_batch=most)
     for part in torch.arange(len(x), device=x.device).split(GROUP if is_random else context.batch_size or len(x)):
         try:
-            measured = _joined(measured, _sweep(before, _Short(before, model, part, short, keep), measured, blind))
+            measured = _joined(measured, _sweep(before, _Short(before, model, part, short), measured, blind))
         except TimeIsOver:
             if measured.n == 0:
                 raise
-            break
+            return replace(measured, whole=False)
         if is_random and (not any(map(sum, measured.copies.values())) or settled(measured)):
             break
     return measured
@@ -193,13 +188,13 @@ def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Prob
     right, standing, steps, eot = short.right, short.right, Curve(), Curve()
     if not is_random:
         for count in ITERATIONS:
-            standing = short.robust(f"{count} steps", standing, steps=count)
+            standing = short.robust(standing, steps=count)
             steps.append((float(count), _share(standing)))
-        standing = short.robust(f"{STEPS} steps towards other classes", standing, **targeted)
+        standing = short.robust(standing, **targeted)
     elif not blind:
-        standing = short.robust(f"{STEPS} steps", standing, steps=STEPS)
+        standing = short.robust(standing, steps=STEPS)
         for draws in DRAWS:
-            left = short.robust(f"gradients over {draws} draws", torch.ones_like(right), eot_iter=draws)
+            left = short.robust(torch.ones_like(right), eot_iter=draws)
             eot.append((float(draws), _share(left)))
     fell, copies, order = (right & ~standing).int().tolist(), dict[str, list[int]](), measured.order
     if bool(standing.any()):
@@ -208,7 +203,7 @@ def _sweep(before: Before, short: _Short, measured: Probes, blind: bool) -> Prob
         most = 0 if blind else MOST_COPIES if is_random else len(surrogates)
         for name, surrogate in before.subject.surrogates(ball, order)[0][:most]:
             options = {"steps": STEPS} if is_random else targeted
-            left = short.robust(f"the gradients of {name}", standing, gradients_from=surrogate, **options)
+            left = short.robust(standing, gradients_from=surrogate, **options)
             standing, copies[name] = left, (standing & ~left).int().tolist()
     measured = replace(measured, n=len(right), steps=steps, eot=eot, fell=fell, copies=copies, absent=absent)
     order = order or sorted(copies, key=lambda name: -sum(copies[name]))
@@ -228,6 +223,7 @@ def probe(before: Before, context: JudgeContext, measured: Probes) -> Probes:
     torch.manual_seed(context.seed)
     return replace(
         measured,
+        whole=True,
         batch_changes=batch_changes(subject, x),
         varying=varying(before.model, x, y) if subject.is_random else 0.0,
         # The predictions are compared after all attacks, because a model may change after some number of calls.
@@ -241,11 +237,9 @@ def probe(before: Before, context: JudgeContext, measured: Probes) -> Probes:
 class _Short:
     """Short attacks on some of the first images, whose indices are ``part``."""
 
-    def __init__(self, before: Before, model: Any, part: Tensor, context: JudgeContext, keep: Keep):
+    def __init__(self, before: Before, model: Any, part: Tensor, context: JudgeContext):
         self.x, self.y, self.part, self.model, self.context = before.x[part], before.y[part], part, model, context
-        self.random, self.keep = before.subject.is_random, keep
-        self.judges = JUDGES if self.random else 1
-        self.draws = min(4, context.eot_iter) if self.random else 1
+        self.judges, self.draws = (JUDGES, min(4, context.eot_iter)) if before.subject.is_random else (1, 1)
         #: For each image the last point that fell, or the clean image.
         self.points = self.x.clone()
         # The result does not depend on the probes that ran before.
@@ -258,52 +252,39 @@ class _Short:
         right = [(logits.argmax(1) == y) & logits.isfinite().any(1) for logits in draws]
         return torch.stack(right).float().mean(0) > 0.5
 
-    def robust(self, name: str, among: Tensor, gradients_from: Classifier | None = None, **options: Any) -> Tensor:
+    def robust(self, among: Tensor, gradients_from: Classifier | None = None, **options: Any) -> Tensor:
         """Attack images by Auto-PGD, and tell which of them are still classified correctly, bool ``[n]``."""
-        at = among.nonzero()[:, 0]
-        if len(at) == 0:
-            return among.clone()
-        settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": self.draws, "loss": "margin"} | options
-
-        def make() -> dict[str, Any]:
-            robust, points, attacked = among.clone(), self.points.clone(), self.attacked(at, settings, gradients_from)
+        at, robust = among.nonzero()[:, 0], among.clone()
+        if len(at):
+            attacked = self.attacked(at, gradients_from, **options)
             robust[at] = self.rightly(attacked, self.y[at])
             fell = ~robust[at]
-            points[at[fell]] = attacked[fell]
-            return {"robust": robust.tolist(), "points": points.cpu() if self.random else torch.zeros(0)}
+            self.points[at[fell]] = attacked[fell]
+        return robust
 
-        kept = self.keep(name, settings | {"first": int(self.part[0]), "among": among.tolist()}, make)
-        if self.random:
-            self.points = kept["points"].to(self.points)
-        return torch.tensor(kept["robust"], device=among.device)
-
-    def attacked(self, at: Tensor, settings: dict[str, Any], gradients_from: Classifier | None) -> Tensor:
-        """The points of a short attack on the images ``at``."""
-        context, options = self.context, dict(settings)
+    def attacked(self, at: Tensor, gradients_from: Classifier | None, seed: int = 0, **options: Any) -> Tensor:
+        """The points of a short attack on the images ``at``, by Auto-PGD with these options."""
+        context, usual = self.context, dict[str, Any](steps=SWEEP, eot_iter=self.draws, loss="margin")
         torch.manual_seed(context.seed)
         # The attacked model counts its images, and so does a wrapper like it around the surrogate.
         source = None if gradients_from is None else self.model.around(lambda _: gradients_from)
         most = context.max_forward_batch or context.batch_size
-        direct = JudgeContext(eps=context.eps, norm=context.norm, seed=options.pop("seed"), sample_ids=self.part[at])
+        direct = JudgeContext(eps=context.eps, norm=context.norm, seed=seed, sample_ids=self.part[at])
         direct = replace(direct, judge_draws=self.judges, copies=context.copies, max_forward_batch=most)
-        return APGD(**options).run(self.model, self.x[at], self.y[at], replace(direct, gradients_from=source)).images
+        attack, direct = APGD(**usual | options), replace(direct, gradients_from=source)
+        return attack.run(self.model, self.x[at], self.y[at], direct).images
 
     def order(self, among: Tensor, surrogates: Sequence[tuple[str, Classifier]]) -> list[str]:
         """The names of surrogates; first come those whose gradients lower the margins of a few images most."""
         at = among.nonzero()[:RANKED, 0]
-        settings: dict[str, Any] = {"seed": 0, "steps": SWEEP, "eot_iter": 1, "loss": "margin"}
 
         def leads(x: Tensor) -> list[float]:
             """The margins by which the model itself is right; less than 0 counts as 0."""
             draws = [-attack_loss(self.model(x).float(), self.y[at], "margin")[1] for _ in range(self.judges)]
             return torch.stack(draws).mean(0).nan_to_num(0.0, posinf=LARGEST).clamp(0, LARGEST).tolist()
 
-        def make() -> dict[str, Any]:
-            return {name: leads(self.attacked(at, settings, surrogate)) for name, surrogate in surrogates}
-
-        names = [name for name, _ in surrogates]
-        reached = self.keep("the order of the surrogates", settings | {"at": at.tolist(), "surrogates": names}, make)
-        return sorted(names, key=lambda name: sum(reached[name]))
+        reached = {name: sum(leads(self.attacked(at, surrogate, eot_iter=1))) for name, surrogate in surrogates}
+        return sorted(reached, key=lambda name: reached[name])
 
 
 def near(context: JudgeContext, x: Tensor) -> Tensor:
@@ -406,28 +387,25 @@ def sets_seed(model: Classifier, x: Tensor) -> bool:
     return torch.equal(after(1), after(2))
 
 
-def differences(subject: Subject, y: Tensor, *points: Tensor) -> dict[str, Any]:
-    """Compare the changes of a model's margin with those that its gradients predict; return fields of `Probes`."""
+def differences(subject: Subject, y: Tensor, *points: Tensor) -> tuple[float | Missing | None, float]:
+    """Compare the changes of a model's margin with those that its gradients predict.
+
+    Returns:
+        `Probes.cosine` and `Probes.without_gradient`.
+    """
     with subject.repeating():
         if differ(_seeded(subject, points[0]), _seeded(subject, points[0])):
-            return {"cosine": None, "without_gradient": 0.0}
+            return None, 0.0
     cosines, without = zip(*(_differences(subject, point, y) for point in points), strict=True)
-    missing = [cosine for cosine in cosines if isinstance(cosine, str)]
-    return {"cosine": missing[0] if missing else min(cosines), "without_gradient": max(without)}
+    missing: list[Any] = [cosine for cosine in cosines if isinstance(cosine, str)]
+    return missing[0] if missing else min(cosines), max(without)
 
 
 def compared_gradients(subject: Subject, context: JudgeContext) -> float | Missing | None:
     """Compare the changes that the model's gradients predict with the measured ones, on and near clean images."""
     some = slice(min(ONE_BY_ONE, subject.batch_size))
     x, y = subject.x[some].to(subject.device), subject.y[some].to(subject.device)
-    return differences(subject, y, x, near(context, x))["cosine"]
-
-
-def has_no_gradient(subject: Subject) -> bool:
-    """Return True if a model's output has no gradient with respect to the images, not even zeros."""
-    with torch.enable_grad():
-        leaf = subject.sample_images().clone().requires_grad_()
-        return gradient_to(leaf, subject.asked(leaf).float().sum()) is None
+    return differences(subject, y, x, near(context, x))[0]
 
 
 def _differences(subject: Subject, x: Tensor, y: Tensor) -> tuple[float | Missing, float]:

@@ -1,6 +1,6 @@
 """The alarms: the evidence that they judge, their functions, and the words of their findings.
 
-To add an alarm, write a function in this file with an `Alarm` as its decorator, which returns an `Outcome`, or None if
+To add an alarm, write a function in this file with an `Alarm` as its decorator, which returns an `Finding`, or None if
 the alarm does not apply. The alarms run in the order of this file.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from ...attacks import objective as health
-from ...attacks.attacked_model import INSTEAD_OF_PROBABILITIES, ONE_HOT
+from ..request.deadline import Subject
 from ..results.rows import CUT, Points, Row, worst_rows
 from .probes import STEPS, Missing, Probes
 
@@ -63,25 +63,27 @@ BY_BPDA = f"attack by BPDA, which needs a defence with purify and classifier; {S
 class Finding:
     """The result of one alarm, which is a line in the table "Can this number be believed?" of a report.
 
+    The function of an alarm gives the first four fields, and `findings` the others.
+
     Args:
-        alarm: name of the alarm.
         verdict: "passed", "noted", "unreliable" or "not asked", see `purify_fast.judge.alarms`.
         measured: the measurements, in words.
         row: the name of the attack, or of the probe, that shows the sign.
+        advice: what to do; empty for the alarm's usual advice, or in a report if there is nothing to do.
+        alarm: name of the alarm.
         model: the model's name.
         of_answers: whether the alarm is about missing or inconsistent predictions, which make even 0 % doubtful.
         prominent: whether the report shows the finding next to the headline even if it is only noted.
-        advice: what to do; empty if there is nothing to do.
     """
 
-    alarm: str
     verdict: Verdict
     measured: str
     row: str = ""
+    advice: str = ""
+    alarm: str = ""
     model: str = ""
     of_answers: bool = False
     prominent: bool = False
-    advice: str = ""
 
     @property
     def beside_headline(self) -> bool:
@@ -101,19 +103,13 @@ class Evidence:
     Args:
         rows: the clean rows and the rows of attacks, as they were made; rows over several attacks are left out.
         probes: the measurements of the probes; None if there were no probes.
-        classes: number of the model's classes; None if unknown.
-        probabilities: whether the model returns probabilities instead of logits; None if unknown.
-        one_hot: whether the probabilities are all 0 or 1.
-        no_gradient: whether the output is known to have no gradient with respect to the images.
+        subject: the model with its images; None if it is unknown.
         cosine: between the changes that gradients predict and the measured changes; None if not measured.
     """
 
     rows: Sequence[Row]
     probes: Probes | None = None
-    classes: int | None = None
-    probabilities: bool | None = None
-    one_hot: bool = False
-    no_gradient: bool = False
+    subject: Subject | None = None
     cosine: float | Missing | None = None
 
     def attacks(self) -> list[Row]:
@@ -174,18 +170,9 @@ WITHOUT_GRADIENTS = {
 }
 
 
-class Outcome(NamedTuple):
-    """The result of an alarm's function, see `Finding`. Without advice, the alarm's usual advice is used."""
-
-    verdict: Verdict
-    measured: str
-    row: str = ""
-    advice: str = ""
-
-
 #: The function of an alarm. Its arguments are the evidence, and the probes if `Alarm.of_probes` is True. The function
 #: returns None if the alarm does not apply to the model.
-AlarmRule = Callable[..., Outcome | None]
+AlarmRule = Callable[..., Finding | None]
 
 
 @dataclass(frozen=True)
@@ -223,11 +210,11 @@ def findings(evidence: Evidence) -> list[Finding]:
     for alarm, rule in ALARMS.items():
         if alarm.of_probes and (evidence.probes is None or not evidence.probes.whole):
             continue
-        outcome = rule(evidence, evidence.probes) if alarm.of_probes else rule(evidence)
-        if outcome is not None:
-            advice = (outcome.advice or alarm.advice) if outcome.verdict == "unreliable" else ""
-            finding = Finding(alarm.name, *outcome[:3], advice=advice)
-            every.append(replace(finding, of_answers=alarm.of_answers, prominent=alarm.prominent))
+        finding = rule(evidence, evidence.probes) if alarm.of_probes else rule(evidence)
+        if finding is not None:
+            advice = (finding.advice or alarm.advice) if finding.verdict == "unreliable" else ""
+            named = replace(finding, alarm=alarm.name, advice=advice)
+            every.append(replace(named, of_answers=alarm.of_answers, prominent=alarm.prominent))
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
     if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
         return every
@@ -255,97 +242,96 @@ def _surely_above(limit: float, share: float, n: int) -> bool:
 
 
 @Alarm("better than guessing", prominent=True)
-def better_than_guessing(evidence: Evidence) -> Outcome | None:
+def better_than_guessing(evidence: Evidence) -> Finding | None:
     """Alarm if the model's accuracy on clean images is not above that of a random guess."""
     clean = next((row for row in evidence.rows if row.kind == "clean"), None)
-    if clean is None or evidence.classes is None:
+    if clean is None or evidence.subject is None:
         return None
-    chance = 1 / evidence.classes
+    classes = evidence.subject.num_classes
+    chance = 1 / classes
     what = "clean images" if clean.n_eval == 1 else "single draws on clean images"
     text = f"{100 * clean.mean:.1f} % of the {what} are classified correctly; "
-    text += f"a guess among {evidence.classes} classes is right for {100 * chance:.1f} %"
+    text += f"a guess among {classes} classes is right for {100 * chance:.1f} %"
     if clean.mean > chance + 2 * math.sqrt(chance * (1 - chance) / clean.n):
-        return Outcome("passed", text)
+        return Finding("passed", text)
     question = "is the model trained, are the labels numbered like its classes, and does it take images in [0, 1]?"
-    return Outcome("noted", f"{text}: {question}", clean.attack)
+    return Finding("noted", f"{text}: {question}", clean.attack)
 
 
 @Alarm("finite predictions", OVERFLOW, of_answers=True)
-def finite_predictions(evidence: Evidence) -> Outcome:
+def finite_predictions(evidence: Evidence) -> Finding:
     """Alarm if a prediction has no class because of NaN or infinite logits."""
     worst = max(evidence.rows, key=lambda row: row.nonfinite_predictions / (row.n * row.n_eval), default=None)
     if worst is None or not worst.nonfinite_predictions:
-        return Outcome("passed", "every prediction names a class")
+        return Finding("passed", "every prediction names a class")
     text = f"{worst.nonfinite_predictions} of {worst.n * worst.n_eval} predictions name no class; they count as wrong"
-    return Outcome("unreliable", text, worst.attack)
+    return Finding("unreliable", text, worst.attack)
 
 
 @Alarm("logits", "return the logits, as they are before a softmax or argmax")
-def logits(evidence: Evidence) -> Outcome | None:
+def logits(evidence: Evidence) -> Finding | None:
     """Alarm if the model returns probabilities instead of logits."""
-    if evidence.probabilities is None:
+    if evidence.subject is None:
         return None
-    if not evidence.probabilities:
-        return Outcome("passed", "the model does not return probabilities")
-    kind = "returns probabilities (from 0 to 1, with the sum 1). Their gradients vanish if the model is confident"
-    return Outcome("unreliable", f"the model {ONE_HOT if evidence.one_hot else f'{kind}: {INSTEAD_OF_PROBABILITIES}'}")
+    if mistake := evidence.subject.mistake:
+        return Finding("unreliable", f"the model {mistake}")
+    return Finding("passed", "the model does not return probabilities")
 
 
 @Alarm("gradient health", f"look for rounding, .detach() or a custom backward in forward; {BY_BPDA}")
-def gradient_health(evidence: Evidence) -> Outcome:
+def gradient_health(evidence: Evidence) -> Finding:
     """Alarm if no attack had usable gradients, or if the model does not change as its gradients predict."""
     counted = _of_counted(evidence)
     cosine = evidence.cosine if evidence.probes is None else evidence.probes.cosine
     advice = WITHOUT_GRADIENTS[cosine] if isinstance(cosine, str) else counted.advice
     if counted.verdict == "unreliable":
-        return counted._replace(advice=advice)
+        return replace(counted, advice=advice)
     text, probe = counted.measured, "probe: small steps in random directions"
     if cosine is None:
         words = f"{text}; the gradients were not compared with finite differences" if text else NOT_COUNTED
-        return counted._replace(measured=words)
+        return replace(counted, measured=words)
     if cosine == "not finite" and any(row.nonfinite_predictions for row in evidence.rows):
         # Predictions that are not finite are already reported by the alarm "finite predictions".
-        return counted._replace(measured=text or MISSING[cosine])
+        return replace(counted, measured=text or MISSING[cosine])
     if isinstance(cosine, str):
-        return Outcome("unreliable", MISSING[cosine], probe, advice)
+        return Finding("unreliable", MISSING[cosine], probe, advice)
     compared = f"cosine {cosine:.2f} between the changes that gradients predict and the measured changes"
     text = f"{text}; {compared}" if text else compared
     if cosine < WRONG_GRADIENTS:
-        return Outcome("unreliable", text, probe)
+        return Finding("unreliable", text, probe)
     noted = counted.verdict == "noted" or not cosine >= ODD_GRADIENTS
-    return Outcome(_verdict(False, noted), text, counted.row or (probe if noted else ""))
+    return Finding(_verdict(False, noted), text, counted.row or (probe if noted else ""))
 
 
-def _of_counted(evidence: Evidence) -> Outcome:
+def _of_counted(evidence: Evidence) -> Finding:
     counted = evidence.with_counted_gradients()
     if not counted:
-        return Outcome("not asked", "")
+        return Finding("not asked", "")
     lacking, along = [row for row in counted if row.lacked_gradients], "along the model's own gradients"
     every = f"the only attack {along}" if len(counted) == 1 else f"all {len(counted)} attacks {along}"
     if not lacking:
-        return Outcome("passed", f"{every} had finite gradients that moved the images")
+        return Finding("passed", f"{every} had finite gradients that moved the images")
     shares = lacking[0].health_in_words()
     if len(lacking) < len(counted):
         some = f"{len(lacking)} of {len(counted)} attacks {along} could not use them: {shares}"
-        return Outcome("noted", some, lacking[0].attack)
+        return Finding("noted", some, lacking[0].attack)
     finite = not any(row.health["nonfinite"] for row in lacking if row.health)
-    zero = "no gradient" if evidence.no_gradient else "zero gradient"
-    advice = WITHOUT_GRADIENTS[zero if finite else "not finite"]
-    return Outcome("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
+    advice = WITHOUT_GRADIENTS["zero gradient" if finite else "not finite"]
+    return Finding("unreliable", f"{every} could not use them: {shares}", lacking[0].attack, advice)
 
 
 @Alarm("missed images", BY_BPDA)
-def missed_images(evidence: Evidence) -> Outcome:
+def missed_images(evidence: Evidence) -> Finding:
     """Alarm if images withstand the attacks with the model's own gradients, but fall to other attacks or probes."""
-    outcomes = [*filter(None, [_missed_by_rows(evidence), _missed_by_report(evidence)])]
-    if not outcomes:
-        return Outcome("not asked", evidence.blind() or "only attacks along the model's own gradients were tried")
-    gravest = min(outcomes, key=lambda outcome: ("unreliable", "noted", "passed").index(outcome.verdict))
-    same = [outcome.measured for outcome in outcomes if outcome.verdict == gravest.verdict]
-    return gravest._replace(measured="; ".join(same))
+    said = [*filter(None, [_missed_by_rows(evidence), _missed_by_report(evidence)])]
+    if not said:
+        return Finding("not asked", evidence.blind() or "only attacks along the model's own gradients were tried")
+    gravest = min(said, key=lambda finding: ("unreliable", "noted", "passed").index(finding.verdict))
+    same = [finding.measured for finding in said if finding.verdict == gravest.verdict]
+    return replace(gravest, measured="; ".join(same))
 
 
-def _missed_by_rows(evidence: Evidence) -> Outcome | None:
+def _missed_by_rows(evidence: Evidence) -> Finding | None:
     """Judge how many images fell only to attacks without the model's own gradients; None without either kind."""
     fallen = evidence.fallen()
     own = [wrong for row, wrong in fallen if row.own_gradients and row.health is not None]
@@ -361,10 +347,10 @@ def _missed_by_rows(evidence: Evidence) -> Outcome | None:
     if any(row.wrong is not None for row in evidence.rows):
         text += ", which made at least half more of their draws wrong"
     verdict = _verdict(_surely_more(count, MOST_MISSED, full), noted=count > 0.01 * full)
-    return Outcome(verdict, text, best if count else "")
+    return Finding(verdict, text, best if count else "")
 
 
-def _missed_by_report(evidence: Evidence) -> Outcome | None:
+def _missed_by_report(evidence: Evidence) -> Finding | None:
     """Judge how many images withstood the report's attacks, but fell to a short attack; None if there is none."""
     probes = evidence.probes
     if probes is None or not any(probes.left):
@@ -376,7 +362,7 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     if own := len(probes.fallen(probes.fell)):
         missed = {ITSELF: own} | missed
     if not missed:
-        return Outcome("noted", absent) if absent else None
+        return Finding("noted", absent) if absent else None
     count, best = sum(missed.values()), max(missed, key=lambda name: missed[name])
     gradients = f"{STEPS} steps of APGD along the gradients of {best}" + (" and others" if len(missed) > 1 else "")
     gradients += "" if probes.points is None else " in most draws"
@@ -385,21 +371,21 @@ def _missed_by_report(evidence: Evidence) -> Outcome | None:
     text = (some if count else none) + (f"; {absent}" if absent else "")
     verdict = _verdict(_surely_more(count, MOST_MISSED, probes.n), noted=count > 1 or bool(absent))
     row = f"probe: APGD by the gradients of {best}" if count else ""
-    return Outcome(verdict, text, row, STRONGER if best == ITSELF else "")
+    return Finding(verdict, text, row, STRONGER if best == ITSELF else "")
 
 
 @Alarm("nearest images", STRONGER)
-def nearest_images(evidence: Evidence) -> Outcome | None:
+def nearest_images(evidence: Evidence) -> Finding | None:
     """Alarm if images still fell in the last group that an attack on the nearest images tried."""
     nearest = [row for row in evidence.attacks() if row.settings.get("nearest")]
     falling = [row for row in nearest if row.last_fallen]
     if not falling:
         if any(CUT in row.warnings for row in nearest):
-            return Outcome("not asked", "the time was over during these attacks")
+            return Finding("not asked", "the time was over during these attacks")
         text = "the last group that each attack on the nearest images tried withstood it"
-        return Outcome("passed", text) if nearest else None
+        return Finding("passed", text) if nearest else None
     text = "; ".join(f"{row.last_fallen} of the last images that {row.attack} tried fell to it" for row in falling)
-    return Outcome(_verdict(nearest[-1].last_fallen >= MORE_THAN_LUCK, noted=True), text, falling[-1].attack)
+    return Finding(_verdict(nearest[-1].last_fallen >= MORE_THAN_LUCK, noted=True), text, falling[-1].attack)
 
 
 # -- alarms from probes -----------------------------------------------------------------------------------------------
@@ -411,13 +397,13 @@ def nearest_images(evidence: Evidence) -> Outcome | None:
     of_probes=True,
     of_answers=True,
 )
-def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
+def batch_size(evidence: Evidence, probes: Probes) -> Finding:
     """Alarm if an image's class depends on the other images of its batch."""
     changes, row = probes.batch_changes, "probe: the same images alone and in a batch"
     if changes is None:
-        return Outcome("not asked", "the model is random, and has no fixed_noise() that fixes its noise", row)
+        return Finding("not asked", "the model is random, and has no fixed_noise() that fixes its noise", row)
     text = f"{100 * changes:.0f} % of the predictions change with the batch"
-    return Outcome(_verdict(changes > ROUNDED, noted=changes > 0), text, row)
+    return Finding(_verdict(changes > ROUNDED, noted=changes > 0), text, row)
 
 
 @Alarm(
@@ -425,12 +411,12 @@ def batch_size(evidence: Evidence, probes: Probes) -> Outcome:
     f"average each gradient over more draws (eot_iter=20), because the noise hides where images fall; {STRONGER}",
     of_probes=True,
 )
-def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
+def noise(evidence: Evidence, probes: Probes) -> Finding | None:
     """Alarm if the model sets seeds, or if images withstand only because each gradient averages few draws."""
     if probes.sets_seed:
         text = "the model sets the seed of torch's generator itself: its noise, if it has any, is always the same"
         remove = "remove the seed from forward: while the noise repeats, more draws per gradient change nothing"
-        return Outcome("unreliable", text, "probe: the generator's state after two seeds", remove)
+        return Finding("unreliable", text, "probe: the generator's state after two seeds", remove)
     if not probes.eot:
         return None
     (few, by_few), (many, by_many) = probes.eot[0], probes.eot[-1]
@@ -446,7 +432,7 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
         strong = False
         text += f"; the attacks of the report leave {n * left:.0f} of the same images, which is less"
     verdict = _verdict(strong, noted=probes.varying > VARYING or gain > DRAWS_NOTED)
-    return Outcome(verdict, text, f"probe: gradients over {many:.0f} draws")
+    return Finding(verdict, text, f"probe: gradients over {many:.0f} draws")
 
 
 @Alarm(
@@ -455,19 +441,19 @@ def noise(evidence: Evidence, probes: Probes) -> Outcome | None:
     of_probes=True,
     of_answers=True,
 )
-def same_answer_again(evidence: Evidence, probes: Probes) -> Outcome:
+def same_answer_again(evidence: Evidence, probes: Probes) -> Finding:
     """Alarm if the predictions change after many calls, or while gradients are recorded."""
     row = "probe: the clean images again, after all attacks"
     if share := probes.watched_changes:
         text = f"the logits of {100 * share:.0f} % of the images differ while gradients are recorded"
-        return Outcome(_verdict(share > ROUNDED, noted=True), text, "probe: the images with gradients recorded")
+        return Finding(_verdict(share > ROUNDED, noted=True), text, "probe: the images with gradients recorded")
     if share := probes.later_changes:
         text = f"{100 * share:.0f} % of the predictions on clean images differ from those before the attacks"
-        return Outcome(_verdict(share > ROUNDED, noted=True), text, row)
+        return Finding(_verdict(share > ROUNDED, noted=True), text, row)
     if probes.state_changed:
         text = "weights or buffers differ from those before the attacks; the predictions are the same"
-        return Outcome("noted", text, row)
-    return Outcome("passed", "the predictions on clean images are the same as before the attacks", row)
+        return Finding("noted", text, row)
+    return Finding("passed", "the predictions on clean images are the same as before the attacks", row)
 
 
 def signs_of_masking(probes: Probes, is_random: bool) -> list[str]:

@@ -19,12 +19,8 @@ from numpy.typing import NDArray
 
 from ..._files import check_folder, write_text
 from ..._validation import Range, check_types
-from ..results.rows import binomial
+from ..estimates import Floats, Numbers, binomial, lower_bounds
 from ..show.text import latex_table, render
-
-Floats = NDArray[np.float64]
-#: Numbers of draws, as whole numbers or as float64.
-Numbers = NDArray[Any]
 
 #: The numbers of draws of the looks are these times powers of ten: twenty in a decade.
 DECADE = (100, 112, 125, 140, 160, 180, 200, 225, 250, 280, 320, 360, 400, 450, 500, 560, 640, 720, 800, 900)
@@ -33,8 +29,6 @@ FIRST = 20
 #: The largest number of draws of an image, and the limit of the indices of images. The names of a random model's draws
 #: are whole numbers of 32 bits.
 MOST, LARGEST = 2**27, 2**31
-#: The relative error of a bound.
-EXACT = 1e-13
 #: A look spends alpha up to 1 - REST (c / n)^POWER of it. c draws, all right, have the probability alpha.
 REST, POWER = 0.7, 0.2
 #: The share of alpha that is kept back for rounding, and the largest relative probability of what is left out.
@@ -95,42 +89,6 @@ def answers(look: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray
     rank, place = order.argsort(), np.searchsorted(at, draws)
     answer = (right >= above[rank, place]).astype(np.int8) - (right <= below[rank, place]).astype(np.int8)
     return np.where(draws > 0, answer, 0).astype(np.int8)
-
-
-def lower_bounds(look: Numbers, alpha: float) -> Floats:
-    """The lower Clopper-Pearson bounds: the largest p at which so many right draws have the probability ``alpha``.
-
-    Each is right for a number of draws that was fixed before, except with the probability ``alpha``, and is rounded
-    down. ``look`` has right draws and draws, ``[..., 2]``. Without draws, a bound is 0.
-    """
-    k, n = np.moveaxis(np.maximum(look, 1).astype(np.float64), -1, 0)
-    p, change = np.minimum(k / n, (k + 1) / (n + 3)), np.ones_like(k)
-    # The logarithm of the probability is concave in p. So Newton's method comes to the bound from below.
-    while (np.abs(change) > EXACT * p).any():
-        log, slope = _log_beta(k, n - k + 1, p)
-        change = np.maximum((math.log(alpha) - log) / slope, -p / 2)
-        p = p + change
-    return np.where(look[..., 0] > 0, p * (1 - EXACT), 0.0)
-
-
-def _log_beta(a: Floats, b: Floats, x: Floats) -> tuple[Floats, Floats]:
-    """The logarithm of the regularized incomplete beta function at x in (0, 1), and its derivative by x.
-
-    The continued fraction is 8.17.22 of the Digital Library of Mathematical Functions, by Lentz's method.
-    """
-    gammas = torch.lgamma(torch.from_numpy(np.stack([a + b, a, b]))).numpy()
-    front = gammas[0] - gammas[1] - gammas[2] + a * np.log(x) + b * np.log1p(-x) - np.log(a)
-    c, d, m = np.ones_like(x), 1 / (1 - (a + b) * x / (a + 1)), 0
-    value, change = d, np.zeros_like(x)
-    while (np.abs(change - 1) > EXACT).any():
-        m += 1
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            c, d = 1 + term / c, 1 / (1 + term * d)
-            change = c * d
-            value = value * change
-    return front + np.log(value), a / (x * (1 - x) * value)
 
 
 def most_wrong(images: int, alpha: float) -> int:

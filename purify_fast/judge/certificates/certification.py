@@ -46,9 +46,9 @@ from ...speed.reading import reading
 from ..request.deadline import ASKED, device_of, precision_name
 from ..request.preparation import collect, note_of_modes, of_loader
 from ..results.cache import RowCache
-from ..run.attack_run import Shards
 from ..runner import evaluate
 from ..searches.model_tests import check_classes, strays_frozen
+from ..shards import Shards
 from ..show.report import Report
 from .certificates import LARGEST, MOST, NORMAL, Certificates, leads, looks, spent
 

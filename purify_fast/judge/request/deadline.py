@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._settings import digest
-from ...attacks.attacked_model import are_one_hot, are_probabilities, logits_of, logits_of_draws
+from ...attacks.attacked_model import check_labels, logits_of, logits_of_draws, not_logits
 from ...attacks.base import ThreatModel, TimeIsOver
 from ...attacks.shared_draws import TRIED_CALLS
 from ...defences.stochastic import MajorityVote, undecided
@@ -31,12 +31,9 @@ from .config import Predict
 if TYPE_CHECKING:
     from ..surrogates.copies import Surrogates
 
-#: No passes. Who asks for them only asks whether the time is over.
-NONE = Passes()
-
 
 class Deadline:
-    """Ends work at a time of `time.monotonic`, before a pass that would probably end later.
+    """Ends work at a time of `time.monotonic`.
 
     Attributes:
         until: the time at which the present work ends; infinite for work without an end, such as a judgement.
@@ -45,26 +42,23 @@ class Deadline:
 
     def __init__(self, device: torch.device | None = None):
         self.device = device
-        # The seconds that the last passes of each size took.
-        self._seconds = dict[Passes, float]()
         self.begin()
 
     def begin(self, until: float = math.inf) -> None:
         """Begin work that ends at a time."""
         self.until, self.over = until, False
-        self._last: tuple[float, Passes] | None = None
 
     def watch(self, model: Classifier) -> Classifier:
         """A model that asks for the time before each pass of the given one."""
 
         def watched(x: Tensor) -> Tensor:
-            self.ask(Passes(len(x), len(x) * x.requires_grad))
+            self.ask()
             return model(x)
 
         return watched
 
-    def ask(self, images: Passes = NONE) -> None:
-        """Raise `TimeIsOver` if the time is over, or would be over after passes that take as long as the last such."""
+    def ask(self) -> None:
+        """Raise `TimeIsOver` if the time is over."""
         # An evaluation without a limit of time needs none of what makes graphs.
         from ...speed.graphs.graphed_loop import is_tracing
 
@@ -74,11 +68,7 @@ class Deadline:
         if self.device is not None and self.device.type == "cuda":
             # Otherwise hours of work could be launched in advance.
             torch.cuda.synchronize(self.device)
-        now = time.monotonic()
-        if self._last is not None:
-            self._seconds[self._last[1]] = now - self._last[0]
-        self._last = now, images
-        self.over = self.over or now + self._seconds.get(images, 0.0) >= self.until
+        self.over = self.over or time.monotonic() >= self.until
         if self.over:
             raise TimeIsOver
 
@@ -181,11 +171,9 @@ class Subject:
         #: The number of draws in a prediction.
         self.votes = model.draws if isinstance(model, MajorityVote) else 1
         self.num_classes = check_model(base, self.sample_images())
-        for i, label in enumerate(y.tolist()):
-            if not 0 <= label < self.num_classes:
-                raise ValueError(f"y[{i}] is {label}, but the model has {self.num_classes} classes, from 0 on")
+        check_labels("y", y.cpu(), self.num_classes)
         model_tests.check_leaves_images(base, self.sample_images()[:1])
-        first, second = (self.logits(base, self.sample_images()) for _ in range(2))
+        first, second = (logits_of(base, self.sample_images()) for _ in range(2))
         if first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr():
             raise ValueError("model must return new logits in each call, but two calls use the same memory: clone them")
         self.is_random = differ(first, second) or self.answers_vary(base, elsewhere=True) or draws
@@ -194,8 +182,8 @@ class Subject:
         #: Whether the predictions of a call have a random part in common. No promise of a class is trusted here,
         #: because a part of the model may break it.
         self.shares_draws = self.is_random and model_tests.images_share_draws(base, self.sample_images())
-        self.has_probabilities = are_probabilities(first) and are_probabilities(second)
-        self.has_one_hot = self.has_probabilities and are_one_hot(first) and are_one_hot(second)
+        #: What the model returns instead of logits, and what to do; empty if it returns logits.
+        self.mistake = not_logits(first, second)
         #: The predictions that judged images.
         self.passes = Passes()
         self._surrogates: dict[ThreatModel, tuple[Surrogates, dict[str, str]]] = {}
@@ -212,10 +200,6 @@ class Subject:
     def batch_size(self) -> int:
         """The largest number of images in a forward pass: the number asked for, or fewer if memory is too small."""
         return self.batch_limit.at_most(self._batch_size)
-
-    def logits(self, model: Classifier, x: Tensor) -> Tensor:
-        """The model's logits ``[B, classes]``. Raises a ValueError if they have another shape."""
-        return check_classes(logits_of(model, x), self.num_classes)
 
     def sample_images(self) -> Tensor:
         """A copy of a few images, for tests of models."""
@@ -234,8 +218,8 @@ class Subject:
         from ..surrogates.copies import surrogates
 
         if ball not in self._surrogates:
-            subject, absent = (self.base_model, self.sample_images(), self.num_classes, ball), dict[str, str]()
-            self._surrogates[ball] = surrogates(*subject, absent, self.deadline.ask), absent
+            some = self.sample_images()
+            self._surrogates[ball] = surrogates(self.base_model, some, self.num_classes, ball, self.deadline.ask)
         pairs, absent = self._surrogates[ball]
         return sorted(pairs, key=lambda pair: [*order, pair[0]].index(pair[0])), absent
 

@@ -1,22 +1,20 @@
 """A row of a report: the outcome of one attack for each image, or the worst outcome over several attacks.
 
-All numbers of a row, their errors, and the test of a claim are computed from its predictions ``right [K, n]``.
+All numbers of a row, and their errors, are computed from its predictions ``right [K, n]``.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ...attacks import GradientHealth
+from ..estimates import Estimate, exact_interval, in_percent
 
 #: The fields of a row that describe the outcome of its attack.
 RESULTS = ("attacked", "unsearched", "may_hold", "last_fallen", "warnings", "doubts", "fell_to_probes")
@@ -24,73 +22,6 @@ RESULTS = ("attacked", "unsearched", "may_hold", "last_fallen", "warnings", "dou
 ARRAYS = ("margins", "fallen", "fallen_images")
 #: The warning of an attack that ran out of time.
 CUT = "runs ended before their last step, because the time was over"
-#: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
-#: at most the measured accuracy would have a probability below this number.
-REFUTED = 0.01
-#: A row shows that images share draws if its mean square over draws exceeds that of the rest at this level of
-#: significance.
-SHARED = 0.01
-#: A claim about a model whose images share draws is tested with at least this number of draws: with fewer, a skewed
-#: draw makes more errors than `REFUTED` (simulated: 7 % with 10 draws, 2 % with 20).
-CLAIM_DRAWS = 50
-
-
-class Estimate(NamedTuple):
-    """An accuracy with its standard error, the degrees of freedom of the error, and whether images share draws."""
-
-    mean: float
-    error: float
-    freedom: float
-    shared: bool
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of an accuracy between 0 and 1, by the t distribution of the logarithm of its odds.
-
-        Near 0 and 1, accuracies are skewed, and their odds are less so.
-        """
-        odds = math.log(self.mean / (1 - self.mean))
-        half = t_quantile(0.975, self.freedom) * self.error / (self.mean * (1 - self.mean))
-        return 1 / (1 + math.exp(half - odds)), 1 / (1 + math.exp(-half - odds))
-
-    @classmethod
-    def of(cls, right: np.ndarray) -> Estimate:
-        """Estimate the mean of ``right [K, n]``, in which K draws and n images are random samples.
-
-        These are the components of variance of a two-way table without repetition, with the degrees of freedom of
-        Satterthwaite (Biometrics Bulletin 1946). Whether a model draws for each image, once for all images of a call,
-        or both, need not be known.
-        """
-        k, n = right.shape
-        values = right.astype(np.float64)
-        mean, of_images, of_draws = values.mean(), values.mean(0), values.mean(1)
-        rest = values - of_images - of_draws[:, None] + mean
-        freedom = max(1, n - 1), max(1, k - 1), max(1, n - 1) * max(1, k - 1)
-        sums = k * np.square(of_images - mean).sum(), n * np.square(of_draws - mean).sum(), np.square(rest).sum()
-        images, draws, residual = (total / free for total, free in zip(sums, freedom, strict=True))
-        squares = np.array([images, draws, -residual]) if draws > residual else np.array([images, 0.0, 0.0])
-        total = float(squares.sum())
-        spread = float((np.square(squares) / freedom).sum())
-        free = total**2 / spread if spread else float(freedom[0])
-        # Wilson and Hilferty's quantile of the chi-squared distribution; the rest has many degrees of freedom.
-        ninth = 2 / (9 * freedom[1])
-        limit = (1 - ninth + statistics.NormalDist().inv_cdf(1 - SHARED) * math.sqrt(ninth)) ** 3
-        return cls(float(mean), math.sqrt(max(0.0, total) / (n * k)), free, bool(draws > limit * residual))
-
-
-def t_quantile(level: float, freedom: float) -> float:
-    """Return a quantile of Student's t distribution, exact to a third of a percent from 4 degrees of freedom on.
-
-    The expansion of Cornish and Fisher (Abramowitz & Stegun 26.7.5).
-    """
-    z = statistics.NormalDist().inv_cdf(level)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 @dataclass
@@ -352,29 +283,10 @@ class Row:
         return f"{nonfinite} of the gradients are not finite, {zero} are zero{moves}"
 
     def _shares(self) -> list[str]:
-        h, shares = self.health or {}, list[str]()
-        for part, whole in (("nonfinite", "gradients"), ("zero", "gradients"), ("unmoved", "images")):
-            share = 100 * h[part] / max(1, h[whole])
-            shares.append(f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %")
-        return shares if h["images"] else [*shares[:2], "-"]
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The difference of two accuracies on the same images.
-
-    Args:
-        difference: the difference, between -1 and 1.
-        standard_error: standard error of the mean of the paired differences.
-        n: number of images.
-    """
-
-    difference: float
-    standard_error: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
+        health = GradientHealth(dict(self.health or {}))
+        percent = [100 * share for share in (health.nonfinite, health.zero, health.unmoved)]
+        shares = [f"{share:.2g} %" if 0 < share < 1 else f"{share:.0f} %" for share in percent]
+        return shares if health.count("images") else [*shares[:2], "-"]
 
 
 class Points(NamedTuple):
@@ -464,82 +376,5 @@ def _row(label: str, group: Sequence[Row], n: int, clean: Sequence[Row], probed:
     return worst
 
 
-# -- the test of a claim ----------------------------------------------------------------------------------------------
-
-
-def chance_of_at_most(left: int, images: int, share: float) -> float:
-    """Return the probability that at most ``left`` images are robust, by the exact binomial distribution."""
-    if left >= images or share == 0:
-        return 1.0
-    return 0.0 if share == 1 else float(binomial(images, share)[: left + 1].sum())
-
-
-def binomial(draws: int, share: float) -> np.ndarray:
-    """The probabilities of 0 to ``draws`` successes if each has the probability ``share`` in (0, 1), float64."""
-    k, n = torch.arange(draws + 1, dtype=torch.float64, device="cpu"), torch.tensor(float(draws), dtype=torch.float64)
-    ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    mass = (ways + k * math.log(share) + (n - k) * math.log1p(-share)).exp()
-    return np.asarray((mass / mass.sum()).numpy(), dtype=np.float64)
-
-
-@functools.cache
-def least_share(missed: int, images: int) -> float:
-    """Return the least share of right images, in millionths, by which 2.5 % or more of samples miss at most so many."""
-    return bisect.bisect_left(range(10**6), 0.025, key=lambda k: chance_of_at_most(missed, images, 1 - k / 1e6)) / 1e6
-
-
-def exact_interval(right: int, images: int) -> tuple[float, float]:
-    """The exact 95 % interval of a share (Clopper-Pearson), from 0 to 1."""
-    return least_share(images - right, images), 1 - least_share(right, images)
-
-
-def in_percent(share: float, interval: tuple[float, float] | None) -> str:
-    """A share in percent, such as ``50.0 (35.0 to 65.0)``."""
-    within = "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-    return f"{100 * share:.1f}{within}"
-
-
 def _bits(values: np.ndarray) -> str:
     return "".join("1" if value else "0" for value in values)
-
-
-@dataclass(frozen=True)
-class ClaimTest:
-    """The result of the test if a row refutes a claimed robust accuracy.
-
-    A random model is tested by the accuracy of one draw. ``chance`` is the probability of at most ``left`` robust
-    images if the claim is true: the mean over several draws of each image varies less than a single draw, so the
-    binomial test of the rounded up number is cautious. If images share draws, the accuracy must also be below the claim
-    in a t test with the `Estimate` of the row; ``bound`` is then the largest accuracy that it leaves at the level
-    `REFUTED`. ``reason`` tells why nothing was tested.
-    """
-
-    verdict: Literal["refuted", "not refuted", "not tested"]
-    claim: float
-    share: float
-    left: int
-    images: int
-    chance: float
-    bound: float | None = None
-    reason: str = ""
-
-
-def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
-    """Test a claimed robust accuracy."""
-    left = math.ceil(row.mean * row.n - 1e-9)
-    chance, bound, reason = chance_of_at_most(left, row.n, claim), None, ""
-    refuted = chance < REFUTED
-    # Predictions without a class must not refute a claim, so they are also counted as right.
-    nameless = math.ceil(row.nonfinite_predictions / row.n_eval)
-    by_names = chance_of_at_most(min(row.n, left + nameless), row.n, claim) < REFUTED
-    if row.nothing_to_attack or (clean is not None and clean.nonfinite_predictions) or by_names != refuted:
-        reason = "the model fails without an attack already, or too many of its predictions name no class"
-    elif row.images_share_draws:
-        estimate = row.estimate
-        bound = min(1.0, estimate.mean + t_quantile(1 - REFUTED, estimate.freedom) * estimate.error)
-        refuted = refuted and bound < claim
-        if row.n_eval < CLAIM_DRAWS:
-            reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"
-    verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if refuted else "not refuted"
-    verdict = "not tested" if reason else verdict
-    return ClaimTest(verdict, claim, row.mean, left, images=row.n, chance=chance, bound=bound, reason=reason)

@@ -1,12 +1,16 @@
-"""Makes the rows of an evaluation: for each row, an attack runs, and new predictions judge the attacked images."""
+"""Makes the rows of an evaluation: an attack runs on its images, and new predictions judge the attacked images.
+
+An attack runs batch by batch. The batches are independent, so processes can share them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -15,20 +19,34 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..._settings import digest
-from ...attacks import frozen
+from ..._settings import digest, text_hash
+from ...attacks import AttackResult, GradientHealth, frozen
+from ...attacks.base import TimeIsOver
 from ...defences.stochastic import WithAggregation
+from ...ops import attack_loss
+from ...ops.philox import Stream, philox, philox_key
 from ...protocols import Classifier, Passes, SharesDraws, supports
+from ..request.config import USUAL_BATCH
 from ..request.deadline import Deadline, Judgement, Subject
-from ..request.preparation import AttackSpec, row_name, threat_name
+from ..request.preparation import AttackSpec, check_adversarial, row_name, threat_name
 from ..results.cache import RowCache
 from ..results.rows import CUT, Examples, Points, Row
-from ..searches.engine import JudgeContext, has_fallen
-from . import attack_run
-from .attack_run import AttackRun, NearestRule, Shards, StoppingRule
+from ..searches.engine import Judge, JudgeContext, has_fallen
+from ..shards import Shards
 
 #: The shortest time between two lines of a log, and the time of the first line, in seconds.
 LINE_EVERY, FIRST_LINE = 30.0, 10.0
+#: The revisions of `StoppingRule` and `NearestRule`. Increase a number whenever the same attack reaches other images:
+#: cached rows are then made again.
+REVISION, NEAREST_REVISION = 2, 2
+#: The confidence of the bound on the images that may still fall, over all rounds together.
+CONFIDENCE = 0.95
+#: The most rounds of an attack, and the fewest images of a round: fewer take about the same time.
+ROUNDS, SMALLEST = 8, 32
+#: Images are ordered by their margin, but a random position may put an image further forward. The random positions are
+#: uniform between 0 and RANDOM_SHARE times the number of images. With this value, about a fifth of the images in the
+#: first round are there because of their random positions.
+RANDOM_SHARE = 4
 
 
 class Progress:
@@ -37,8 +55,8 @@ class Progress:
     ``total`` is the number of rows. Each pass of a counted model asks for the ``deadline``.
     """
 
-    def __init__(self, name: str = "", shown: bool = False, total: int = 0, deadline: Deadline | None = None):
-        self.name, self.shown, self.total = name, shown, total
+    def __init__(self, name: str = "", shown: bool = False, deadline: Deadline | None = None):
+        self.name, self.shown, self.total = name, shown, 0
         self.deadline = Deadline() if deadline is None else deadline
         self.lines = shown and not sys.stderr.isatty()
         self.rows, self.images, self.in_row = 0, Passes(), 0
@@ -50,11 +68,6 @@ class Progress:
     def seconds(self) -> float:
         """The time since this object was made."""
         return time.monotonic() - self.began
-
-    def plan(self, images: int) -> None:
-        """Print the number of attacks; nothing predicts how long their searches take."""
-        if self.shown:
-            self._print(f"plan: {self.total - self.rows} attacks on {images} images")
 
     @contextlib.contextmanager
     def row(self, label: str, images: int | None = None) -> Iterator[None]:
@@ -77,7 +90,7 @@ class Progress:
     def count(self, images: Passes) -> None:
         """Ask for the time, count images of passes, and write a line to the log if the last line is old."""
         if images.forwards >= 0:
-            self.deadline.ask(images)
+            self.deadline.ask()
         self.images += images
         self.in_row += images.forwards
         if self.bar is None or not self.shown:
@@ -87,16 +100,13 @@ class Progress:
         self.bar.set_postfix_str(pace, refresh=False)
         self.bar.update(0)
         if self.lines and time.monotonic() - self.last_line >= LINE_EVERY:
-            self._print(f"row {self.label}: {pace}")
+            self.say(f"row {self.label}: {pace}")
 
-    def finished(self, result: str) -> None:
-        """Write the short result of a row to the log."""
-        if self.lines:
-            self._print(f"{result} ({tqdm.format_interval(self.seconds)})")
-
-    def _print(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line with the time since the evaluation began."""
         self.last_line = time.monotonic()
-        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+        if self.shown:
+            print(f"{self.name}: {text} ({tqdm.format_interval(self.seconds)})", file=sys.stderr, flush=True)
 
 
 class CountedModel(nn.Module):
@@ -147,7 +157,212 @@ def counted_model(model: Classifier, progress: Progress) -> CountedModel:
     return (_CountedDraws if supports(model, SharesDraws) else CountedModel)(model, progress)
 
 
-# -- measure -----------------------------------------------------------------------------------------------------------
+# -- the order of the images, and the rules by which an attack stops ---------------------------------------------------
+
+
+def by_margin(index: Tensor, margins: np.ndarray) -> Tensor:
+    """Sort the indices of images, int64 ``[n]``, by the images' margins, ``[N]``; images without a margin come last."""
+    reached = torch.from_numpy(margins)[index].nan_to_num(nan=math.inf)
+    return index[reached.argsort(stable=True)]
+
+
+def rounds_of(images: int, size: int) -> list[int]:
+    """The sizes of the rounds in which a number of images is attacked."""
+    return [min(size, images - begin) for begin in range(0, images, size)]
+
+
+def nearest_first(index: Tensor, margins: np.ndarray, seed: int) -> Tensor:
+    """Sort images into the order in which they are attacked."""
+    near = by_margin(index, margins)
+    place = torch.arange(len(near), device="cpu") / max(1, len(near))
+    lots = philox(philox_key(seed, near.device), near, 1, stream=Stream.LOTS, distribution="uniform")
+    return near[torch.minimum(place, RANDOM_SHARE * lots.flatten()).argsort(stable=True)]
+
+
+class StoppingRule:
+    """Decides after each round whether an attack stops.
+
+    Args:
+        share: the largest number of unsearched images that may still fall when the attack stops, as a share of all
+            images.
+        images: number of images that the attack got.
+        total: number of all images, including those that the attack did not get.
+
+    Attributes:
+        unsearched: number of images that the attack has not reached.
+        misses: number of images that withstood since the last image that fell; only images whose search could have
+            succeeded count.
+    """
+
+    def __init__(self, share: float, images: int, total: int):
+        self.allowed, self.unsearched, self.misses = share * total, images, 0
+        #: The number of images in each round.
+        self.rounds = rounds_of(images, max(SMALLEST, math.ceil(images / ROUNDS)))
+        self._error = (1 - CONFIDENCE) / max(1, len(self.rounds))
+
+    @property
+    def may_hold(self) -> float:
+        """The largest number of unsearched images that would fall, with the confidence `CONFIDENCE`."""
+        left, fall = self.unsearched, 0
+        # If ``fall`` of the unsearched images and those that withstood fall, the chance that all are unsearched.
+        chance = 1.0
+        while fall < left and (chance := chance * (left - fall) / (left + self.misses - fall)) >= self._error:
+            fall += 1
+        return float(fall)
+
+    def record(self, leads: Sequence[float], no_evidence: int) -> bool:
+        """Record a round: the margins of its images after the attack, and how many searches are no evidence."""
+        fell = [not lead > 0 for lead in leads]
+        self.unsearched -= len(fell)
+        since = next((number for number, has in enumerate(reversed(fell)) if has), len(fell))
+        self.misses = (self.misses if since == len(fell) else 0) + max(0, since - no_evidence)
+        return self.may_hold <= self.allowed
+
+
+class NearestRule:
+    """Goes on to the next group of the nearest images until a whole group has withstood the attack.
+
+    Args:
+        images: number of images that the attack got.
+        group: number of images in a group.
+    """
+
+    may_hold = 0.0
+
+    def __init__(self, images: int, group: int):
+        self.unsearched, self.rounds = images, rounds_of(images, group)
+
+    def record(self, leads: Sequence[float], no_evidence: int) -> bool:
+        """Record a group, see `StoppingRule.record`."""
+        self.unsearched -= len(leads)
+        return all(lead > 0 for lead in leads)
+
+
+# -- the batches of an attack ------------------------------------------------------------------------------------------
+
+#: The names of the counts that `GradientHealth` keeps.
+COUNTS = ("gradients", "nonfinite", "zero", "images", "unmoved")
+
+
+@dataclass
+class AttackedBatch:
+    """The outcome of an attack on one batch; ``leads`` are the attacked model's margins, or empty if not needed."""
+
+    images: Tensor
+    health: GradientHealth
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    leads: list[float] = field(default_factory=list)
+    gave_up: int = 0
+
+
+@dataclass
+class AttackRun:
+    """The batches of an attack, which this class makes and sums up.
+
+    On a deterministic model most results do not depend on the batches. On a random model each batch has a separate
+    seed. The batches depend only on the images and their order, on the batch size and on the rule. ``rounds`` are the
+    rule's rounds.
+    """
+
+    spec: AttackSpec
+    target: Classifier
+    index: Tensor
+    subject: Subject
+    context: JudgeContext
+    rule: StoppingRule | NearestRule | None = None
+
+    def __post_init__(self) -> None:
+        most = self.context.batch_size or max(1, len(self.index))
+        if self.spec.nearest is not None:
+            # An attack on the nearest images makes many runs from each, so it is divided in the usual ratio.
+            most = min(most, max(1, self.spec.nearest * most // USUAL_BATCH))
+        self.parts, self.rounds, self.last = list[Tensor](), list[range](), range(0)
+        for images in self.index.split(self.rule.rounds if self.rule else [len(self.index)]):
+            if len(images):
+                parts = images.chunk(math.ceil(len(images) / most)) if self.rule else images.split(most)
+                self.rounds.append(range(len(self.parts), len(self.parts) + len(parts)))
+                self.parts += parts
+        #: The number of images whose batches were attacked; `last` has the numbers of the last round's batches.
+        self.reached = 0
+        #: The attacked images, with the clean images in place of others, and the sums over the batches.
+        self.images, self.health = self.subject.x.clone(), GradientHealth(dict.fromkeys(COUNTS, 0))
+        self.seconds, self.warnings = 0.0, list[str]()
+        self._made = dict[int, AttackedBatch]()
+
+    def make(self, number: int) -> AttackedBatch:
+        """Attack the images of a batch."""
+        part = self.parts[number]
+        # With a seed for each batch, any process would make the same batch at any time. The first batch needs no new
+        # seed, because the generators were seeded for the attack.
+        if number > 0:
+            torch.manual_seed(int(text_hash(f"{self.subject.seed} 0 {number}").hexdigest()[:15], 16))
+        batch = self._attacked(part)
+        if self.rule is not None and CUT not in batch.warnings:
+            try:
+                batch.leads = self.subject.batch_limit.within(lambda: self._leads(part, batch.images))
+            except TimeIsOver:
+                batch.warnings.append(CUT)
+        return batch
+
+    def _attacked(self, part: Tensor) -> AttackedBatch:
+        """Attack some images, with fewer images per pass if memory runs out."""
+        begin, attack, subject, context = time.perf_counter(), self.spec.attack, self.subject, self.context
+        x, y, ids = (tensor.to(subject.device) for tensor in (subject.x[part], subject.y[part], part))
+
+        def search() -> AttackResult:
+            most = subject.batch_limit.limit(context.max_forward_batch)
+            batch_context = replace(context, sample_ids=ids, counts_health=True, max_forward_batch=most)
+            # A copy, because the later check of the radius would not see a change in place.
+            return attack.search(self.target, x.clone(), y, batch_context)
+
+        try:
+            result = subject.batch_limit.within(lambda: context.graphs.retry_without_graphs(search, subject.device))
+        except TimeIsOver as over:
+            result = AttackResult(x if over.points is None else over.points, warnings=[CUT])
+        # A search may have caught the error that ended it, so the deadline itself is asked.
+        if subject.deadline.over and CUT not in result.warnings:
+            result.warnings.append(CUT)
+        check_adversarial(attack.name(context), result.images, x, attack.threat_model(context))
+        counted = result.health or GradientHealth()
+        health = GradientHealth({name: counted.count(name) for name in COUNTS})
+        # The transfer to the CPU waits until the device has finished, so that the duration is complete.
+        images, gave_up = result.images.detach().cpu(), int(result.gave_up)
+        return AttackedBatch(images, health, time.perf_counter() - begin, result.warnings, gave_up=gave_up)
+
+    def _leads(self, part: Tensor, images: Tensor) -> list[float]:
+        """Return the margin of the attacked model on each attacked image."""
+        subject, most = self.subject, self.subject.batch_limit.limit(self.context.max_forward_batch)
+        logits = Judge(self.target, max_forward_batch=most).logits(images.to(subject.device))
+        return (-attack_loss(logits.double(), subject.y[part].to(logits.device), "margin")[1]).tolist()
+
+    def run(self, shards: Shards, reach: Callable[[int], None]) -> None:
+        """Obtain all batches from the processes, and sum up their results; ``reach`` gets the images of each batch."""
+        for numbers_of_round in self.rounds:
+            self.last, leads, no_evidence = numbers_of_round, list[float](), 0
+            for number in numbers_of_round:
+                if number not in self._made:
+                    if CUT in self.warnings:
+                        break
+                    # Each further process makes one of the following batches.
+                    numbers = range(number, len(self.parts))[: shards.world]
+                    self._made |= zip(numbers, shards.share(numbers, self.make), strict=True)
+                part, batch = self.parts[number], self._made.pop(number)
+                reach(len(part))
+                self.reached += 0 if CUT in batch.warnings else len(part)
+                self.images[part] = batch.images.to(self.images.device)
+                self.seconds += batch.seconds
+                self.health.add(**batch.health.counts)
+                self.warnings += [text for text in batch.warnings if text not in self.warnings]
+                # A search that stood still or lacked gradients says nothing about other images.
+                usable = not batch.health.count("gradients") or batch.health.reliable
+                no_evidence += batch.gave_up if usable else len(batch.leads)
+                leads += batch.leads
+            if CUT in self.warnings or (self.rule is not None and self.rule.record(leads, no_evidence)):
+                break
+
+
+# -- the rows ----------------------------------------------------------------------------------------------------------
 
 #: The number of attacked images that each row stores for the pictures.
 EXAMPLES = 8
@@ -232,11 +447,9 @@ class Measure:
     def attacked(self, spec: AttackSpec, table: Table) -> Row:
         """The row of an attack."""
         before = (table.points if spec.survivors_only else self.clean.points).at(slice(spec.max_images))
-        alive = self.withstood(before.wrong)
-        index, rule = self.in_order(spec, torch.from_numpy(alive).nonzero()[:, 0], table.margins)
-        images: dict[str, Any] = {"alive": digest(torch.from_numpy(alive)), "order": digest(index)}
-        if self.subject.is_random:
-            images["known"] = digest(*map(torch.from_numpy, before))
+        alive = torch.from_numpy(self.withstood(before.wrong)).nonzero()[:, 0]
+        index, rule = self.in_order(spec, alive, table.margins)
+        images = {"order": digest(index), "known": digest(*map(torch.from_numpy, before))}
         make = functools.partial(self.judged, spec, index, rule, before)
         row = self.load_or_make(settings_of(spec, self.subject, self.context) | images, spec, make)
         # The key of a cached row does not contain the row's name, so it may have been made under another name.
@@ -247,9 +460,9 @@ class Measure:
     def in_order(self, spec: AttackSpec, index: Tensor, margins: np.ndarray) -> tuple[Tensor, Rule | None]:
         """Return the indices of the images that an attack gets, int64, in their order, and when the attack stops."""
         if spec.nearest is not None:
-            return attack_run.by_margin(index, margins), NearestRule(len(index), spec.nearest)
+            return by_margin(index, margins), NearestRule(len(index), spec.nearest)
         if spec.until is not None:
-            index = attack_run.nearest_first(index, margins, self.subject.seed + spec.seed)
+            index = nearest_first(index, margins, self.subject.seed + spec.seed)
             return index, StoppingRule(spec.until, len(index), len(self.subject.y))
         return index, None
 
@@ -343,14 +556,12 @@ class Measure:
         same = isinstance(other, WithAggregation) and other.defence is subject.base_model and not other.without_noise
         subject.check_repeats(attacked[index])
         judged = subject.judge(attacked, "judge")
-        # The number of draws is recorded here, because it is 1 if the target turned out to be deterministic.
-        draws = {name: value for name, value in spec.attack.settings(run.context).items() if name == "eot_iter"}
         row = self.new_row(judged.right, attack="", kind=spec.attack.kind, attacked=len(index), warnings=run.warnings)
         # None if no gradient was counted.
-        counted = run.health.count("gradients") > 0
-        row.health = {name: run.health.count(name) for name in run.health.counts} if counted else None
+        row.health = {name: run.health.count(name) for name in COUNTS} if run.health.count("gradients") else None
         row.reliable, row.nonfinite_predictions = run.health.reliable, judged.nonfinite
-        row.settings = settings_of(spec, subject, self.context) | draws
+        # They have a single draw for each step if the target turned out to be deterministic.
+        row.settings = settings_of(spec, subject, run.context)
         row.may_end_early, row.uses_gradients = spec.attack.may_end_early(run.context), spec.attack.uses_gradients
         row.transferred = other is not None and not same
         if CUT in run.warnings:
@@ -386,16 +597,13 @@ class Measure:
 
 def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> dict[str, Any]:
     """The settings of an attack, in plain values, on which its row depends."""
-    optional = {
-        "through": None if spec.through is None else type(spec.through).__name__,
-        "seed": spec.seed or None,
-        "published": spec.published,
-        "until": None if spec.until is None else [spec.until, attack_run.REVISION],
-        "nearest": None if spec.nearest is None else [spec.nearest, attack_run.NEAREST_REVISION],
-    }
     return spec.attack.settings(context) | {
         "max_images": spec.max_images,
         "survivors_only": spec.survivors_only,
         "n_eval": subject.judges,
-        **{name: value for name, value in optional.items() if value is not None},
+        "through": None if spec.through is None else type(spec.through).__name__,
+        "seed": spec.seed or None,
+        "published": spec.published,
+        "until": None if spec.until is None else [spec.until, REVISION],
+        "nearest": None if spec.nearest is None else [spec.nearest, NEAREST_REVISION],
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from ...attacks import frozen
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..alarms.signs import Finding
+from ..estimates import REFUTED, Estimate, chance_of_at_most, t_quantile
 from ..request.deadline import Subject
-from ..results.cache import state_digest
-from ..results.rows import REFUTED, ClaimTest, Estimate, Paired, Row, judge_claim
+from ..request.fingerprint import state_digest
+from ..results.rows import Row
 from .text import html_page, render
 
 FILE = "adversarial.npz"
@@ -178,6 +180,73 @@ def check_adversarial(
         wrong = ~subject.judge(images, "check" if adversarial.about["random"] else "judge").right
         fooled, same = np.asarray(wrong[:n_eval].any(0)), about.get("model", "") == state_digest(model)
         return CheckedAdversarial(adversarial, fooled, wrong.sum(1).tolist(), same)
+
+
+# -- the test of a claim, and the difference of two accuracies ---------------------------------------------------------
+
+#: A claim about a model whose images share draws is tested with at least this number of draws: with fewer, a skewed
+#: draw makes more errors than `REFUTED` (simulated: 7 % with 10 draws, 2 % with 20).
+CLAIM_DRAWS = 50
+
+
+@dataclass(frozen=True)
+class ClaimTest:
+    """The result of the test if a row refutes a claimed robust accuracy.
+
+    A random model is tested by the accuracy of one draw. ``chance`` is the probability of at most ``left`` robust
+    images if the claim is true: the mean over several draws of each image varies less than a single draw, so the
+    binomial test of the rounded up number is cautious. If images share draws, the accuracy must also be below the claim
+    in a t test with the `Estimate` of the row; ``bound`` is then the largest accuracy that it leaves at the level
+    `REFUTED`. ``reason`` tells why nothing was tested.
+    """
+
+    verdict: Literal["refuted", "not refuted", "not tested"]
+    claim: float
+    share: float
+    left: int
+    images: int
+    chance: float
+    bound: float | None = None
+    reason: str = ""
+
+
+def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
+    """Test a claimed robust accuracy."""
+    left = math.ceil(row.mean * row.n - 1e-9)
+    chance, bound, reason = chance_of_at_most(left, row.n, claim), None, ""
+    refuted = chance < REFUTED
+    # Predictions without a class must not refute a claim, so they are also counted as right.
+    nameless = math.ceil(row.nonfinite_predictions / row.n_eval)
+    by_names = chance_of_at_most(min(row.n, left + nameless), row.n, claim) < REFUTED
+    if row.nothing_to_attack or (clean is not None and clean.nonfinite_predictions) or by_names != refuted:
+        reason = "the model fails without an attack already, or too many of its predictions name no class"
+    elif row.images_share_draws:
+        estimate = row.estimate
+        bound = min(1.0, estimate.mean + t_quantile(1 - REFUTED, estimate.freedom) * estimate.error)
+        refuted = refuted and bound < claim
+        if row.n_eval < CLAIM_DRAWS:
+            reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"
+    verdict: Literal["refuted", "not refuted", "not tested"] = "refuted" if refuted else "not refuted"
+    verdict = "not tested" if reason else verdict
+    return ClaimTest(verdict, claim, row.mean, left, images=row.n, chance=chance, bound=bound, reason=reason)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two accuracies on the same images.
+
+    Args:
+        difference: the difference, between -1 and 1.
+        standard_error: standard error of the mean of the paired differences.
+        n: number of images.
+    """
+
+    difference: float
+    standard_error: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} ± {100 * self.standard_error:.1f} points (n = {self.n}, paired)"
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -342,11 +411,10 @@ class Report:
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the report must have format {FORMAT}, got {content.get('format')!r}: evaluate again")
-        rows = [Row.from_dict(values) for values in content["rows"]]
-        findings = [Finding(**values) for values in content.get("findings", [])]
-        curves: dict[str, Any] = next(iter(content.get("curves", {}).values()), {})
-        more = {name: content[name] for name in ("notes", "about") if name in content}
-        report = cls(rows, findings=findings, curves=curves, stored=content.get("adversarial"), **more)
+        rows, findings = map(Row.from_dict, content["rows"]), [Finding(**values) for values in content["findings"]]
+        curves: dict[str, Any] = next(iter(content["curves"].values()), {})
+        notes, about, stored = content["notes"], content["about"], content.get("adversarial")
+        report = cls([*rows], notes, about, findings=findings, curves=curves, stored=stored)
         # Earlier versions wrote reports on several models, whose numbers must not be taken for those of one.
         _ = report.model
         return report

@@ -25,8 +25,9 @@ from ...attacks import frozen
 from ...protocols import Classifier, FixedNoise, SampleLogits, supports
 from ..alarms.probes import PROBED
 from ..alarms.signs import ALARMS, STATES, Evidence, Finding
+from ..estimates import REFUTED, in_percent
 from ..request.deadline import device_of
-from ..results.rows import CUT, REFUTED, Examples, Row, in_percent
+from ..results.rows import CUT, Examples, Row
 
 if TYPE_CHECKING:
     import jinja2
@@ -106,12 +107,8 @@ def doubtful(row: Row) -> bool:
     return not row.reliable and (row.accuracy > 0 or bool(row.doubts))
 
 
-def _share_of_health(place: int, row: Row) -> str:
-    return f"{row.describe_health()} / - / -".split(" / ")[place]
-
-
 #: The columns of the table of all rows. The function of a column makes the cell of a row.
-_CELLS: dict[str, Callable[[Row], str]] = {
+COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda row: row.model,
     "attack": lambda row: row.attack,
     "EOT": lambda row: str(row.settings.get("eot_iter", "-")),
@@ -125,18 +122,13 @@ _CELLS: dict[str, Callable[[Row], str]] = {
     "seed": lambda row: str(row.seed),
     "s": lambda row: f"{row.seconds:.1f}",
 }
-COLUMNS = [*_CELLS]
-#: The columns of a page that has a column for each share of `Row.describe_health`.
-HEALTH = ("not finite", "zero", "unmoved")
-_CELLS |= {name: functools.partial(_share_of_health, place) for place, name in enumerate(HEALTH)}
-PAGE = [name for column in COLUMNS[1:] for name in (HEALTH if column == "gradients" else (column,))]
 
 
 def table_of_rows(rows: Sequence[Row], columns: Iterable[str] = COLUMNS) -> Table:
     """A table with a line for each row; the column of the accuracy of a random model names its rule."""
     names = [*columns]
     head = [accuracy_named(rows) if name == "accuracy" else name for name in names]
-    return head, [[_CELLS[name](row) for name in names] for row in rows]
+    return head, [[COLUMNS[name](row) for name in names] for row in rows]
 
 
 def accuracy_named(rows: Sequence[Row]) -> str:
@@ -154,7 +146,7 @@ def short_table(rows: Sequence[Row]) -> Table:
 def page_table(rows: Sequence[Row]) -> tuple[Table, list[str]]:
     """The table of a page, without the columns that have the same text in all rows, and the texts of these columns."""
     drawn = any(row.n_eval > 1 for row in rows)
-    head, body = table_of_rows(rows, [name for name in PAGE if drawn or name != "one draw"])
+    head, body = table_of_rows(rows, [name for name in COLUMNS if name != "model" and (drawn or name != "one draw")])
     texts = {name: {*cells} for name, cells in zip(head, zip(*body, strict=True), strict=True)}
     alike = [name for name in head if len(rows) > 1 and len(texts[name]) == 1 and name != "attack"]
     kept = [place for place, name in enumerate(head) if name not in alike]

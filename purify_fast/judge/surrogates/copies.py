@@ -44,18 +44,13 @@ Surrogates = list[tuple[str, Classifier]]
 
 
 def surrogates(
-    model: Classifier,
-    x: Tensor,
-    num_classes: int,
-    ball: ThreatModel,
-    absent: dict[str, str] | None = None,
-    ask: Callable[[], None] = lambda: None,
-) -> Surrogates:
-    """Make the surrogates of a model, by name; a surrogate with an error or without finite logits is left out.
+    model: Classifier, x: Tensor, num_classes: int, ball: ThreatModel, ask: Callable[[], None] = lambda: None
+) -> tuple[Surrogates, dict[str, str]]:
+    """Make the surrogates of a model, by name; and the reason why others are missing.
 
-    Before each trial ``ask`` is called, which may end the work.
+    A surrogate with an error or without finite logits is missing. Before each trial ``ask`` is called, which may end
+    the work.
     """
-    absent = {} if absent is None else absent
 
     def gradient_of(model: Classifier) -> Tensor | str:
         ask()
@@ -86,7 +81,7 @@ def surrogates(
     # Gradients are also compared far from the images, because a model may have useless gradients only there.
     x = torch.cat([x, normal_in_ball(x, ball_around(x, ball.eps, ball.norm), FAR * ball.eps)])
     with _tried(model, x):
-        seen, usable = [gradient_of(model)], []
+        seen, usable, absent = [gradient_of(model)], [], dict[str, str]()
         for name, candidate in candidates:
             gradient = gradient_of(candidate)
             # A copy with the gradients of the model or of an earlier candidate would find nothing new.
@@ -96,7 +91,7 @@ def surrogates(
             elif not (is_copy and any(_same(gradient, other) for other in seen)):
                 usable.append((name, candidate))
                 seen.append(gradient)
-    return usable
+    return usable, absent
 
 
 @contextlib.contextmanager

@@ -1,0 +1,143 @@
+"""Estimates of shares: standard errors over images and draws, exact intervals, and binomial probabilities."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+#: Numbers of draws, as whole numbers or as float64.
+Numbers = NDArray[Any]
+
+#: A claim is refuted if the measured accuracy would be too improbable under it: if the claim were true, an accuracy of
+#: at most the measured accuracy would have a probability below this number.
+REFUTED = 0.01
+#: A row shows that images share draws if its mean square over draws exceeds that of the rest at this level of
+#: significance.
+SHARED = 0.01
+#: The relative error of a bound.
+EXACT = 1e-13
+
+
+class Estimate(NamedTuple):
+    """An accuracy with its standard error, the degrees of freedom of the error, and whether images share draws."""
+
+    mean: float
+    error: float
+    freedom: float
+    shared: bool
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of an accuracy between 0 and 1, by the t distribution of the logarithm of its odds.
+
+        Near 0 and 1, accuracies are skewed, and their odds are less so.
+        """
+        odds = math.log(self.mean / (1 - self.mean))
+        half = t_quantile(0.975, self.freedom) * self.error / (self.mean * (1 - self.mean))
+        return 1 / (1 + math.exp(half - odds)), 1 / (1 + math.exp(-half - odds))
+
+    @classmethod
+    def of(cls, right: np.ndarray) -> Estimate:
+        """Estimate the mean of ``right [K, n]``, in which K draws and n images are random samples.
+
+        These are the components of variance of a two-way table without repetition, with the degrees of freedom of
+        Satterthwaite (Biometrics Bulletin 1946). Whether a model draws for each image, once for all images of a call,
+        or both, need not be known.
+        """
+        k, n = right.shape
+        values = right.astype(np.float64)
+        mean, of_images, of_draws = values.mean(), values.mean(0), values.mean(1)
+        rest = values - of_images - of_draws[:, None] + mean
+        freedom = max(1, n - 1), max(1, k - 1), max(1, n - 1) * max(1, k - 1)
+        sums = k * np.square(of_images - mean).sum(), n * np.square(of_draws - mean).sum(), np.square(rest).sum()
+        images, draws, residual = (total / free for total, free in zip(sums, freedom, strict=True))
+        squares = np.array([images, draws, -residual]) if draws > residual else np.array([images, 0.0, 0.0])
+        total = float(squares.sum())
+        spread = float((np.square(squares) / freedom).sum())
+        free = total**2 / spread if spread else float(freedom[0])
+        # Wilson and Hilferty's quantile of the chi-squared distribution; the rest has many degrees of freedom.
+        ninth = 2 / (9 * freedom[1])
+        limit = (1 - ninth + statistics.NormalDist().inv_cdf(1 - SHARED) * math.sqrt(ninth)) ** 3
+        return cls(float(mean), math.sqrt(max(0.0, total) / (n * k)), free, bool(draws > limit * residual))
+
+
+def t_quantile(level: float, freedom: float) -> float:
+    """Return a quantile of Student's t distribution, exact to a third of a percent from 4 degrees of freedom on.
+
+    The expansion of Cornish and Fisher (Abramowitz & Stegun 26.7.5).
+    """
+    z = statistics.NormalDist().inv_cdf(level)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+def lower_bounds(look: Numbers, alpha: float) -> Floats:
+    """The lower Clopper-Pearson bounds: the largest p at which so many right draws have the probability ``alpha``.
+
+    Each is right for a number of draws that was fixed before, except with the probability ``alpha``, and is rounded
+    down. ``look`` has right draws and draws, ``[..., 2]``. Without draws, a bound is 0.
+    """
+    k, n = np.moveaxis(np.maximum(look, 1).astype(np.float64), -1, 0)
+    p, change = np.minimum(k / n, (k + 1) / (n + 3)), np.ones_like(k)
+    # The logarithm of the probability is concave in p. So Newton's method comes to the bound from below.
+    while (np.abs(change) > EXACT * p).any():
+        log, slope = _log_beta(k, n - k + 1, p)
+        change = np.maximum((math.log(alpha) - log) / slope, -p / 2)
+        p = p + change
+    return np.where(look[..., 0] > 0, p * (1 - EXACT), 0.0)
+
+
+def _log_beta(a: Floats, b: Floats, x: Floats) -> tuple[Floats, Floats]:
+    """The logarithm of the regularized incomplete beta function at x in (0, 1), and its derivative by x.
+
+    The continued fraction is 8.17.22 of the Digital Library of Mathematical Functions, by Lentz's method.
+    """
+    gammas = torch.lgamma(torch.from_numpy(np.stack([a + b, a, b]))).numpy()
+    front = gammas[0] - gammas[1] - gammas[2] + a * np.log(x) + b * np.log1p(-x) - np.log(a)
+    c, d, m = np.ones_like(x), 1 / (1 - (a + b) * x / (a + 1)), 0
+    value, change = d, np.zeros_like(x)
+    while (np.abs(change - 1) > EXACT).any():
+        m += 1
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            c, d = 1 + term / c, 1 / (1 + term * d)
+            change = c * d
+            value = value * change
+    return front + np.log(value), a / (x * (1 - x) * value)
+
+
+def exact_interval(right: int, count: int) -> tuple[float, float]:
+    """The exact 95 % interval of a share (Clopper-Pearson), from 0 to 1."""
+    below, above = lower_bounds(np.array([[right, count], [count - right, count]]), 0.025).tolist()
+    return below, 1 - above
+
+
+def in_percent(share: float, interval: tuple[float, float] | None) -> str:
+    """A share in percent, such as ``50.0 (35.0 to 65.0)``."""
+    within = "" if interval is None else f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    return f"{100 * share:.1f}{within}"
+
+
+def binomial(draws: int, share: float) -> np.ndarray:
+    """The probabilities of 0 to ``draws`` successes if each has the probability ``share`` in [0, 1], float64."""
+    k, n = torch.arange(draws + 1, dtype=torch.float64, device="cpu"), torch.tensor(float(draws), dtype=torch.float64)
+    ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    mass = (ways + torch.xlogy(k, share) + torch.special.xlog1py(n - k, -share)).exp()
+    return np.asarray((mass / mass.sum()).numpy(), dtype=np.float64)
+
+
+def chance_of_at_most(left: int, images: int, share: float) -> float:
+    """Return the probability that at most ``left`` images are robust, by the exact binomial distribution."""
+    return float(binomial(images, share)[: left + 1].sum())
