@@ -37,26 +37,18 @@ class LeavingPGD(PGD):
         super().__post_init__()
 
     def climb(
-        self,
-        objective: Objective,
-        ball: Ball,
-        state: State,
-        health: GradientHealth | None,
-        *,
-        steps: int,
-        first: int = 0,
-        end: int | None = None,
+        self, objective: Objective, ball: Ball, state: State, health: GradientHealth | None, *, steps: int, part: range
     ) -> State:
         begin = whole = state
         # For each tensor, the dimension that has an entry per image. A tensor without dimensions belongs to all images.
         dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
         with keeping(lambda: whole["best"]):
-            for first in range(0, steps, self.look_every):
-                end = min(steps, first + self.look_every)
+            for first in part[:: self.look_every]:
+                now = range(first, min(first + self.look_every, part.stop))
                 with eager_steps():
                     # The compiler would compile the step again for each number of images.
-                    state = super().climb(objective, ball.take(index), state, health, steps=steps, first=first, end=end)
+                    state = super().climb(objective, ball.take(index), state, health, steps=steps, part=now)
                 # Drop the values that `PGD.climb` has added, such as the radii. The next call adds them again.
                 state = {name: state[name] for name in begin}
                 whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
@@ -64,7 +56,7 @@ class LeavingPGD(PGD):
                 if health is not None:
                     # `Search.result` counts a gradient for every image and step. Subtract the remaining gradients of
                     # the images that are removed here.
-                    health.add(gradients=(len(stay) - len(index)) * (steps - end))
+                    health.add(gradients=(len(stay) - len(index)) * (steps - now.stop))
                 if not len(stay):
                     break
                 index = index[stay]

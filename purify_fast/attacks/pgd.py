@@ -190,33 +190,25 @@ class PGD(InBall):
                     point = normal_in_ball(x, ball, self.start_std, seed=seed, sample_ids=ids)
             begin: State = {"point": point, "x": x, "y": y, **lengths}
             if not self.keep_best and health is None:
-                return self.climb(objective, ball, begin, health, steps=steps)["point"]
+                return self.climb(objective, ball, begin, health, steps=steps, part=range(steps))["point"]
             search = Search(objective, point, y, keep_best=self.keep_best, health=health)
-            last = self.climb(objective, ball, begin | search.memory, health, steps=steps)
+            last = self.climb(objective, ball, begin | search.memory, health, steps=steps, part=range(steps))
             search.recall(last, steps)
             return search.result(x, last["point"])
 
         return worst_of_runs(self, attack, (target, x, y), context)
 
     def climb(
-        self,
-        objective: Objective,
-        ball: Ball,
-        state: State,
-        health: GradientHealth | None,
-        *,
-        steps: int,
-        first: int = 0,
-        end: int | None = None,
+        self, objective: Objective, ball: Ball, state: State, health: GradientHealth | None, *, steps: int, part: range
     ) -> State:
-        """Take the steps of a run from ``first`` to ``end`` (None: all), and return the last state.
+        """Take a ``part`` of the ``steps`` of a run, and return the last state.
 
         ``state`` has the images and labels, "point", "x" and "y"; the length of a step, "alpha", unless it falls; and
         the memory of a `Search`.
         """
         norm, lo, hi = ball.norm, ball.clip_min, ball.clip_max
         # In l1, every step moves another share of the coordinates.
-        changes, falls = norm == "l1" and steps - first > 1, self.alpha is None
+        changes, falls = norm == "l1" and steps - part.start > 1, self.alpha is None
         state = {"alpha": ball.eps, **state, "eps": ball.eps}
         if isinstance(lo, Tensor) or isinstance(hi, Tensor):
             # A captured step is replayed for other ranges too, so they belong to the state.
@@ -225,13 +217,12 @@ class PGD(InBall):
         pixelwise = lo is None or ball.eps.dim() > 1 or state["alpha"].dim() > 1
         if changes:
             state["gradient"] = torch.zeros_like(state["x"])
-        density = None if changes else FIRST_DENSITY * (fall(first, steps) if norm == "l1" else 1.0)
-        ascent = Ascent(
-            objective, *(norm, lo, hi, pixelwise), density=density, counts=health is not None, keeps=self.keep_best
-        )
+        density = None if changes else FIRST_DENSITY * (fall(part.start, steps) if norm == "l1" else 1.0)
+        counts, keeps = health is not None, self.keep_best
+        ascent = Ascent(objective, norm, lo, hi, pixelwise, density=density, counts=counts, keeps=keeps)
         loop = begin_steps(objective.graphs, ascent, state)
         with keeping(lambda: loop.values()["best" if self.keep_best else "point"]):
-            for i in range(first, steps if end is None else end):
+            for i in part:
                 if falls:
                     loop.put(alpha=ball.eps * fall(i, steps))
                 loop.advance()
