@@ -98,7 +98,7 @@ def gradients(model: Carso, x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Te
     """
     x = x.clone().requires_grad_()
     with model.fixed_noise(seed):
-        rebuilt = model.reconstruct(x)
+        rebuilt = model.purify(x)
         loss = F.cross_entropy(model.aggregate(model.classify(rebuilt)), y, reduction="sum")
         exact, behind = torch.autograd.grad(loss, (x, rebuilt))
     alone = torch.autograd.grad(F.cross_entropy(model.classifier(x), y, reduction="sum"), x)[0]

@@ -126,27 +126,22 @@ class Carso(Defence):
     # -- a prediction: condition -> decode -> classify -> aggregate ----------------------------------------------------
 
     def sample_logits(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Return the logits of the K reconstructions, ``[B, K, classes]``. None draws ``z`` (see `reconstruct`)."""
-        return self.classify(self.reconstruct(x, z))
+        """Return the logits of the K purified images, ``[B, K, classes]``. None draws ``z`` (see `purify`)."""
+        return self.classify(self.purify(x, z=z))
 
-    def purify(self, x: Tensor, draws: int = 1) -> Tensor:
-        return self.reconstruct(x, draws=draws)
-
-    def reconstruct(self, x: Tensor, z: Tensor | None = None, draws: int = 1) -> Tensor:
+    def purify(self, x: Tensor, draws: int = 1, z: Tensor | None = None) -> Tensor:
         """Return purified images in (0, 1), ``[B, draws * K, C, H, W]``. The gradient reaches x.
 
         ``z`` is ``[B, K, latent_dim]`` or ``[1, K, latent_dim]``; None draws ``draws`` sets of K latents from the
         prior.
         """
         self.check_images(x)
-        condition = self.condition(x)
+        condition, count = self.condition(x), draws * self.samples
         if z is None and (packed := self._packed_decoder()) is not None:
             seed, ids = self.noise(len(x), x.device)
             # In the memory format of the classifier, so that no copy lies between decoder and classifier.
-            count, layout = draws * self.samples, self.classifier_uses_channels_last
-            return packed(condition, seed, ids.expand(len(x)), count, channels_last=layout)
-        if z is None:
-            z = self.prior_latents(len(x), draws * self.samples, x.device)
+            return packed(condition, seed, ids.expand(len(x)), count, channels_last=self.classifier_uses_channels_last)
+        z = self.prior_latents(len(x), count, x.device) if z is None else z
         return torch.sigmoid(self.decode(z.expand(x.shape[0], -1, -1), condition))
 
     # -- the parts of a prediction ------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ def carso():
 
 def test_forward_is_logsumexp_and_peel_decides_the_same(carso):
     x = images(6)
-    reconstructions = carso.reconstruct(x)
+    reconstructions = carso.purify(x)
+    assert carso.purify(x, z=torch.zeros(1, 3, 4)).shape == (6, 3, 1, 16, 16)
     assert reconstructions.shape == (6, 8, 1, 16, 16) and reconstructions.min() > 0 and reconstructions.max() < 1
-    assert carso.reconstruct(x, torch.zeros(1, 3, 4)).shape == (6, 3, 1, 16, 16)
     with carso.fixed_noise(3):
         logits = carso.sample_logits(x)
         torch.testing.assert_close(carso(x), torch.logsumexp(logits, 1))
@@ -60,7 +60,7 @@ def test_fixed_noise_is_a_function_of_the_seed_nests_and_ends(carso):
             two = carso(x)
         assert torch.equal(carso(x), one) and not torch.equal(one, two)
         with carso.deterministic():
-            assert carso.reconstruct(x).shape[1] == 1
+            assert carso.purify(x).shape[1] == 1
     assert not torch.equal(carso(x), carso(x))
     with pytest.raises(RuntimeError, match="inside"), carso.fixed_noise(1):
         raise RuntimeError("inside")
@@ -96,7 +96,7 @@ def test_input_gradients_match_finite_differences():
     with made.fixed_noise(0):  # sample_logits is float32 at the border, so the check stops before it
 
         def logits(x):
-            return made.classifier(made.reconstruct(x).flatten(0, 1)).unflatten(0, (2, 2)).logsumexp(1)
+            return made.classifier(made.purify(x).flatten(0, 1)).unflatten(0, (2, 2)).logsumexp(1)
 
         torch.autograd.gradcheck(logits, (x,), fast_mode=True, atol=1e-4)
 

@@ -81,7 +81,7 @@ def test_borders_are_float32_and_bfloat16_is_inside():
     inside = []
     for module in (made.classifier.classifier.conv1, made._reader.model.conv2, made.decoder.stack[0]):
         module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
-    outputs = [made(x), made.sample_logits(x), made.reconstruct(x), made.condition(x)]
+    outputs = [made(x), made.sample_logits(x), made.purify(x), made.condition(x)]
     outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
     assert all(output.dtype == torch.float32 for output in outputs)
     assert inside and set(inside) == {torch.bfloat16}
@@ -284,7 +284,7 @@ def test_a_packed_decoder_follows_its_weights(packing, frozen):
         fast(x)
         assert not packing  # a gradient of the decoder's weights may be asked for
     with torch.no_grad(), fast.fixed_noise(3):
-        before = fast.reconstruct(x)
+        before = fast.purify(x)
         packed = fast._packed
         assert packing == [4]
         places = [tensor.data_ptr() for tensor in packed.buffers()]
@@ -292,11 +292,11 @@ def test_a_packed_decoder_follows_its_weights(packing, frozen):
         fast.prepare_replay()
         # a captured attack step reads them where they lie
         assert fast._packed is packed and [tensor.data_ptr() for tensor in packed.buffers()] == places
-        after = fast.reconstruct(x)
+        after = fast.purify(x)
         made.decoder.stack[-1].bias.data.add_(0.5)
         if frozen:
             fast.update()
-            assert relative(fast.reconstruct(x), after) > 0.1
+            assert relative(fast.purify(x), after) > 0.1
     assert relative(after, before) > 0.1
     del packing[:]
     with torch.inference_mode():
@@ -311,12 +311,12 @@ def test_a_packed_decoder_follows_statistics_and_partly_frozen_weights(packing):
     made, x = defence().requires_grad_(False), images(16)
     fast = made.computing_in(torch.bfloat16)
     with torch.no_grad(), fast.fixed_noise(3):
-        before = fast.reconstruct(x)
-        fast.train().reconstruct(x)  # BatchNorm's statistics move, and no weight does
-        after = fast.eval().reconstruct(x)
+        before = fast.purify(x)
+        fast.train().purify(x)  # BatchNorm's statistics move, and no weight does
+        after = fast.eval().purify(x)
         assert packing == [4, 4] and relative(after, before) > 1e-3
     with torch.no_grad(), made.fixed_noise(3):
-        assert relative(after, made.reconstruct(x)) < 0.01
+        assert relative(after, made.purify(x)) < 0.01
     del packing[:]
     next(made.decoder.parameters()).requires_grad_(True)
-    assert fast.reconstruct(x[:2]).requires_grad and not packing
+    assert fast.purify(x[:2]).requires_grad and not packing
