@@ -148,16 +148,10 @@ def _number(value: Any) -> Any:
 
 
 @functools.cache
-def _by_method() -> dict[str, dict[str, Recipe]]:
-    """Return the recipes of each method that has any, by the method's name and the recipe's name within the method."""
-    names = [name for name, method in all_methods().items() if method.recipes]
-    return {name: import_module(f"{__package__}.{name}").RECIPES for name in names}
-
-
-@functools.cache
 def all_recipes() -> dict[str, Recipe]:
     """Return all recipes by their whole names, such as "carso/cifar10"."""
-    return {recipe.name: recipe for recipes in _by_method().values() for recipe in recipes.values()}
+    by_method = (import_module(f"{__package__}.{name}").RECIPES for name, kind in all_methods().items() if kind.recipes)
+    return {recipe.name: recipe for recipes in by_method for recipe in recipes.values()}
 
 
 def recipe(name: str, method: str | None = None) -> Any:
@@ -167,9 +161,8 @@ def recipe(name: str, method: str | None = None) -> Any:
         name: name of the method and the system, such as "carso/cifar10". Others raise a ValueError, which lists all.
         method: name of the method, if ``name`` is the name of the system only.
     """
-    family = name.partition("/")[0] if method is None else method
-    recipes = _by_method().get(family, {})
-    key = name.removeprefix(f"{family}/")
-    if key not in recipes:
-        raise ValueError(f"recipe must be one of {', '.join(recipes if method else all_recipes())}, got {name!r}")
+    start = "" if method is None else f"{method}/"
+    recipes = {known.removeprefix(start): made for known, made in all_recipes().items() if known.startswith(start)}
+    if (key := name.removeprefix(start)) not in recipes:
+        raise ValueError(f"recipe must be one of {', '.join(recipes)}, got {name!r}")
     return recipes[key]

@@ -11,7 +11,7 @@ from torch import nn
 from purify_fast.methods.carso import Carso, load_official
 from purify_fast.methods.carso.networks import published_decoder
 from purify_fast.methods.carso.recipes import PARTS, RECIPES, official_tensors
-from purify_fast.methods.recipes import recipe
+from purify_fast.methods.recipes import all_recipes, recipe
 from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
 
 
@@ -220,7 +220,7 @@ WIDE, WEIGHTS = "wrn_28_10_cifar_10_cui_2023", "cifar10_a3_b10_t4_20m_w"
 def published(tmp_path, monkeypatch):
     """The four files of a system; a network of 10 layers stands for the one of 28."""
     made = smaller(RECIPES["cifar10"])
-    monkeypatch.setitem(RECIPES, "cifar10", made)
+    monkeypatch.setitem(all_recipes(), made.name, made)
     torch.manual_seed(0)
     classifier = made.build_classifier()
     folder = tmp_path / "models"
