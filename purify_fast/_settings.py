@@ -22,20 +22,6 @@ def refuse_divided(model: nn.Module) -> None:
         raise ValueError(f"{text}, {', '.join(devices)}: move the model to one, and start a process for each device")
 
 
-def in_memory_order(x: Tensor) -> Tensor:
-    """Permute the dimensions of a tensor into their order in memory, from the largest stride to the smallest."""
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
-
-
-def laid_out_like(numbers: Tensor, x: Tensor) -> Tensor:
-    """View a vector with the shape and the memory layout of ``x``."""
-    ordered = in_memory_order(x)
-    if ordered.is_contiguous():
-        return numbers.as_strided(x.shape, x.stride(), numbers.storage_offset())
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return numbers.view(ordered.shape).permute([order.index(i) for i in range(x.dim())])
-
-
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Switch ``torch.autocast`` off within a block, so that operators keep the dtypes of their inputs."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -184,9 +184,6 @@ class FitConfig:
             network, and a further number of images compiles again. Validations compute the objective without the
             compiler. A run that is resumed with the other choice rounds otherwise from there on. It is not for
             several processes whose BatchNorms exchange their statistics.
-        sync_batchnorm: whether the BatchNorms of torch and timm take the statistics of all processes during a training
-            by several processes, as those of this package do. Without it such a model is refused. Afterwards the
-            modules are as before, with the trained weights and statistics.
         cudnn_benchmark: whether cuDNN, on a CUDA device, times its algorithms once for each shape and uses the fastest.
             "auto" does this unless the process requires deterministic algorithms; "on" always does; "off" leaves
             cuDNN's setting unchanged.
@@ -210,7 +207,6 @@ class FitConfig:
     cuda_graphs: CudaGraphs = "auto"
     cudnn_benchmark: CudnnBenchmark = "auto"
     compile: bool = False
-    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)

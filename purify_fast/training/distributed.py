@@ -23,8 +23,8 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from .._process import patience, processes, sendable
-from .._settings import in_memory_order, laid_out_like
 from ..models.layers import BatchNorm1d, BatchNorm2d, Synchronized, synchronized
+from ..speed.watch import copy_all
 
 logger = logging.getLogger("purify_fast")
 
@@ -43,13 +43,11 @@ def average_(tensors: Iterable[Tensor]) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for dtype in sorted(by_dtype, key=str):
         same = by_dtype[dtype]
-        # Each tensor is flattened in its own memory order, and its mean is viewed with the tensor's strides. So one
-        # call can copy all means back.
-        flat = torch.cat([in_memory_order(tensor).flatten() for tensor in same])
+        flat = torch.cat([tensor.flatten() for tensor in same])
         dist.all_reduce(flat)
         flat /= world
         means = flat.split([tensor.numel() for tensor in same])
-        torch._foreach_copy_(same, [laid_out_like(mean, one) for mean, one in zip(means, same, strict=True)])
+        copy_all((tensor, mean.view_as(tensor)) for tensor, mean in zip(same, means, strict=True))
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -76,8 +74,8 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def synchronized_batchnorm(model: nn.Module, asked: bool) -> Iterator[None]:
-    """Within the block, the BatchNorms of a model take the statistics of all processes, if asked.
+def synchronized_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Within the block, the BatchNorms of a model take the statistics of all processes.
 
     A BatchNorm only gets another class, so weights, optimizers and names stay, and afterwards it is as it was. A
     BatchNorm in training mode that remains over one process raises a ValueError.
@@ -89,11 +87,10 @@ def synchronized_batchnorm(model: nn.Module, asked: bool) -> Iterator[None]:
             # A training may put it into training mode later.
             learns = one.training or any(weight.requires_grad for weight in one.parameters())
             usual = one.affine and one.track_running_stats and one.momentum is not None
-            other = synchronized(kind) if asked and usual else None
+            other = synchronized(kind) if usual else None
             if other is None and one.training:
-                cure = f"sync_batchnorm cannot convert this {kind.__name__}" if asked else "set sync_batchnorm"
-                where = f"the model's module {name} is a BatchNorm over one process"
-                raise ValueError(f"{where}: {cure}, or use torch.nn.SyncBatchNorm")
+                text = f"the model's module {name} is a {kind.__name__}, a BatchNorm over one process"
+                raise ValueError(f"{text}, which cannot be converted: use torch.nn.SyncBatchNorm")
             if other is not None and learns:
                 changed.append((one, kind, other))
     if changed:

@@ -129,7 +129,7 @@ def fit(
             # The bank serves this training only.
             vars(task)["adversarial"] = stored.adversarial
             stack.callback(vars(task).pop, "adversarial")
-        stack.enter_context(synchronized_batchnorm(task.model, config.sync_batchnorm))
+        stack.enter_context(synchronized_batchnorm(task.model))
         if config.compile and exchanges(task.model):
             raise ValueError("compile must be False: BatchNorms wait for the other processes, got True")
         # If a folder is locked, all processes raise the error.

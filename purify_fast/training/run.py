@@ -120,7 +120,7 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 logger = logging.getLogger("purify_fast")
 
 #: Settings that do not change the result of a run, and may therefore differ when the run is resumed.
-_NO_FACTS = ("checkpoint_seconds", "compile", "cuda_graphs", "cudnn_benchmark", "sync_batchnorm")
+_NO_FACTS = ("checkpoint_seconds", "compile", "cuda_graphs", "cudnn_benchmark")
 #: The attributes of `Run` that a checkpoint restores as they are.
 _PROGRESS = ("step", "last", "best", "rows", "counts")
 #: The names, without suffix, of the files that a run writes. A half-written file is called ``.<name>-...``.
@@ -226,7 +226,7 @@ class Run:
         progress["network"] = self.network(self.shape)
         progress["compile"] = self.config.compile
         progress["first_batch"] = self.source.first_batch
-        progress["frozen"] = self._frozen()
+        progress["frozen"] = [name for name, weight in self.task.model.named_parameters() if not weight.requires_grad]
         progress["attacked"] = None if self.task.attacked is None else self.task.attacked.decision
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
 
@@ -262,9 +262,6 @@ class Run:
             what = "gives other outputs" if other else "has other parts or settings"
             text = "the network %s than when the checkpoint of %s was written: was its code edited since?"
             logger.warning(text, what, self.folder)
-
-    def _frozen(self) -> list[str]:
-        return [name for name, weight in self.task.model.named_parameters() if not weight.requires_grad]
 
     def resume(self) -> None:
         """Resume from the checkpoint, if there is one."""

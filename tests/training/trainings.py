@@ -20,7 +20,7 @@ from purify_fast.training.distributed import from_first
 
 
 def loop_of(batch=32):
-    return FitConfig(2, batch, padding=1, flip=True, checkpoint_seconds=0, sync_batchnorm=True)
+    return FitConfig(2, batch, padding=1, flip=True, checkpoint_seconds=0)
 
 
 def small_set():
@@ -141,10 +141,8 @@ def refusals():
         except (ValueError, FloatingPointError) as error:
             return f"{type(error).__name__}: {error}"
 
-    own = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(392, 10))
     users = nn.Sequential(OwnNorm(1), nn.Flatten(), nn.Linear(256, 10))
     return {
-        "batchnorm": said(ClassifierTask(own, ClassifierConfig()), loop=FitConfig(1, 32)),
         "own batchnorm": said(ClassifierTask(users, ClassifierConfig())),
         "data": said(small_task("convolutional"), x + rank),
         "an image each": said(small_task("classifier"), loop=FitConfig(1, 2, steps_per_epoch=2)),
