@@ -215,8 +215,8 @@ def set_modes(model: nn.Module, kept: set[str]) -> None:
 class InferenceCopy(nn.Module):
     """A copy of a classifier for inference and for attacks: images ``[B, *image_shape]`` -> float32 logits.
 
-    It has no hooks of a `Representation`, and no parameter that needs a gradient. Call `refresh` after the classifier
-    changes: it makes the copy again, or writes the values into it if nothing else can differ.
+    It has no hooks of a `Representation`, and no parameter that needs a gradient. It keeps the classifier's weights of
+    the moment when it was made; `purify_fast.frozen_copy` makes a copy that follows its model.
 
     Args:
         classifier: module from images in [0, 1] to logits. It is copied.
@@ -275,11 +275,6 @@ class InferenceCopy(nn.Module):
         return bool(self.prepared.channels_last)
 
     @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return first_tensor(self.classifier).device
-
-    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the products."""
         return self.dtype
@@ -307,12 +302,6 @@ class InferenceCopy(nn.Module):
 
     def compiled_steps(self) -> Any:
         return self.steps
-
-    def refresh(self, classifier: nn.Module) -> None:
-        """Make the copy from the present state of the classifier: its tensors, its attributes and all that it holds."""
-        known: Any = None if self._values is None else self._values.watch
-        same = known is not None and known.roots[0] is classifier
-        self._read(classifier, known.again() if same else Snapshot(classifier))
 
     @torch.inference_mode(False)
     def _read(self, classifier: nn.Module, watch: Snapshot, in_place: bool = True, graphs: Any = None) -> None:
