@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import purify_fast
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.followed import Followed
+from purify_fast.speed.frozen_copy import Followed
 
 PACKAGE = Path(purify_fast.__file__).resolve().parent
 #: Modules whose objects are searched for tensors.
@@ -245,7 +245,7 @@ class FakeCuda:
                 ("purify_fast.model_state", "Tensor", FakeTensor),
                 ("purify_fast.speed.copying", "PLAIN", (FakeTensor,)),
                 # A model is the same, though its tensors have become fake.
-                ("purify_fast.speed.snapshot.Snapshot", "same", lambda snapshot: True),
+                ("purify_fast.speed.copying.Snapshot", "same", lambda snapshot: True),
             ):
                 stack.enter_context(mock.patch(f"{target}.{name}", new))
             # No kernel is compared with its definition on values that do not exist.

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from .._validation import GradientPrecision
 from ..protocols import Classifier, CountsImages, SampleLogits, is_purifier, supports
-from ..speed.followed import is_frozen_copy
-from ..speed.frozen_copy import COMPARED, auto_dtype, copy_or_model, same_answers
+from ..speed.frozen_copy import COMPARED, auto_dtype, copy_or_model, is_frozen_copy, same_answers
 from ..speed.graphs.graphed_loop import remember
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
 

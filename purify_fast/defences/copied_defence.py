@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..speed.copying import deep_copy, memo_of
 from ..speed.folding.batchnorm import Values, fold_pairs, foldable_pairs
 from ..speed.folding.inference_copy import InferenceCopy, computed_values, kept_modes, prepare_for_inference, set_modes
-from ..speed.followed import Followed
+from ..speed.frozen_copy import Followed
 from ..speed.watch import copy_all
 
 
@@ -142,8 +142,8 @@ class FollowedDefence(Followed):
             copied._reads = self.reads
 
     def update(self, copied: Any, in_place: bool) -> None:
-        if self.has_model:
-            defence: Any = self._model
+        defence: Any = self._model
+        if defence is not None:
             watch = self.read()
             if not (in_place and self._values is not None and self._values.fit(watch)):
                 how = {"compile": copied.classifier.compiled, "plain": copied.classifier.plain, "followed": self}
@@ -165,8 +165,7 @@ class FollowedDefence(Followed):
     def take(self, copied: Any, fresh: Any) -> None:
         """Take the parts of a new copy, and let a copy have its tensors; it may be the new copy itself."""
         defence: Any = self._model
-        parts = {name: part for name, part in fresh._modules.items() if part is not None}
-        self.parts = parts
+        self.parts = {name: part for name, part in fresh._modules.items() if part is not None}
         held = {name: one for name, one in vars(fresh).items() if isinstance(one, Tensor) and name != "_noise_ids"}
         vars(copied).update(held)
         # An attribute has no source whose values could be written.
@@ -175,20 +174,13 @@ class FollowedDefence(Followed):
         pairs = [(one, theirs[name]) for name, one in mine.items() if one is not None and name != "_noise_seed"]
         copy_all(pairs)
         more += pairs
-        sources = [(getattr(defence, name), pairs) for name, pairs in self.folds.items()]
-        sources.append((defence.classifier, fresh.classifier.prepared.pairs))
-        if "_reader" in parts:
-            sources.append((defence.representation.model, fresh._reader.prepared.pairs))
-        copies = [(network, *one) for network, one in zip(self._networks(self.parts), sources, strict=True)]
-        for network, model, _ in copies[len(self.folds) :]:
+        copies: list[Any] = [(fresh.classifier.classifier, defence.classifier, fresh.classifier.prepared.pairs)]
+        if "_reader" in self.parts:
+            copies.append((fresh._reader.model, defence.representation.model, fresh._reader.prepared.pairs))
+        for network, model, _ in copies:
             more += computed_values(network, model)
+        copies += [(self.parts[name], getattr(defence, name), pairs) for name, pairs in self.folds.items()]
         self._values, copied._made_from = Values(self.watch, copies, more), self.watch
-
-    def _networks(self, parts: dict[str, Any]) -> list[nn.Module]:
-        """The networks of the parts of a copy; those of its classifier are the last."""
-        classifier, reader = parts["classifier"], parts.get("_reader")
-        own = [parts[name] for name in self.folds]
-        return [*own, classifier.classifier, *([] if reader is None else [reader.model])]
 
     def follows(self, copied: Any, model: Any) -> bool:
         before = copied._made_from

@@ -31,7 +31,7 @@ def reading(*models: object) -> Iterator[Any]:
     token = block.set(next(NUMBERS))
     try:
         # Without this module there is no frozen copy. Every attack runs these lines, so they must be fast.
-        for model in models if "purify_fast.speed.followed" in sys.modules else ():
+        for model in models if "purify_fast.speed.frozen_copy" in sys.modules else ():
             for part in modules_of(model) if isinstance(model, nn.Module) else ():
                 if vars(part).get("_followed") is not None:
                     part.prepare_replay()  # type: ignore[operator]

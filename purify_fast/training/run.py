@@ -26,10 +26,9 @@ from ..data import crop_flip, to_float
 from ..model_state import GENERATORS
 from ..models.layers import evaluation_mode
 from ..speed.agreement import FLOAT32, differ
-from ..speed.copying import memo_of
+from ..speed.copying import held_by, memo_of
 from ..speed.draws import own_generators, same_draws
 from ..speed.memory import peak_so_far
-from ..speed.snapshot import held_by
 from .config import FitConfig
 from .distributed import from_first
 from .optimizers import RELATIVE, load_state, relative_rates, set_modes, state_of, weights_of

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..copying import deep_copy, only_registered
+from ..copying import Snapshot, deep_copy, only_registered
 from ..draws import same_draws
-from ..snapshot import Snapshot
 from ..watch import copy_all, tensors_of
 from .arithmetic import fold, foldable, hooked, is_norm, scales_of
 

@@ -14,10 +14,9 @@ from ..._library import section
 from ..._settings import first_tensor, without_autocast
 from ...models.layers import Normalize, without_recorders
 from ...ops.dispatch.gradient import transformed
-from ..copying import deep_copy, freeze
+from ..copying import Snapshot, deep_copy, freeze
 from ..draws import same_draws
 from ..layout import autocast_to, convert, convert_to_channels_last, to_format
-from ..snapshot import Snapshot
 from ..watch import matrix_weights, tensors_of
 from .arithmetic import TRANSPOSED
 from .batchnorm import Values, fold_pairs, foldable_pairs
