@@ -79,15 +79,12 @@ class TrainCommand(Training, DataCommand):
 
 def given_classifier(options: OnClassifier, images: DataSet, prints: bool) -> nn.Module:
     """Load the classifier, and print how it normalizes images, and its accuracy on at most 1,000 images."""
-    from ..data import balanced_subset
-
     model = trained_classifier(options.classifier, options.classifier_weights, images, options.mean, options.std)
     if prints:
         facts: dict[str, Any] = model.arguments  # type: ignore[assignment]
         mean, std = (" ".join(f"{value:.4g}" for value in facts.get(name, ())) for name in ("mean", "std"))
         how = f"mean {mean}, std {std}" if mean else "by its own code"
-        some = balanced_subset(images.x_test, images.y_test, 1000, seed=0, num_classes=images.num_classes)
-        share = accuracy_text(model, some.x, some.y, options.loop.batch_size)
+        share = accuracy_text(model, images.x_test, images.y_test, options.loop.batch_size, 1000)
         name = " with ".join(filter(None, (options.classifier, options.classifier_weights)))
         print(f"classifier {name}: normalization of images in [0, 1]: {how}")
         print(f"its accuracy without an attack: {share}", flush=True)

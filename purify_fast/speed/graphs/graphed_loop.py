@@ -39,11 +39,6 @@ class Launches:
 
     count: int = 0
 
-    @property
-    def enough(self) -> bool:
-        """Return True if the step should be captured."""
-        return self.count >= CAPTURE_STEPS
-
 
 class GraphedSteps(Steps):
     """A loop that is eager at first. ``find`` returns the captured step, the count of its launches, or None."""
@@ -60,7 +55,7 @@ class GraphedSteps(Steps):
 
     def advance(self) -> None:
         """Do a step, eagerly or as a replay."""
-        if self.launched is not None and self.launched.enough:
+        if self.launched is not None and self.launched.count >= CAPTURE_STEPS:
             self._ask()
         if self.captured is not None:
             with section("replay of an attack step"):
@@ -411,7 +406,7 @@ class StepGraphs:
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
         launched = remember(self._launched, key, self._launched.get(key) or Launches(), REMEMBERED)
-        if self.mode != "always" and not launched.enough:
+        if self.mode != "always" and launched.count < CAPTURE_STEPS:
             return launched
         # Forget the launches. If the graph is deleted later, the step is captured again only after as many launches.
         del self._launched[key]
