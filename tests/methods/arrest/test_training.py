@@ -267,14 +267,6 @@ def test_several_layers_are_averaged_and_pooling_reads_their_means():
     torch.testing.assert_close(distances["conv4", True], by_hand)
 
 
-def test_by_default_the_map_before_pooling_is_read():
-    assert arrest(cnn()).layers == ["hidden"]
-    task = arrest(resnet())
-    (features,) = task.teacher(batch().x)
-    assert task.layers == ["act"] and features.shape == (8, 32, 2, 2) and features.min() >= 0
-    assert arrest(resnet(), pooled=True).teacher(batch().x)[0].shape == (8, 32)
-
-
 def test_without_either_part_it_is_adversarial_training():
     """Loss, inputs and two steps' weights of PGD adversarial training written out; no teacher is made or asked."""
     model = resnet().train()

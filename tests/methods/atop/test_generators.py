@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import purify_fast.methods.atop.generators as module
-from purify_fast.methods.atop.defence import PURIFIERS, PurifierAdapter, build_purifier
+from purify_fast.methods.atop.defence import PurifierAdapter, build_purifier
 from purify_fast.methods.atop.generators import CONSTANT, FIRST, KEPT, DeepFillGenerator, GatedConv, SmallGenerator
 from purify_fast.ops.contextual_attention import contextual_attention, key_validity
 
@@ -235,13 +235,6 @@ def generator():
     return made
 
 
-def test_a_round_trip_keeps_every_tensor_under_its_official_name(generator, tmp_path):
-    path = tmp_path / "states.pth"
-    torch.save({"G": generator.state_dict()}, path)
-    loaded = DeepFillGenerator.from_official(str(path))
-    assert same(loaded, generator) and loaded.arguments == generator.arguments and not loaded.training
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -253,7 +246,8 @@ def test_a_round_trip_keeps_every_tensor_under_its_official_name(generator, tmp_
 )
 def test_ways_to_hold_it(generator, tmp_path, change):
     torch.save(change(generator.state_dict()), tmp_path / "states.pth")
-    assert same(DeepFillGenerator.from_official(tmp_path / "states.pth"), generator)
+    loaded = DeepFillGenerator.from_official(tmp_path / "states.pth")
+    assert same(loaded, generator) and loaded.arguments == generator.arguments and not loaded.training
 
 
 @pytest.mark.parametrize(
@@ -287,19 +281,6 @@ def packed(batch=2, channels=3, size=16):
 def of(function):
     """A user's module that returns what ``function`` makes of (transformed, mask)."""
     return Made(lambda self, transformed, mask: function(transformed, mask))
-
-
-@pytest.mark.parametrize("name", PURIFIERS)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_network_by_its_name(name, channels):
-    torch.manual_seed(0)
-    module = build_purifier(name, channels, width=8)
-    assert type(module) is PURIFIERS[name] and type(module)(**module.arguments).arguments == module.arguments
-    x = packed(channels=channels)
-    images = PurifierAdapter(module, (channels, 16, 16))(x)
-    assert len(images) == 2
-    assert all(image.shape == (2, channels, 16, 16) and image.abs().max() <= 1 for image in images)
-    assert all(torch.equal(a, b) for a, b in zip(images, module(x, x[:, channels + 1 :]), strict=True))
 
 
 def test_defaults_and_refusals():

@@ -14,8 +14,7 @@ from purify_fast import cli, data
 from purify_fast.attacks import FGSM, fgsm
 from purify_fast.methods.atop import AtopConfig, AtopTask, DeepFillGenerator
 from purify_fast.methods.atop.task import PatchDiscriminator, SpectralConv, hinge, patch_depth
-from purify_fast.methods.carso import Carso
-from purify_fast.training import Batch, FitConfig, fit, load_classifier
+from purify_fast.training import Batch, FitConfig, fit
 from purify_fast.training.config import TrainingAttack
 
 
@@ -277,14 +276,6 @@ def run(what, made, out, *options):
     return cli.main(["train", what, "--out", str(out), *common, "--epochs", "1", "--batch-size", "16", *options])
 
 
-@pytest.fixture(scope="module")
-def generator(made):
-    """A folder of `train generator`."""
-    options = ["--width", "2", "--transform", "rt3", "--sigma", "0.1", "--block", "4", "--discriminator-width", "2"]
-    assert run("generator", made, made / "generator", *options) == 0
-    return made / "generator"
-
-
 def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, capsys):
     torch.manual_seed(0)
     path = tmp_path / "states.pth"
@@ -302,25 +293,3 @@ def test_a_published_checkpoint_is_what_training_starts_from(made, tmp_path, cap
     assert "--width has no effect beside --weights" in capsys.readouterr().err
     assert run("atop", made, tmp_path / "other", *options, "--weights", str(tmp_path / "none.pth")) == 2
     assert "none.pth" in capsys.readouterr().err
-
-
-def test_folders_of_another_kind_are_refused(made, generator, tmp_path, capsys, monkeypatch):
-    classifier = load_classifier(made / "classifier")
-    carso = tmp_path / "carso"
-    Carso(classifier, ["conv2"], (1, 16, 8), 4, 2, 2, decoder_width=2).save(carso)
-    monkeypatch.chdir(tmp_path)
-
-    def refused(what, *options):
-        assert run(what, made, tmp_path / "out", *options) == 2 and not (tmp_path / "out").exists()
-        return capsys.readouterr().err
-
-    other = f"{generator} must contain a saved Carso, but it contains a Atop"
-    assert other in refused("carso", "--init", str(generator))
-    assert f"{carso} must contain a saved Atop" in refused("atop", "--init", str(carso))
-    kind = f"{made / 'classifier'} holds a 'SmallCNN', not a known defence: if it is a classifier,"
-    assert kind in refused("atop", "--init", str(made / "classifier"))
-    for what in ("generator", "atop", "carso"):
-        assert f"{carso} holds a 'Carso', not a classifier" in refused(what, "--classifier", str(carso))
-    assert "runs/generator is missing: run `purify-fast train generator` first" in refused("atop")
-    assert cli.main(["evaluate", str(carso), "--data", str(made / "bars.npz"), "--device", "cpu"]) == 2
-    assert f"{carso / 'classifier' / 'model.safetensors'} is missing" in capsys.readouterr().err

@@ -11,8 +11,7 @@ from small_models import with_statistics
 from torch import nn
 
 import purify_fast
-from purify_fast.defences.stochastic import StochasticDefence
-from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask, WithAggregation
+from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
@@ -75,27 +74,6 @@ def test_the_function_and_gradient_of_the_copy_are_the_plain_ones(dtype, toleran
     assert all(torch.equal(a, b) for a, b in zip(response(made, x), want, strict=True))
 
 
-def test_borders_are_float32_and_bfloat16_is_inside():
-    x = images(3)
-    made = purify_fast.frozen_copy(defence(), x, dtype=torch.bfloat16)
-    inside = []
-    for module in (made.classifier.classifier.conv1, made._reader.model.conv2, made.decoder.stack[0]):
-        module.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
-    outputs = [made(x), made.sample_logits(x), made.purify(x), made.condition(x)]
-    outputs += [*made.posterior(x, made.condition(x)), made.read(x)[0].float()]
-    assert all(output.dtype == torch.float32 for output in outputs)
-    assert inside and set(inside) == {torch.bfloat16}
-
-
-def test_it_is_made_within_inference_mode():
-    made, x = defence(), images(3)
-    want = response(made, x)
-    with torch.inference_mode():
-        fast = purify_fast.frozen_copy(made, x, dtype=torch.float32)
-    for got, right in zip(response(fast, x), want, strict=True):
-        assert relative(got, right) < 1e-5
-
-
 def test_a_copy_is_neither_saved_nor_trained(tmp_path):
     fast = purify_fast.frozen_copy(defence(), images(3), dtype=torch.bfloat16)
     assert not any(parameter.requires_grad for parameter in fast.parameters())
@@ -136,44 +114,6 @@ def test_a_copy_follows_every_part_of_its_defence(how):
             assert relative(got, right) < 1e-4
 
 
-class Own(Carso):
-    """With a weight, a buffer and parts of its own, and a forward pass that does not check the images."""
-
-    def __init__(self, *given, **options):
-        super().__init__(*given, **options)
-        self.temperature, self.reader = nn.Parameter(torch.ones(())), nn.Linear(10, 10)
-        self.register_buffer("shift", torch.zeros(10))
-        self.again = nn.ModuleList([self.decoder])
-
-    def forward(self, x):
-        return self.reader(super().forward(x)) * self.temperature + self.shift
-
-
-def test_a_copy_of_a_subclass_follows_what_it_adds():
-    torch.manual_seed(0)
-    made = with_statistics(Own(Residual(), ["bn1", "conv2"], SHAPE, 16, 4, 2, decoder_width=4), 0.2).eval()
-    x = images(4)
-    fast = purify_fast.frozen_copy(made, x, dtype=torch.float32)
-    for tensor in (made.temperature, made.shift, made.reader.weight, made.decoder.stack[0].weight):
-        with torch.no_grad():
-            tensor.add_(0.3)
-        with made.fixed_noise(1), fast.fixed_noise(1), torch.no_grad():
-            torch.testing.assert_close(fast(x), made(x), rtol=1e-4, atol=1e-4)
-
-
-def test_what_would_not_follow_is_refused():
-    x, classifier = images(3), Residual()
-    with pytest.raises(ValueError, match="classifier must not be a frozen copy"):
-        Carso(purify_fast.frozen_copy(classifier, x), ["conv2"], SHAPE)
-    with pytest.raises(TypeError, match=r"model must not contain a defence, got .*Carso"):
-        purify_fast.frozen_copy(nn.Sequential(defence()), x)
-    fast, made = purify_fast.frozen_copy(classifier, x), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
-    fast = purify_fast.frozen_copy(made, x)
-    made[1] = nn.Tanh()
-    with pytest.raises(ValueError, match="make a new one"):
-        fast(x)
-
-
 def test_a_forward_of_ones_own_is_what_is_attacked():
     class Opposite(Carso):
         def forward(self, x):
@@ -184,25 +124,6 @@ def test_a_forward_of_ones_own_is_what_is_attacked():
     with made.fixed_noise(1):
         (one, _), (three, _) = (input_gradient(made, x, y, eot_iter=eot) for eot in (1, 3))
     torch.testing.assert_close(three, 3 * one, rtol=1e-3, atol=1e-7)
-
-
-def test_a_defence_with_sample_logits_only_repeats_the_images():
-    class Noisy(StochasticDefence):
-        samples = 2
-
-        def sample_logits(self, x):
-            flat = x.flatten(1)[:, None, :5]
-            return flat + torch.randn(len(x), self.samples, 5)
-
-    class Bare(nn.Module):
-        def sample_logits(self, x):
-            return Noisy.sample_logits(Noisy(), x)
-
-    torch.manual_seed(0)
-    x = images(3)
-    for model in (Noisy(), WithAggregation(Noisy(), "mean"), WithAggregation(Bare(), "mean")):
-        logits = model.draw_logits(x, 4)
-        assert logits.shape == (4, 3, 5) and not torch.equal(logits[0], logits[1])
 
 
 @pytest.mark.parametrize("chunk", [None, 6, 1])

@@ -72,21 +72,6 @@ def test_a_denoiser_that_draws_draws_the_same_again():
     torch.testing.assert_close((found * ahead).sum(), change.detach())
 
 
-def test_surrogates_share_the_weights_and_are_shorter():
-    process = Process(t_star=(0.1, 0.2), steps=(8, 5), guidance="mse", guidance_scale=2.0)
-    made = defence(SHAPE, process=process, samples=2)
-    few, skips, one = (model for _, model in made.attack_surrogates())
-    assert few.process.rounds == [(0.1, 2), (0.2, 2)] and few.process.guidance == "mse"
-    assert [sum(model.begins) for model in (few, skips, one)] == [2, 2, 2] and len(one.begins) == 4
-    assert one.process.solver == "one_shot" and one.process.guidance is None
-    for model in (few, skips, one):
-        assert model.denoiser is made.denoiser and model.classifier is made.classifier and model.samples == 2
-    # of each round the last step, and every fourth before it; the rows that add noise ask no denoiser
-    expected = [j % 4 == 0 for count in (8, 5) for j in reversed(range(count))]
-    assert [row for row, noise in zip(skips.followed, skips.begins, strict=True) if not noise] == expected
-    assert all(made.followed)
-
-
 def test_skipped_gradients_leave_values_as_they_are():
     made, x = defence(SHAPE, process=Process(t_star=0.3, steps=6)), images(4, SHAPE)
     ((_, few), (name, skips), _) = made.attack_surrogates()
