@@ -1,6 +1,5 @@
 """Only one run may use a folder. These tests show what is refused meanwhile, and when the lock ends."""
 
-import multiprocessing
 import signal
 import subprocess
 import sys
@@ -64,25 +63,6 @@ def test_the_same_thread_may_take_it_again_and_another_may_not(tmp_path):
     assert len(refused) == 1 and "is in use by another run" in refused[0]
     # a folder that was created for the lock alone is removed with the lock
     assert not (tmp_path / "a").exists()
-
-
-def _take_in_a_fork(folder, out):
-    try:
-        with folder_lock(folder):
-            out.put("taken")
-    except FolderInUse as error:
-        out.put(str(error))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
-def test_a_forked_process_does_not_hold_it(tmp_path):
-    context = multiprocessing.get_context("fork")
-    with folder_lock(tmp_path):
-        answer = context.Queue()
-        process = context.Process(target=_take_in_a_fork, args=(tmp_path, answer))
-        process.start()
-        assert "is in use by another run" in answer.get(timeout=600)
-        process.join()
 
 
 def test_two_runs_of_the_command_line(tmp_path, holder, capsys):

@@ -1,10 +1,9 @@
-"""--help comes at once, without PyTorch; `info` tells what is installed; threads wait passively."""
+"""--help comes at once, without PyTorch, and `info` tells what is installed."""
 
 import dataclasses
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from purify_fast import __version__, _library, cli
-from purify_fast.__main__ import program
+from purify_fast import _library, cli
 from purify_fast.cli import installation
-from purify_fast.ops import REGISTRY, use_backend
+from purify_fast.ops import REGISTRY
 from purify_fast.ops.dispatch import records, verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,39 +61,7 @@ def test_the_program_is_run_as_a_module_and_tells_its_version():
     assert done.returncode == 0 and done.stdout == "purify-fast 0.1.0\n"
 
 
-def test_the_program_lets_its_threads_wait_passively(run, monkeypatch):
-    for name in cli.WAITING:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    assert run("zoo")[0] == 0 and "OMP_WAIT_POLICY" not in os.environ, "a caller of main keeps its environment"
-    monkeypatch.setattr(sys, "argv", ["purify-fast", "zoo"])
-    assert cli.main() == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-
-
-def test_an_interruption_of_an_import_is_no_traceback(monkeypatch):
-    """Until PyTorch is imported, Ctrl-C ends the program by the signal, and then by an exception."""
-    seen, before = [], signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "main", lambda: seen.append(signal.getsignal(signal.SIGINT)) or 0)
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        assert program() == 0 and seen == [signal.SIG_DFL]
-        monkeypatch.undo()
-        assert cli.main(["recipe"]) == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 CPU = torch.device("cpu")
-
-
-def test_report_names_versions_every_op_and_the_kernels_of_a_forced_backend(run):
-    code, text = run("info", "--all")
-    assert code == 0 and all(part in text for part in (__version__, torch.__version__, *REGISTRY))
-    with use_backend("cpp"):
-        # decode_samples has no kernel of the CPU
-        assert "forced" in (text := installation.info(True)) and "nothing" in text
-    with use_backend("triton"):
-        assert f"on cpu, kernels compute 0 of {len(REGISTRY)} ops" in " ".join(installation.info(False).split())
 
 
 def rows_of(text):

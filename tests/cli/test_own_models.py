@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from purify_fast.cli.evaluate import Evaluate, is_named
+from purify_fast.cli.evaluate import Evaluate
 
 MINE = """
 import beside
@@ -76,24 +76,10 @@ def test_every_form_is_found(bars, mine, monkeypatch, spec):
     assert (model(images.x_test[:].float() / 255).argmax(1) == images.y_test).all() and base is None
 
 
-def test_a_file_beside_is_found_when_the_model_runs(run, bars, mine):
-    path = list(sys.path)
-    few = ["--data", bars, "--device", "cpu", "--steps", "2", "--protocol", "fast", "--images", "2", "--eps", "0.1"]
-    code, printed = run("evaluate", "code/my_defence.py:lazy", *few)
-    assert code == 0 and sys.path == path, printed
-
-
 def test_a_folder_has_its_name_also_from_inside(tmp_path, monkeypatch):
     (tmp_path / "runs" / "c").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "runs" / "c")
     assert {Evaluate(folder=Path(word)).title() for word in (".", "../c", "../../runs/c")} == {"c"}
-
-
-def test_a_folder_with_a_colon_is_a_folder():
-    for name in ("runs/2024-01-01T10:00:00", "10:00", "a b:c/d"):
-        assert not is_named(name)
-    for name in ("module:make", "pack.module:make", "a/b.py:make", "torchvision:resnet18", "timm:hf-hub:a/b"):
-        assert is_named(name)
 
 
 def test_files_of_one_name_have_reports_of_their_own():

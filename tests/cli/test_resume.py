@@ -6,8 +6,7 @@ import yaml
 from small_runs import StopAt, Stopped
 
 from purify_fast import training
-from purify_fast._files import what_is
-from purify_fast.training import load_classifier, run as checkpoint
+from purify_fast.training import load_classifier
 
 
 @pytest.fixture
@@ -58,32 +57,3 @@ def test_what_cannot_be_resumed_is_named(run, tmp_path):
     (tmp_path / "run.yaml").write_text("command: evaluate\n")
     (tmp_path / "report.json").write_text("{}")
     assert f"but {tmp_path} holds a report" in run("train", "--resume", tmp_path)[1]
-
-
-def test_what_a_folder_is(tmp_path):
-    found = []
-    for name in ("", "train", "rows", "log.jsonl", checkpoint.CHECKPOINT, checkpoint.MODEL, "report.json"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        found.append(what_is(tmp_path))
-    words = [
-        "no file",
-        "images",
-        "unfinished evaluation",
-        "without a checkpoint",
-        "unfinished training",
-        "model",
-        "report",
-    ]
-    assert all(word in text for word, text in zip(words, found, strict=True))
-    assert what_is(tmp_path / "none") == "does not exist"
-
-
-def test_an_unfinished_evaluation_is_named(run, tmp_path):
-    for place in (tmp_path / "rows", tmp_path / "run" / "evaluation" / "rows"):
-        place.mkdir(parents=True)
-        code, printed = run("check", tmp_path if place.parent == tmp_path else tmp_path / "run", "zoo:digits-pgd-at")
-        assert (
-            code == 2
-            and f"{place.parent} contains no report.json: it holds an unfinished evaluation, which the same command"
-            in printed
-        )

@@ -7,10 +7,9 @@ import shlex
 import pytest
 import yaml
 
-from purify_fast import _library, cli
+from purify_fast import cli
 from purify_fast.cli import command as run_file
 from purify_fast.cli.command import parse
-from purify_fast.ops.dispatch import records
 
 COMMANDS = [
     ["train classifier", "--eps", "8/255", "--norm", "l2", "--flip"],
@@ -62,20 +61,6 @@ def test_what_a_file_may_not_hold(run, tmp_path):
         code, printed = run("train", "carso", "--config", path)
         assert code == 2 and message in printed and "Traceback" not in printed
     assert "none.yaml" in run("train", "carso", "--config", tmp_path / "none.yaml")[1]
-
-
-def test_a_tilde_is_the_home_folder_in_files_and_variables(bars, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    path = tmp_path / "mine.yaml"
-    path.write_text("out: ~/runs/c\ndata_root: ~/data\ndata: ~/mine.npz\nlayers: [~/a, b]\n")
-    read = parsed(["train carso", "--config", str(path)])
-    assert (read.out, read.data_root) == (tmp_path / "runs/c", tmp_path / "data")
-    assert (read.data, read.layers) == (str(tmp_path / "mine.npz"), (str(tmp_path / "a"), "b"))
-    for name, place in (("DATA", lambda: parsed(["train classifier"]).data_root), ("CACHE", records.folder)):
-        monkeypatch.setenv(f"PURIFY_FAST_{name}", "~/mine")
-        assert place() == tmp_path / "mine"
-    monkeypatch.setenv("PURIFY_FAST_EXTENSION", "~/_C.so")
-    assert _library._find() == str(tmp_path / "_C.so")
 
 
 def test_every_run_writes_its_file(run, bars, tmp_path):

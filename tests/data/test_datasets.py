@@ -1,4 +1,4 @@
-""""""
+"""Data sets: the digits, and files of a user's own: what is read of them, at which size, and what is refused."""
 
 import hashlib
 import sys
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import Made
 
 from purify_fast import cli, data
 from purify_fast.cli.show import Info
@@ -144,17 +143,6 @@ def test_a_data_set_is_loaded_at_another_size(tmp_path):
 def task():
     torch.manual_seed(0)
     return ClassifierTask(SmallCNN(3, 2, (8, 8), 2), ClassifierConfig())
-
-
-@pytest.mark.parametrize(
-    ("change", "text"), [(lambda logits: {"logits": logits}, "a dict for B = 2"), (torch.flatten, r"\[4\] for B = 2")]
-)
-def test_a_model_whose_output_is_no_tensor_of_logits(change, text):
-    x, y = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2
-    odd = Made(lambda self, x: change(self.net(x)), net=SmallCNN(3, 2, (8, 8), 2))
-    for images, labels in ((x, y), ([(x, y)], None)):
-        with pytest.raises(ValueError, match=rf"must map images \[B, 3, 8, 8\] to logits \[B, C\], .*{text}"):
-            fit(ClassifierTask(odd, ClassifierConfig()), images, labels, FitConfig(1, 4), progress=False)
 
 
 def test_values_outside_of_0_to_1_by_rounding_are_clamped():

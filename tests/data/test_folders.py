@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,16 +39,6 @@ def test_the_images_of_test_are_held_out_if_they_have_labels(tmp_path):
     shutil.rmtree(tmp_path / "test")
     picture(tmp_path / "test" / "0.png", 0)
     assert data.load_dataset(tmp_path).name == f"{tmp_path.name}/val"
-
-
-def test_names_in_both_forms_of_unicode_are_the_same(tmp_path):
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    for part, names in (("train", (composed, decomposed, "dog")), ("val", (decomposed, "dog"))):
-        for i, name in enumerate(names):
-            picture(tmp_path / part / name / f"{i}.png", i)
-    made = data.load_dataset(tmp_path)
-    assert made.classes == (composed, "dog")
-    assert (made.y_train.tolist(), made.y_test.tolist()) == ([0, 0, 1], [0, 1])
 
 
 def tiny(root):
@@ -147,14 +135,6 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path, damage, reason):
     with pytest.raises(ValueError, match=rf"cannot be decoded: .*cat/003\.png: {reason}"):
         data.load_dataset(tmp_path)
     assert not list((tmp_path / ".purify_fast").rglob("*x_train*.npy"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is a device of Linux")
-def test_a_full_disk_is_an_error(tmp_path):
-    """With a memory map of a sparse file, it would end the process by SIGBUS."""
-    picture(tmp_path / "0.png", 0)
-    with pytest.raises(OSError, match="No space left"):
-        folders.write_images([tmp_path / "0.png"] * 300, (10, 8), Path("/dev/full"), resize=False)
 
 
 @pytest.mark.parametrize(

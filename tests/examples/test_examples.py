@@ -11,7 +11,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -92,19 +91,6 @@ def test_the_notebook_judges_a_defence_and_draws_it(tmp_path, monkeypatch, capsy
     assert all(curve == sorted(curve, reverse=True) for curve in scope["curves"].values())
     assert len(scope["curves"]) == 2 and len(scope["fell"]) == 6
     assert "claim of 70 % robust accuracy: refuted" in capsys.readouterr().out
-
-
-def test_a_random_defence_hides_its_gradients():
-    from examples.random_defence import cosines, make
-
-    defence, x = make(), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    logits = defence(x)
-    assert logits.shape == (2, 10) and not torch.equal(logits, defence(x))
-    assert not torch.autograd.grad(logits.sum(), x)[0].any()
-    assert torch.allclose(cosines() @ cosines().T, torch.eye(8), atol=1e-6)
-    # a constant image has one frequency in each block, and its value is rounded by at most half a step
-    flat = defence.rounded(torch.full((1, 3, 32, 32), 0.5))
-    assert (flat - 0.5).abs().max() <= defence.step / 2 / 8 + 1e-6
 
 
 def test_the_notebook_has_no_outputs():

@@ -68,13 +68,6 @@ def test_an_attack_of_a_few_steps_leaves_no_less_than_the_card_says(name, digits
         assert attacked >= share - 3 * (max(share * (1 - share), 0.01) / IMAGES) ** 0.5
 
 
-def test_purifiers_by_diffusion_know_up_to_which_time_they_were_trained():
-    trained = [card for card in map(zoo.card, zoo.list()) if card.method == "diffusion"]
-    assert len(trained) >= 6
-    for card in trained:
-        assert f"--last-time {zoo.load(card.name).last_time:g} " in card.training
-
-
 def test_a_defence_and_its_classifier_are_models_of_their_own():
     assert zoo.classifier_folder("digits-carso-pipeline") == zoo.folder("digits-pgd-at")
     with pytest.raises(ValueError, match="name must be a defence of the zoo, got 'digits-pgd-at'"):
@@ -177,14 +170,3 @@ def test_other_weights_are_refused(change, without_weights, release):
     with pytest.raises(ValueError, match=rf"^{without_weights} is not .* {sums}{hashlib.sha256(wrong).hexdigest()}"):
         zoo.folder(NAME)
     assert len(asked) == 1 and without_weights.read_bytes() == wrong
-
-
-def test_a_package_without_the_address_of_its_repository_downloads_nothing(without_weights, monkeypatch, capsys):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("it asked another machine"))
-    monkeypatch.setattr(zoo, "metadata", lambda name: PLACEHOLDER)
-    text = (
-        f"the address of its repository; copy the file .*/{NAME}/model.safetensors of a clone .* to {without_weights}"
-    )
-    with pytest.raises(FileNotFoundError, match=text):
-        zoo.load(NAME)
-    assert capsys.readouterr().err == ""
