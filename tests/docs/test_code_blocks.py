@@ -59,7 +59,7 @@ SHORTER = {
         "evaluate(vote, x[:2], y[:2], eps=0.1, attacks=[PGD(steps=2)], "
     ),
 }
-#: Languages whose blocks are not run: what programs print, drawings, and files (py), which test_extend.py writes.
+#: Languages whose blocks are not run: what programs print, drawings, and files (py).
 TEXT = ("text", "bibtex", "yaml", "json", "diff", "cpp", "py")
 
 
