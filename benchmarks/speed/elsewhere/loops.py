@@ -57,25 +57,15 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return near
 
 
-def carso(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+def carso(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Attack a classifier whose weights are not trained, as a training of CARSO does (Ballarin et al., 2023)."""
-    model.eval().requires_grad_(False)
-    for x, y in batches:
-        delta = torch.empty_like(x).uniform_(-EPS, EPS)
-        for _ in range(CARSO_STEPS):
-            delta.requires_grad_()
-            F.cross_entropy(model(x + delta), y, reduction="sum").backward()
-            delta = stepped(x + delta.detach(), delta.grad, x, ALPHA) - x
-        yield x + delta
-
-
-def carso_by_expert(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
-    """Attack a frozen copy of the classifier."""
-    return carso(Frozen(model, dtype), batches, dtype)
-
-
-_CARSO = Form(carso, (carso,))
-_CARSO_BY_EXPERT = Form(carso_by_expert, (carso_by_expert, carso, *WRITTEN))
+    model.requires_grad_(False)
+    delta = torch.empty_like(x).uniform_(-EPS, EPS)
+    for _ in range(CARSO_STEPS):
+        delta.requires_grad_()
+        F.cross_entropy(model(x + delta), y, reduction="sum").backward()
+        delta = stepped(x + delta.detach(), delta.grad, x, ALPHA) - x
+    return x + delta
 
 
 #: Steps of TRADES' attack, weight of its divergence, and length of AWP's step relative to the weights.
@@ -111,12 +101,11 @@ def trades_attack(model: nn.Module, x: Tensor) -> Tensor:
     return near
 
 
-def trades_attack_by_expert(model: nn.Module, x: Tensor) -> Tensor:
+def trades_attack_once(model: nn.Module, x: Tensor) -> Tensor:
     """Do the same as `trades_attack`, and compute the constant target once."""
     model.eval()
     near = x + 0.001 * torch.randn_like(x)
-    with torch.no_grad():
-        target = F.softmax(model(x), 1)
+    target = F.softmax(model(x), 1)
     for _ in range(TRADES_STEPS):
         near.requires_grad_()
         divergence = F.kl_div(F.log_softmax(model(near), 1), target, reduction="sum")
@@ -140,27 +129,14 @@ def trades(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def trades_by_expert(model: nn.Module, x: Tensor, y: Tensor, fast: Frozen) -> Tensor:
     """Return the loss of TRADES on a batch, whose attack runs on a frozen copy."""
-    near = trades_attack_by_expert(fast, x)
+    near = trades_attack_once(fast, x)
     with cast(fast.dtype):
         return trades_loss(model, x, y, near)
 
 
-def trades_attack_on_copy(model: nn.Module, x: Tensor) -> Tensor:
-    """Do the same as `trades_attack`, and compute the constant target once."""
-    model.eval()
-    near = x + 0.001 * torch.randn_like(x)
-    target = F.softmax(model(x), 1)
-    for _ in range(TRADES_STEPS):
-        near.requires_grad_()
-        divergence = F.kl_div(F.log_softmax(model(near), 1), target, reduction="sum")
-        (gradient,) = torch.autograd.grad(divergence, near)
-        near = stepped(near.detach(), gradient, x, ALPHA)
-    return near
-
-
 def trades_with_our_lines(model: nn.Module, x: Tensor, y: Tensor, fast: nn.Module) -> Tensor:
     """Return the loss of TRADES on a batch, whose attack runs on a frozen copy of this package."""
-    return trades_loss(model, x, y, trades_attack_on_copy(fast, x))
+    return trades_loss(model, x, y, trades_attack_once(fast, x))
 
 
 def attack(model: nn.Module, x: Tensor, y: Tensor, alpha: float, steps: int) -> Tensor:
@@ -228,12 +204,6 @@ def awp(model: nn.Module, batches: Batches, attacked: nn.Module, context: Any) -
         yield value.detach()
 
 
-def awp_by_expert(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
-    """Train by adversarial weight perturbation, whose attack runs on a frozen copy."""
-    fast = Frozen(model, dtype)
-    return awp(model, batches, fast, cast(fast.dtype))
-
-
 def _fast_row(images: int, **how: Any) -> Row:
     """Return the row of a training whose attack keeps the training mode."""
 
@@ -261,12 +231,6 @@ def _trades_copied(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator
     return trained(model, batches, partial(trades_with_our_lines, fast=fast))
 
 
-def awp_with_our_lines(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
-    """Train by adversarial weight perturbation, whose attack runs on a frozen copy of this package."""
-    fast, batches = with_copy(model, batches, dtype)
-    return awp(model, batches, fast, contextlib.nullcontext())
-
-
 def tricks(model: nn.Module, batches: Batches, attacked: nn.Module, context: Any) -> Iterator[Tensor]:
     """Train on images attacked in evaluation mode, as in "Bag of Tricks for Adversarial Training" (ICLR 2021)."""
 
@@ -279,28 +243,27 @@ def tricks(model: nn.Module, batches: Batches, attacked: nn.Module, context: Any
     return trained(model, batches, loss)
 
 
-def tricks_by_expert(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
-    """Train as `tricks`, with an attack on a frozen copy."""
-    fast = Frozen(model, dtype)
-    return tricks(model, batches, fast, cast(fast.dtype))
+def _following_row(loop: Callable[[nn.Module, Batches, nn.Module, Any], Iterator[Tensor]]) -> Row:
+    """Return the row of a training whose attack follows the model itself, or a frozen copy of it."""
+
+    def theirs(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+        return loop(model, batches, model, contextlib.nullcontext())
+
+    def by_expert(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+        fast = Frozen(model, dtype)
+        return loop(model, batches, fast, cast(fast.dtype))
+
+    def with_our_lines(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
+        fast, batches = with_copy(model, batches, dtype)
+        return loop(model, batches, fast, contextlib.nullcontext())
+
+    expert_form = Form(by_expert, (loop, by_expert, cast, *WRITTEN))
+    return Row(8, Form(theirs, (loop,)), expert_form, Form(with_our_lines, (loop, with_our_lines, copied)), True)
 
 
-def tricks_with_our_lines(model: nn.Module, batches: Batches, dtype: Dtype) -> Iterator[Tensor]:
-    """Train as `tricks`, with an attack on a frozen copy of this package."""
-    fast, batches = with_copy(model, batches, dtype)
-    return tricks(model, batches, fast, contextlib.nullcontext())
-
-
-_TRICKS = Form(lambda model, batches, dtype: tricks(model, batches, model, contextlib.nullcontext()), (tricks,))
-_TRICKS_BY_EXPERT = Form(tricks_by_expert, (tricks, tricks_by_expert, cast, *WRITTEN))
-_TRICKS_WITH_OURS = Form(tricks_with_our_lines, (tricks, tricks_with_our_lines, copied))
 _TRADES = Form(lambda model, batches, dtype: trained(model, batches, trades), (trades, trades_attack))
-_TRADES_BY_EXPERT = Form(_trades_frozen, (trades_by_expert, trades_attack_by_expert, cast, *WRITTEN))
-_TRADES_WITH_OURS = Form(_trades_copied, (trades_with_our_lines, trades_attack_on_copy, copied))
-_AWP_WITH_OURS = Form(awp_with_our_lines, (awp, awp_with_our_lines, copied))
-_AWP = Form(lambda model, batches, dtype: awp(model, batches, model, contextlib.nullcontext()), (awp,))
-_AWP_BY_EXPERT = Form(awp_by_expert, (awp, awp_by_expert, cast, *WRITTEN))
-
+_TRADES_BY_EXPERT = Form(_trades_frozen, (trades_by_expert, trades_attack_once, cast, *WRITTEN))
+_TRADES_WITH_OURS = Form(_trades_copied, (trades_with_our_lines, trades_attack_once, copied))
 
 #: Steps of the process, and of the attack.
 TIMES, THROUGH_STEPS = 4, 2
@@ -460,19 +423,19 @@ def attacked_by_expert(model: nn.Module, batches: Batches, dtype: Dtype, attack:
     return attacked(Frozen(model, dtype), batches, dtype, attack)
 
 
-def _row(attack: Attack, package: str) -> Row:
+def _row(attack: Attack, package: str = "", images: int = 8) -> Row:
     theirs = Form(partial(attacked, attack=attack), (attacked,))
     by_expert = Form(partial(attacked_by_expert, attack=attack), (attacked_by_expert, attacked, *WRITTEN))
-    return Row(8, theirs, by_expert, with_our_line(theirs), False, package=package)
+    return Row(images, theirs, by_expert, with_our_line(theirs), False, package=package)
 
 
 ROWS = {
     **{f"TRADES, {n} images": Row(n, _TRADES, _TRADES_BY_EXPERT, _TRADES_WITH_OURS, True) for n in (8, 2)},
     "PGD-7 in training mode": _fast_row(8, alpha=ALPHA, steps=7),
     "FGSM with a random start": _fast_row(16, alpha=1.25 * EPS, steps=1),
-    "Bag of Tricks": Row(8, _TRICKS, _TRICKS_BY_EXPERT, _TRICKS_WITH_OURS, True),
-    "AWP": Row(8, _AWP, _AWP_BY_EXPERT, _AWP_WITH_OURS, True),
-    f"CARSO's classifier, {CARSO_STEPS} steps": Row(16, _CARSO, _CARSO_BY_EXPERT, with_our_line(_CARSO), False),
+    "Bag of Tricks": _following_row(tricks),
+    "AWP": _following_row(awp),
+    f"CARSO's classifier, {CARSO_STEPS} steps": _row(carso, images=16),
     f"diffusion, {TIMES} steps with checkpoints": Row(
         4, _DIFFUSION, _DIFFUSION_BY_EXPERT, _DIFFUSION_WITH_OURS, False, purifier, nn.Module.children
     ),
