@@ -21,12 +21,12 @@ from purify_fast._files import write_text
 
 from .. import RESULTS
 from ..prose import wrapped
-from ..robustness import answer, contests, errors, pack_zoo, smoothing
+from ..robustness import answer, contests, pack_zoo
 from ..robustness.broken import run_broken as broken
 from ..robustness.studies import papers_questions
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
-from ..speed.elsewhere import architectures, measuring as elsewhere, small_networks
+from ..speed.elsewhere import measuring as elsewhere, small_networks
 from . import front_page, methods_table, performance
 
 ROOT = RESULTS.parents[1]
@@ -47,10 +47,9 @@ def every_page() -> list[Path]:
     return [*project, ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-#: For each table, the function that makes its lines.
+#: For each table, the function that makes its lines. The table of a finished study is a page in results/studies.
 TABLES: dict[str, Callable[[Path], list[str]]] = {
-    "evaluation": lambda results: contests.markdown(contests.read(results / "studies")),
-    "robust": lambda results: contests.robust_markdown(contests.read(results / "studies", contests.ROBUST_FILE)),
+    "robust": lambda results: contests.markdown(contests.read(results / "studies")),
     "ops_speed": lambda results: sheets.verdicts_table(sheets.read_csv(results / "cpu" / sheets.ROWS)),
     "answer": lambda results: answer.markdown(answer.read(results / "studies")),
     "methods": methods_table.table,
@@ -62,12 +61,8 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "performance_devices": performance.devices,
     "measured": performance.chapters,
     "broken": broken.table,
-    "errors": errors.table,
-    "certificates": smoothing.table,
-    "largest": smoothing.largest,
     "truth": truth.table,
     "elsewhere": elsewhere.table,
-    "elsewhere_copies": lambda results: architectures.sentences(results / "cpu"),
     **{f"papers_{part}": functools.partial(papers_questions.table, part) for part in papers_questions.PARTS},
     "elsewhere_small": lambda results: small_networks.table(results / "cpu"),
 }
@@ -86,12 +81,8 @@ def table(name: str, results: Path) -> str | None:
 
 
 def value(study: str, model: str, key: str, results: Path) -> str:
-    """Return a number for a page: a study's accuracy in percent, the mean over the seeds, or a pipeline's speedup."""
-    place = f"{study}/{sheets.PIPELINES}"
-    if speed := (results / place).is_file():
-        own = [row for row in sheets.read_csv(results / place) if f"{row['pipeline']}, {row['case']}" == model]
-        found = [float(row["speed_up"]) for row in own if row["contestant"] == key and row["ms"]]
-    elif (results / f"studies/{study}.json").is_file():
+    """Return a number for a page: a study's accuracy in percent, the mean over the seeds."""
+    if (results / f"studies/{study}.json").is_file():
         place = f"studies/{study}.json"
         rows = json.loads((results / place).read_text())
         found = [row[key] for row in rows if row["name"] == model and key in row]
@@ -101,8 +92,7 @@ def value(study: str, model: str, key: str, results: Path) -> str:
         found = [row["accuracy"] for row in rows if (row["model"], row["attack"]) == (model, key)]
     if not found:
         raise ValueError(f"{study}/{model}/{key} names no number in results/{place}")
-    mean = statistics.fmean(found)
-    return f"{mean:.2f}" if speed else f"{100 * mean:.1f}"
+    return f"{100 * statistics.fmean(found):.1f}"
 
 
 def filled(text: str, results: Path) -> tuple[str, list[str]]:

@@ -173,8 +173,9 @@ def contests_sentence(results: Path) -> list[str]:
     Args:
         results: folder of the committed results.
     """
-    rows = [row for file in (contests.FILE, contests.ROBUST_FILE) for row in contests.read(results / "studies", file)]
-    official = {row["contest"]: row for row in rows if row["contestant"].startswith(contests.OFFICIAL)}
+    # The second file is that of a finished study.
+    rows = [row for file in (contests.FILE, "evaluation.json") for row in rows_of(results / "studies" / file)]
+    official = {row["contest"]: row for row in rows if row["contestant"] == contests.OFFICIAL}
     leads: dict[str, list[float]] = {}
     for row in rows:
         theirs = official.get(row["contest"])

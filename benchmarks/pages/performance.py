@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..kept import machines
@@ -23,38 +22,32 @@ def _measured_on(rows: list[dict]) -> str:
     return "; ".join(dict.fromkeys(made))
 
 
-def pipelines(file: Path, *wanted: str) -> list[str]:
-    """Return two tables of some pipelines, or of all: the times, and the speeds relative to another form.
+def pipelines(file: Path) -> list[str]:
+    """Return a table of the pipelines: the time of a form, and the speeds of all forms relative to it.
 
-    A table has a line for each case and a column for each implementation. The results have the memory and the rates.
+    The table has a line for each case and a column for each implementation. The results have all times.
 
     Args:
         file: the results of a device's pipelines.
-        wanted: names of pipelines.
     """
-    rows = [row for row in sheets.read_csv(file) if not wanted or row["pipeline"] in wanted]
-    rows = [row | {"contestant": _form(row["contestant"])} for row in sheets.fewest_threads(rows)]
+    rows = [row | {"contestant": _form(row["contestant"])} for row in sheets.fewest_threads(sheets.read_csv(file))]
     cases = list(dict.fromkeys((row["pipeline"], row["case"], row["shape"]) for row in rows))
     times = {(row["pipeline"], row["case"], row["contestant"]): row for row in rows}
     groups = {at[:2]: group for at, group in sheets.by_case(rows).items()}
     by_expert = all(sheets.fastest(group, sheets.EXPERT) for group in groups.values())
 
-    def speed(row: Mapping[str, str]) -> str:
-        group = groups[row["pipeline"], row["case"]]
-        return str(sheets.times_the_expert(row, group) if by_expert else row["speed_up"])
-
     contestants = dict.fromkeys(row["contestant"] for row in rows)
-    # The text after the semicolon explains the name of the case, as the page does too.
-    titles = [f"{METHODS.get(name, name)}, {case}: {shape.partition(';')[0]}" for name, case, shape in cases]
-    base = "Speed relative to the expert's faster form" if by_expert else "Speedup over the plain form, which has 1.00"
-    lines = [f"{machines(rows)}."]
-    for title, text in (("Milliseconds", lambda row: f"{float(row['ms']):,.0f}"), (base, speed)):
-        body = []
-        for name, case in zip(titles, cases, strict=True):
-            of_case = [times.get((*case[:2], contestant)) for contestant in contestants]
-            body.append([name, *(text(row) if row and row["ms"] else "-" for row in of_case)])
-        lines += ["", f"{title}:", "", *table(["", *map(gpu_tables.ours, contestants)], body)]
-    return lines
+    base, kind = ("the expert's faster form", sheets.EXPERT) if by_expert else ("the plain form", "plain")
+    body = []
+    for name, case, shape in cases:
+        unit = sheets.fastest(groups[name, case], kind) if by_expert else float(times[name, case, kind]["ms"])
+        of_case = [times.get((name, case, contestant)) for contestant in contestants]
+        speeds = (f"{unit / float(row['ms']):.2f}" if unit and row and row["ms"] else "-" for row in of_case)
+        # The text after the semicolon explains the name of the case, as the page does too.
+        title = f"{METHODS.get(name, name)}, {case}: {shape.partition(';')[0]}"
+        body.append([title, f"{unit:,.0f}", *speeds])
+    head = ["", f"{base}, ms", *map(gpu_tables.ours, contestants)]
+    return [f"Speed relative to {base}, on {machines(rows)}:", "", *table(head, body)]
 
 
 #: The names of pipelines in the heads of tables.

@@ -40,12 +40,11 @@ from ..kept import Row
 from ..speed import timing
 from . import revisions
 from .contests import (
+    CONTESTS,
     FAST,
     OFFICIAL,
-    OFFICIAL_RAND as RAND,
     OURS,
     PARTS,
-    ROBUST,
     Amount,
     Contestant,
     Protocol,
@@ -57,7 +56,7 @@ from .contests import (
 from .counted_model import CountedModel
 
 FILE = "answer.json"
-EXPERT = "AutoAttack, expert"
+EXPERT, RAND = "AutoAttack, expert", "AutoAttack rand"
 #: The contests whose networks are attacked, and the numbers of images.
 NETWORKS = ("cifar10-pgd-at-w16, 1 to 700", "mnist-pgd-at, 1 to 250")
 COUNTS = (50, 200, 700)
@@ -95,30 +94,25 @@ class Smoothed(nn.Module):
         return self.network(x + self.sigma * torch.randn_like(x))
 
 
-def _on_cifar10(make: Callable[[], nn.Module], folder: Path | None) -> Subject:
-    images = load_dataset("cifar10", folder)
-    return Subject(make().eval(), to_float(images.x_test), images.y_test, 8 / 255, random=True)
-
-
-def _of_zoo(name: str, folder: Path | None) -> Subject:
-    images = load_dataset(zoo.card(name).data, folder)
-    return Subject(zoo.load(name), to_float(images.x_test), images.y_test, zoo.card(name).eps, random=True)
+def _on_images_of(name: str, make: Callable[[], nn.Module], folder: Path | None) -> Subject:
+    """Make a defence, with the test images and the radius of a model of the zoo."""
+    card = zoo.card(name)
+    images = load_dataset(card.data, folder)
+    return Subject(make().eval(), to_float(images.x_test), images.y_test, card.eps)
 
 
 FROZEN_RAND = f"{RAND}, frozen"
 EIGHT = dict.fromkeys((FAST, FROZEN_RAND, RAND), (8,))
+BASE = "cifar10-pgd-at-w16"
 ZOO = "digits-carso-pipeline", "digits-atop-pipeline", "mnist-carso-objective"
 #: By name of a random defence: the function that makes it, and the numbers of images for each contestant.
 RANDOM: dict[str, tuple[Callable[[Path | None], Subject], dict[str, tuple[int, ...]]]] = {
     "random transforms (examples/random_defence.py)": (
-        partial(_on_cifar10, random_defence.make),
+        partial(_on_images_of, BASE, random_defence.make),
         {FAST: (4, 64), FROZEN_RAND: (4,), RAND: (4,)},
     ),
-    "cifar10-pgd-at-w16 with Gaussian noise 0.1": (
-        partial(_on_cifar10, lambda: Smoothed(zoo.load("cifar10-pgd-at-w16"), 0.1)),
-        EIGHT,
-    ),
-    **{name: (partial(_of_zoo, name), EIGHT) for name in ZOO},
+    f"{BASE} with Gaussian noise 0.1": (partial(_on_images_of, BASE, lambda: Smoothed(zoo.load(BASE), 0.1)), EIGHT),
+    **{name: (partial(_on_images_of, name, partial(zoo.load, name)), EIGHT) for name in ZOO},
 }
 
 
@@ -175,7 +169,7 @@ CONTESTANTS: dict[str, Contestant] = {
     OURS: Protocol(OURS),
     FAST: Protocol(FAST),
     EXPERT: expert,
-    OFFICIAL: official("standard"),
+    OFFICIAL: official,
 }
 
 
@@ -238,7 +232,7 @@ def _code(who: str, amount: Amount, random: bool = False) -> list[str]:
     if random:
         return revisions.of_protocol(who, random=True) + revisions.of_rule(random=True) + [f"answer {ANSWER}"]
     attack = CONTESTANTS[who]
-    return attack.code(False, amount) if isinstance(attack, Protocol) else []
+    return attack.code(amount) if isinstance(attack, Protocol) else []
 
 
 def outdated(results: Path) -> list[str]:
@@ -267,7 +261,7 @@ def main(chosen: argparse.Namespace) -> str:
             subject = make(chosen.data)
             asked = [(who, 0, 2 if chosen.quick else count) for who, each in counts.items() for count in each]
         else:
-            subject = ROBUST[name].make(chosen.data)
+            subject = CONTESTS[name].make(chosen.data)
             asked = runs(min(len(subject.x), 4 if chosen.quick else COUNTS[-1]))
         for who, first, last in asked:
             part = replace(subject, x=subject.x[first:last], y=subject.y[first:last])

@@ -1,25 +1,21 @@
 """Compare the package's attacks with the official AutoAttack, by robust accuracy and time.
 
-The compared attacks, the contestants, run one after the other in one process. The images that an attack returns are
-clipped to the ball, and the model classifies the clipped images. A random model classifies each image several times,
-with new random numbers. For a protocol on a deterministic model, the result is taken from the report of `evaluate`.
+The compared attacks, the contestants, run one after the other in one process. The images that AutoAttack returns are
+clipped to the ball, and the model classifies the clipped images. The result of a protocol is taken from the report of
+`evaluate`.
 
 Every finished run is saved in the results file, with the weights, the images, and the attacks and their revisions. If
-one of these has changed, the contestant runs again.
-
-In contests on robust networks (``--robust``), a run may attack only a part of the images. The images in all forward
-passes and gradient computations are counted. The results file has the outcome of each image, so that two contestants
-can be compared image by image.
+one of these has changed, the contestant runs again. A run may attack only a part of the images. The images in all
+forward passes and gradient computations are counted. The results file has the outcome of each image, so that two
+contestants can be compared image by image.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,13 +30,10 @@ from torch import Tensor, nn
 from examples.demo.methods import BASE, FOLDERS, train
 from examples.demo.setting import EPS, Budget, Workspace, digits
 from purify_fast import zoo
-from purify_fast._files import write_text
 from purify_fast._settings import digest, weights_fingerprint
-from purify_fast.attacks import JudgeContext, frozen
+from purify_fast.attacks import frozen
 from purify_fast.attacks.base import ThreatModel
-from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
-from purify_fast.defences import StochasticDefence, WithAggregation
 from purify_fast.evaluation import AttackSpec, evaluate
 from purify_fast.judge.request import deadline as evaluated
 from purify_fast.judge.request.preparation import protocol_attacks
@@ -56,16 +49,8 @@ from ..speed import timing
 from . import revisions
 from .counted_model import CountedModel
 
-#: The results and the table for docs/evaluation.md; in the second line, those of the contests on robust networks.
-FILE, TABLE = "evaluation.json", "evaluation.md"
-ROBUST_FILE, ROBUST_TABLE = "robust.json", "robust.md"
+FILE = "robust.json"
 OFFICIAL, OURS, FAST = "AutoAttack", "standard", "fast"
-OFFICIAL_RAND, OURS_RAND = "AutoAttack rand", "rand"
-#: The contestant SHORT_RAND runs the protocol rand with at most SHORT_STEPS steps.
-SHORT_STEPS = 60
-SHORT_RAND = f"rand, {SHORT_STEPS} steps"
-#: The predictions of a random model on each returned image, and the gradients that an attack's step averages.
-JUDGES, DRAWS = 20, 20
 #: The number of images in a batch, which is the default of the official implementation.
 BATCH = 250
 #: Images in a run of this slow contestant: an interruption loses little. The stopping rule of others needs all images.
@@ -86,7 +71,7 @@ class Amount:
     images: int | None = None
     steps: int = 100
     queries: int = 5000
-    draws: int = DRAWS
+    draws: int = 20
 
 
 QUICK = Amount(images=4, steps=2, queries=5, draws=2)
@@ -101,17 +86,15 @@ class Subject:
         x: images, float32 ``[N, C, H, W]`` in [0, 1].
         y: labels, int64 ``[N]``.
         eps: L-inf radius on images in [0, 1].
-        random: True if two predictions of the same image differ.
     """
 
     model: nn.Module
     x: Tensor
     y: Tensor
     eps: float
-    random: bool = False
 
 
-#: A function that attacks a `Subject`. It returns the share of wrong predictions on each attacked image, ``[N]``.
+#: A function that attacks a `Subject`. It returns 1 for each image that fell, and otherwise 0, ``[N]``.
 Contestant = Callable[[Subject, Amount], Tensor]
 
 
@@ -132,106 +115,51 @@ def found_by_autoattack(subject: Subject, amount: Amount, version: str = "standa
         return adversary.run_standard_evaluation(subject.x, subject.y, batch_size=BATCH)[0]
 
 
-def official(version: str) -> Contestant:
-    """Return a contestant that runs the official AutoAttack, see `found_by_autoattack`."""
-    return lambda subject, amount: misclassified(subject, found_by_autoattack(subject, amount, version))
+def official(subject: Subject, amount: Amount) -> Tensor:
+    """Run the official AutoAttack, see `found_by_autoattack`."""
+    return misclassified(subject, found_by_autoattack(subject, amount))
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A contestant that runs a protocol of this package. On a deterministic model it calls `evaluate`, as users do.
+    """A contestant that runs a protocol of this package by `evaluate`, as users do.
 
     Args:
         name: name of the protocol.
-        steps: largest number of steps of an attack.
         seed: seed of the evaluation.
     """
 
     name: str
-    steps: int = Amount.steps
     seed: int = 0
 
     def reduced(self, spec: AttackSpec, amount: Amount) -> AttackSpec:
-        """Return the attack with at most the steps, queries and draws of ``amount``, and at most `steps` steps."""
-        most = {"steps": min(amount.steps, self.steps), "n_queries": amount.queries, "eot_iter": amount.draws}
-        given = {name: getattr(spec.attack, name, None) for name in most}
-        less = {name: min(value, most[name]) for name, value in given.items() if value is not None}
+        """Return the attack with at most the steps, queries and draws of ``amount``."""
+        most = {"steps": amount.steps, "n_queries": amount.queries, "eot_iter": amount.draws}
+        values = {name: getattr(spec.attack, name, None) for name in most}
+        less = {name: min(value, most[name]) for name, value in values.items() if value is not None}
         return replace(spec, attack=replace(spec.attack, **less))
 
-    def code(self, random: bool, amount: Amount) -> list[str]:
+    def code(self, amount: Amount) -> list[str]:
         """Return descriptions of the attacks. A row whose attacks have other descriptions is outdated."""
-        attacks = revisions.of_protocol(self.name, random, change=partial(self.reduced, amount=amount))
+        attacks = revisions.of_protocol(self.name, random=False, change=partial(self.reduced, amount=amount))
         return attacks + ([f"seed {self.seed}"] if self.seed else [])
 
     def __call__(self, subject: Subject, amount: Amount) -> Tensor:
-        whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=JUDGES, seed=0)
+        whole = evaluated.Subject(subject.model, subject.x, subject.y, batch_size=BATCH, n_eval=1, seed=0)
         specs = protocol_attacks(self.name, whole, ThreatModel("linf", subject.eps))
-        specs = [self.reduced(spec, amount) for spec in specs]
-        steps = min(amount.steps, self.steps)
-        if not subject.random:
-            how: dict[str, Any] = {"seed": self.seed, "batch_size": BATCH, "steps": steps, "probes": False}
-            how |= {"eps": subject.eps, "attacks": specs, "progress": False}
-            report = evaluate(subject.model, subject.x, subject.y, **how)
-            return 1 - torch.from_numpy(report.headline.robust).float()
-        context = JudgeContext(
-            num_classes=10,
-            eps=subject.eps,
-            draws_differ=True,
-            eot_iter=amount.draws,
-            judge_draws=JUDGES,
-            steps=steps,
-            batch_size=BATCH,
-            max_forward_batch=2 * BATCH,
-            copies=Copies(subject.x),
-        )
-        return misclassified(subject, found_in_turn(subject, specs, context))
+        how: dict[str, Any] = {"attacks": [self.reduced(spec, amount) for spec in specs], "steps": amount.steps}
+        how |= {"seed": self.seed, "batch_size": BATCH, "probes": False, "progress": False}
+        report = evaluate(subject.model, subject.x, subject.y, eps=subject.eps, **how)
+        return 1 - torch.from_numpy(report.headline.robust).float()
 
 
-def found_in_turn(subject: Subject, specs: Sequence[AttackSpec], context: JudgeContext) -> Tensor:
-    """Run each attack on the images that are left. Return the points that most of `JUDGES` draws misclassify.
-
-    `evaluate` chooses between points by fewer draws, and returns a point only if other draws misclassify it, too.
-    """
-    judge, images, wrong = Judge(subject.model, JUDGES, 2 * BATCH), subject.x.clone(), misclassified(subject, subject.x)
-    for spec in specs:
-        with frozen(subject.model), frozen(subject.model if spec.through is None else spec.through):
-            for part in (~has_fallen(wrong)).nonzero()[:, 0].split(BATCH):
-                given = replace(context, seed=spec.seed, gradients_from=spec.through, sample_ids=part)
-                found = spec.attack.search(subject.model, subject.x[part], subject.y[part], given).images
-                share = judge.shares(found, subject.y[part])
-                better = share > wrong[part]
-                images[part[better]], wrong[part[better]] = found[better], share[better]
-    return images
-
-
-def standard_error(share: float, draws: int) -> float:
-    """Return the standard error of a share of wrong predictions.
-
-    The result is half the width of Wilson's interval for one standard deviation, so it is above 0 even if all
-    predictions agree.
-    """
-    return math.sqrt(share * (1 - share) / draws + 1 / (4 * draws**2)) / (1 + 1 / draws)
-
-
-STANDARD_CONTESTANTS: dict[str, Contestant] = {
-    OFFICIAL: official("standard"),
-    OURS: Protocol("standard"),
-    FAST: Protocol("fast"),
-}
-RAND_CONTESTANTS: dict[str, Contestant] = {
-    OFFICIAL_RAND: official("rand"),
-    OURS_RAND: Protocol("rand"),
-    SHORT_RAND: Protocol("rand", SHORT_STEPS),
-}
 SEEDS = (0, 1, 2)
-ROBUST_CONTESTANTS: dict[str, Contestant] = {
-    OFFICIAL: official("standard"),
+CONTESTANTS: dict[str, Contestant] = {
+    OFFICIAL: official,
     **{f"{name}, seed {seed}" if seed else name: Protocol(name, seed=seed) for name in (OURS, FAST) for seed in SEEDS},
 }
 #: On the large networks each attack has one seed.
-LARGE_CONTESTANTS = {name: ROBUST_CONTESTANTS[name] for name in (OFFICIAL, OURS, FAST)}
-#: The order of the contestants in the results of a contest.
-RANKS = [*ROBUST_CONTESTANTS, *RAND_CONTESTANTS]
+LARGE_CONTESTANTS = {name: CONTESTANTS[name] for name in (OFFICIAL, OURS, FAST)}
 
 
 class Contest(NamedTuple):
@@ -241,48 +169,11 @@ class Contest(NamedTuple):
         make: function that makes the attacked model and images, from the folder of the images.
         contestants: compared attacks, by name.
         model: function that makes the model alone. It is None if the model needs a folder or a training.
-        random: True if two predictions of the model differ.
     """
 
     make: Callable[[Path | None], Subject]
     contestants: dict[str, Contestant]
     model: Callable[[], nn.Module] | None = None
-    random: bool = False
-
-
-def _of_zoo(name: str, random: bool = False) -> nn.Module:
-    """Load a model of the zoo. If ``random`` is False, the randomness of a random defence is switched off."""
-    model = zoo.load(name)
-    if isinstance(model, StochasticDefence) and not random:
-        # AutoAttack's version "standard" is only for deterministic models.
-        return WithAggregation(model, deterministic=True).eval()
-    return model
-
-
-def _digits(name: str, images: int | None = None, random: bool = False) -> Contest:
-    """Return the contest of a model of the zoo on held-out digits."""
-
-    def make(folder: Path | None) -> Subject:
-        held_out = digits()
-        x, y = to_float(held_out.x_test[:images]), held_out.y_test[:images]
-        return Subject(_of_zoo(name, random), x, y, EPS, random)
-
-    contestants = RAND_CONTESTANTS if random else STANDARD_CONTESTANTS
-    return Contest(make, contestants, partial(_of_zoo, name, random), random)
-
-
-def resnet18() -> nn.Module:
-    """Load the ResNet-18 of pyautoattack's examples in evaluation mode. It takes images in [0, 1]."""
-    module = importlib.import_module("pyautoattack.examples.resnet")
-    model = module.ResNet18()
-    weights = Path(str(module.__file__)).with_name("model_test.pt")
-    model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
-    return model.eval()
-
-
-def _resnet18(folder: Path | None) -> Subject:
-    images = load_dataset("cifar10", folder)
-    return Subject(resnet18(), to_float(images.x_test[:200]), images.y_test[:200], 1 / 255)
 
 
 def _network(name: str, count: int, first: int = 0) -> Contest:
@@ -293,7 +184,7 @@ def _network(name: str, count: int, first: int = 0) -> Contest:
         images, part = load_dataset(card.data, folder), slice(first, first + count)
         return Subject(zoo.load(name), to_float(images.x_test[part]), images.y_test[part], card.eps)
 
-    contestants = LARGE_CONTESTANTS if name.startswith("cifar10") else ROBUST_CONTESTANTS
+    contestants = LARGE_CONTESTANTS if name.startswith("cifar10") else CONTESTANTS
     return Contest(make, contestants, partial(zoo.load, name))
 
 
@@ -328,21 +219,10 @@ def _published(folder: Path | None) -> Subject:
     return Subject(model.eval(), to_float(images.x_test[:200]), images.y_test[:200], 0.3)
 
 
-#: The contests of a usual run, by name.
-CONTESTS = {
-    "digits, base": _digits("digits-pgd-at"),
-    "digits, ARREST": _digits("digits-arrest"),
-    "digits, CARSO, paper's objective (z = 0)": _digits("digits-carso-objective"),
-    "digits, pipeline CARSO (z = 0)": _digits("digits-carso-pipeline"),
-    # Use only 100 of the 500 images, because the official attack takes several minutes even for 100 images: each step
-    # averages 20 draws of eight samples.
-    "digits, pipeline CARSO (K = 8, random)": _digits("digits-carso-pipeline", 100, random=True),
-    "CIFAR-10 (JPEG 75), ResNet-18, eps 1/255": Contest(_resnet18, STANDARD_CONTESTANTS),
-}
-#: The contests on robust networks. The name may end with the numbers of the first and the last test image.
-ROBUST = {"mnist_cnn_a_adv, published": Contest(_published, ROBUST_CONTESTANTS)}
-ROBUST |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), ROBUST_CONTESTANTS) for seed in range(3)}
-ROBUST |= {
+#: The contests. The name may end with the numbers of the first and the last test image.
+CONTESTS = {"mnist_cnn_a_adv, published": Contest(_published, CONTESTANTS)}
+CONTESTS |= {f"digits, seed {seed}": Contest(partial(_digits_of_seed, seed), CONTESTANTS) for seed in range(3)}
+CONTESTS |= {
     f"{name}, {first + 1} to {first + count}": _network(name, count, first)
     for name, first, count in (
         ("cifar10-pgd-at-w16", 0, 700),
@@ -356,46 +236,32 @@ ROBUST |= {
 
 
 def misclassified(subject: Subject, found: Tensor) -> Tensor:
-    """Return the share of wrong predictions for each returned image, which is first clipped to the ball, ``[N]``."""
+    """Return 1 for each returned image that is misclassified, after it is clipped to the ball, and otherwise 0."""
     inside = pgd_step(found.detach(), torch.zeros_like(found), subject.x, 0.0, subject.eps)
-    judge = Judge(subject.model, draws=JUDGES if subject.random else 1, max_forward_batch=2 * BATCH)
+    judge = Judge(subject.model, draws=1, max_forward_batch=2 * BATCH)
     with frozen(subject.model):
         parts = zip(inside.split(BATCH), subject.y.split(BATCH), strict=True)
         return torch.cat([judge.shares(*part) for part in parts])
 
 
-def accuracy(subject: Subject, wrong: Tensor) -> tuple[float, float]:
-    """Return the share of right predictions in percent, and its standard error over the random predictions."""
-    errors = [standard_error(float(share), JUDGES) for share in wrong] if subject.random else [0.0]
-    return 100 * float(1 - wrong.mean()), 100 * sum(e**2 for e in errors) ** 0.5 / len(errors)
-
-
-def _runs(name: str, who: str, images: int) -> list[slice]:
-    """Return, for each run of a contestant, the slice of the images that the run attacks."""
-    size = PARTS.get(who, images) if name in ROBUST else images
-    return [slice(first, first + size) for first in range(0, images, size)]
-
-
-def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row, counted: bool) -> None:
+def _run(attack: Contestant, subject: Subject, amount: Amount, row: Row) -> None:
     """Run a contestant once, and add the result to its row."""
     torch.manual_seed(0)
-    door = CountedModel(subject.model) if counted else None
+    door = CountedModel(subject.model)
     begin = time.perf_counter()
-    wrong = attack(subject if door is None else replace(subject, model=door), amount)
+    wrong = attack(replace(subject, model=door), amount)
     row["seconds"].append(time.perf_counter() - begin)
-    row["robust"], row["error"] = accuracy(subject, wrong)
-    if door is not None:
-        row["left"] += kept.bits(~has_fallen(wrong))
-        row["robust"] = 100 * row["left"].count("1") / len(row["left"])
-        row["forwards"] += door.counts.forwards
-        row["gradients"] += door.counts.gradients
+    row["left"] += kept.bits(~has_fallen(wrong))
+    row["robust"] = 100 * row["left"].count("1") / len(row["left"])
+    row["forwards"] += door.counts.forwards
+    row["gradients"] += door.counts.gradients
 
 
 def is_current(row: Row, contest: Contest) -> bool:
     """Tell whether a row was made with the attacks and weights that the package has now."""
     code: dict[str, Any] = row.get("code", {})
     attack = contest.contestants.get(row["contestant"])
-    if isinstance(attack, Protocol) and code.get("attacks") != attack.code(contest.random, Amount(**row["amount"])):
+    if isinstance(attack, Protocol) and code.get("attacks") != attack.code(Amount(**row["amount"])):
         return False
     return contest.model is None or code.get("weights") == weights_fingerprint(contest.model())
 
@@ -403,10 +269,9 @@ def is_current(row: Row, contest: Contest) -> bool:
 def outdated(results: Path) -> list[str]:
     """Return a message for each row that was made with other attacks or weights than the package has now."""
     return [
-        kept.outdated(file, f"{row['contestant']} of the contest {row['contest']!r}", f"evaluation{option}")
-        for file, contests, option in ((FILE, CONTESTS, ""), (ROBUST_FILE, ROBUST, " --robust"))
-        for row in read(results / "studies", file)
-        if row["contest"] not in contests or not is_current(row, contests[row["contest"]])
+        kept.outdated(FILE, f"{row['contestant']} of the contest {row['contest']!r}", "evaluation")
+        for row in read(results / "studies")
+        if row["contest"] not in CONTESTS or not is_current(row, CONTESTS[row["contest"]])
     ]
 
 
@@ -414,17 +279,18 @@ def run_contest(
     name: str, whole: Subject, contestants: dict[str, Contestant], amount: Amount, known: Sequence[Row] = ()
 ) -> Iterator[Row]:
     """Run the contestants in turn, and yield the row of a contestant after each of its runs."""
-    counted, before, rows, runs = name in ROBUST, {row["contestant"]: row for row in known}, {}, {}
+    before, rows, runs = {row["contestant"]: row for row in known}, {}, {}
     subject = replace(whole, x=whole.x[: amount.images], y=whole.y[: amount.images])
-    clean = accuracy(subject, misclassified(subject, subject.x))[0]
+    clean = 100 * float(1 - misclassified(subject, subject.x).mean())
     shared = {"contest": name, "images": len(subject.x), "eps": subject.eps, "clean": clean}
     shared |= {"amount": asdict(amount)} | timing.environment(torch.device("cpu"))
     made_of = {"weights": weights_fingerprint(subject.model), "images": digest(subject.x, subject.y)[:16]}
     for who, attack in contestants.items():
-        runs[who] = _runs(name, who, len(subject.x))
-        attacks = {"attacks": attack.code(subject.random, amount)} if isinstance(attack, Protocol) else {}
+        size = PARTS.get(who, len(subject.x))
+        runs[who] = [slice(first, first + size) for first in range(0, len(subject.x), size)]
+        attacks = {"attacks": attack.code(amount)} if isinstance(attack, Protocol) else {}
         fresh: Row = {"contestant": who, "code": made_of | attacks, "seconds": []}
-        fresh |= {"left": "", "forwards": 0, "gradients": 0} if counted else {}
+        fresh |= {"left": "", "forwards": 0, "gradients": 0}
         old = before.get(who, {})
         rows[who] = old if old.get("code") == fresh["code"] else fresh
     for turn in range(max(map(len, runs.values()))):
@@ -432,15 +298,15 @@ def run_contest(
             row = rows[who]
             if len(row["seconds"]) <= turn < len(parts):
                 part = replace(subject, x=subject.x[parts[turn]], y=subject.y[parts[turn]])
-                _run(contestants[who], part, amount, row, counted)
+                _run(contestants[who], part, amount, row)
                 row |= shared
                 spent = row["seconds"][-1]
                 print(f"{name}: robust accuracy {row['robust']:.1f} % under {who}, {spent:.1f} s", flush=True)
                 yield row
 
 
-def robust_markdown(rows: list[Row]) -> list[str]:
-    """Return the table of the contests on robust networks. A line has a number for each seed of an attack."""
+def markdown(rows: list[Row]) -> list[str]:
+    """Return the table for docs/evaluation.md. A line has a number for each seed of an attack."""
     head = ["model, images", "eps", "clean, %", "attack", "attacked", "left", "difference"]
     body: dict[tuple[str, str], list[list[str]]] = {}
     for row in rows:
@@ -464,25 +330,9 @@ def robust_markdown(rows: list[Row]) -> list[str]:
     return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, lines)]
 
 
-def markdown(rows: list[Row]) -> list[str]:
-    """Return the table of the contests in `CONTESTS`."""
-    head = ["model", "images", "clean, %", "attack", "robust accuracy, %", "difference, points"]
-    body = []
-    for row in rows:
-        first = next(r for r in rows if r["contest"] == row["contest"])
-        robust = f"{row['robust']:.1f}" + (f" ± {row['error']:.1f}" if row["error"] else "")
-        if row is first:
-            body.append([row["contest"], str(row["images"]), f"{row['clean']:.1f}", row["contestant"], robust, ""])
-        else:
-            body.append(["", "", "", f"**{row['contestant']}**", robust, f"{row['robust'] - first['robust']:+.1f}"])
-    return [f"Measured on: {kept.machines(rows)}.", "", *markdown_table(head, body)]
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks evaluation``."""
-    which = f"contests to run; default: all. Names: {'; '.join(CONTESTS)}. Names with --robust: {'; '.join(ROBUST)}"
-    parser.add_argument("names", nargs="*", metavar="NAME", type=options.one_of([*CONTESTS, *ROBUST]), help=which)
-    parser.add_argument("--robust", action="store_true", help="run the contests on robust networks, which take days")
+    options.add_names(parser, CONTESTS, what="contests to run, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
     images = "largest number of images of a contest; default: all images"
     parser.add_argument("--images", type=int, help=images)
@@ -494,39 +344,28 @@ def main(chosen: argparse.Namespace) -> str:
     usual = QUICK if chosen.quick else Amount()
     amount = replace(usual, images=chosen.images or usual.images)
     # Write the results of a trial to another folder, so that they do not replace results that took days.
-    trial = chosen.quick or (chosen.robust and chosen.images is not None)
-    out = options.out_of(chosen, trial, "studies")
-    contests, file, page, table = CONTESTS, FILE, TABLE, markdown
-    if chosen.robust:
-        contests, file, page, table = ROBUST, ROBUST_FILE, ROBUST_TABLE, robust_markdown
+    out = options.out_of(chosen, chosen.quick or chosen.images is not None, "studies")
 
     def key(row: Row) -> tuple[int, int]:
-        return list(contests).index(row["contest"]), RANKS.index(row["contestant"])
+        return list(CONTESTS).index(row["contest"]), list(CONTESTANTS).index(row["contestant"])
 
     def stays(row: Row) -> bool:
         """Tell whether a row may stay beside a new one. All rows of a contest must have the same `Amount`."""
         return row["contest"] != name or row["amount"] == asdict(amount)
 
-    for name in chosen.names or contests:
-        contestants = contests[name].contestants
-        known = [row for row in read(out, file) if row["contest"] == name and stays(row)]
-        done = [row for row in known if is_current(row, contests[name])]
-        if not chosen.robust and len(done) == len(contestants):
-            continue
+    for name in chosen.names:
+        contest = CONTESTS[name]
+        known = [row for row in read(out) if row["contest"] == name and stays(row)]
         try:
-            subject = contests[name].make(chosen.data)
+            subject = contest.make(chosen.data)
         except (ValueError, FileNotFoundError) as error:
-            if not chosen.robust:
-                raise
             print(f"{name} is left out: {error}", flush=True)
             continue
-        for row in run_contest(name, subject, contestants, amount, known):
-            kept.put(out / file, row, key, stays)
-            write_text(out / page, "\n".join(table(read(out, file))) + "\n")
-    write_text(out / page, "\n".join(table(read(out, file))) + "\n")
-    return (out / page).read_text()
+        for row in run_contest(name, subject, contest.contestants, amount, known):
+            kept.put(out / FILE, row, key, stays)
+    return "\n".join(markdown(read(out)))
 
 
-def read(out: Path, file: str = FILE) -> list[Row]:
+def read(out: Path) -> list[Row]:
     """Return the rows in a folder of results, or an empty list if there is no results file."""
-    return kept.rows_of(out / file)
+    return kept.rows_of(out / FILE)

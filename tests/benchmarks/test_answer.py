@@ -46,7 +46,7 @@ def test_a_random_defence_is_judged_by_fresh_draws(monkeypatch):
     monkeypatch.setattr(answer, "found_by_autoattack", found)
     with torch.no_grad():
         y = model.network(x).argmax(1)
-    subject = Subject(model, x, y, 0.1, random=True)
+    subject = Subject(model, x, y, 0.1)
     frozen, plain = (answer.measured_random(subject, who, Amount(steps=2)) for who in (answer.FROZEN_RAND, answer.RAND))
     assert asked == [False, True] and frozen["forwards"] == plain["forwards"] == 4
     assert 0 <= frozen["left"] <= 4 and 0 <= frozen["one_draw"] <= 1

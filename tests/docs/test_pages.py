@@ -51,9 +51,6 @@ def test_values_are_read_from_the_studies():
     assert "-->78.6<!-- end -->" in filled and "-->60.2<!-- end -->" in filled and not missing
     with pytest.raises(ValueError, match=r"carso_mnist/CARSO pipeline/such attack .*report.json"):
         fill.filled("<!-- value: carso_mnist/CARSO pipeline/such attack --><!-- end -->", RESULTS)
-    speed, _ = fill.filled("<!-- value: cpu/carso_inference, prediction/ours --><!-- end -->", RESULTS)
-    # The number changes whenever the pipeline is measured again.
-    assert re.search(r"-->\d+\.\d\d<!-- end -->", speed)
 
 
 def test_the_page_of_the_installation_lists_every_environment_variable():

@@ -95,22 +95,16 @@ def _numbers(each: dict[str, Row]) -> list[str]:
     return row
 
 
-def _score(broken: dict[str, dict[str, Row]]) -> list[str]:
-    """Return sentences that count the verdicts of each judge, and the defences that AutoAttack overestimates."""
-    lines = []
+def _score(broken: dict[str, dict[str, Row]]) -> str:
+    """Return sentences that count the verdicts of each judge."""
+    sentences = []
     for judge in ATTACKERS:
         said = [verdicts(each)[judge] for each in broken.values()]
         if asked := len(said) - said.count("-"):
             found, flagged, missed = map(said.count, ("found", "flagged", "missed"))
             words = f"`{judge}` judged {asked} defences: it found {found} weaknesses"
-            lines += ["", f"{words}, flagged {flagged} defences, and missed {missed} weaknesses."]
-    gaps = {name: overestimated(each, OFFICIAL) or 0 for name, each in broken.items()}
-    more = {name: gap for name, gap in gaps.items() if gap > CLOSE}
-    if more:
-        worst = max(more, key=more.__getitem__)
-        words = f"AutoAttack overestimates the robust accuracy of {len(more)} defences by more than 2 points"
-        lines += ["", f"{words}. The largest overestimate is {_percent(more[worst])} points, for {worst}."]
-    return lines
+            sentences.append(f"{words}, flagged {flagged} defences, and missed {missed} weaknesses.")
+    return " ".join(sentences)
 
 
 def markdown(results: Sequence[Row]) -> list[str]:
@@ -128,8 +122,7 @@ def markdown(results: Sequence[Row]) -> list[str]:
         body.append([f"{name} ({entry.paper})", entry.attack, entry.published, *_numbers(each), *words])
     says = [f"{judge} says" for judge in (STANDARD, STRONG)]
     lines = markdown_table(["defence", "adaptive attack", "published, %", *head, *says], body)
-    lines += _score(broken)
-    lines += ["", _signs(every)]
+    lines += ["", f"{_score(broken)} {_signs(every)}"]
     for title, honest, why in (("honest model", True, []), ("model with a fault", False, ["why"])):
         rows = [
             [name, *_numbers(each), *([ENTRIES[name].why] if why else [])]

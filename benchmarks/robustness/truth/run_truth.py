@@ -144,26 +144,18 @@ def markdown(results: Results) -> list[str]:
 
 
 def _sentences(results: Results) -> list[str]:
-    """Return sentences about contradictions to the truth, the work of each contestant, and the machines."""
+    """Return sentences about contradictions to the truth, and the machines."""
     truths = {row["subject"]: row for row in results["truth"]}
     alone = sum("".join(row["verdicts"]).count(FALLS_IN_FLOAT64) for row in truths.values())
     built = [row for row in results["contestants"] if row["subject"] == CONSTRUCTED]
     false = sum(score([truths[CONSTRUCTED]], [row]).contradicted for row in built)
     rows = [row for row in results["contestants"] if row["subject"] in NETWORKS and row["subject"] in truths]
     wrong = sum(score([truths[row["subject"]]], [row]).contradicted for row in rows)
-    costs = []
-    for who in CONTESTANTS:
-        own = [row for row in rows if row["contestant"] == who]
-        if images := sum(len(part) for row in own for part in row["left"]):
-            forwards, gradients = (sum(row[what] for row in own) / images for what in ("forwards", "gradients"))
-            costs.append(f"{who} {forwards:,.0f} and {gradients:,.0f}")
     networks = len(truths[CONSTRUCTED]["verdicts"]) if CONSTRUCTED in truths else 0
     return [
         f"Images that a contestant has broken although they are proved robust: {wrong} on the networks of the first "
         f"of these two tables, and {false} on {networks} networks that are robust by construction. Images that fall in "
         f"float64 and not in float32: {alone}.",
-        "",
-        f"Forward passes and gradients for each image of the first of these two tables: {'; '.join(costs)}.",
         "",
         f"Measured on: {kept.machines(row for kind in results.values() for row in kind)}.",
     ]

@@ -1,7 +1,7 @@
 """Measure the loops of other people: the time of each contestant, and how far its results are from theirs.
 
 A time is processor time in one thread. The contestants of a row take turns in one process. The command also measures
-frozen copies of many networks (`architectures`), and attacks on small ones (`small_networks`).
+attacks on small networks (`small_networks`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from purify_fast.speed import retain_freed_memory
 from ... import options
 from .. import sheets, timing
 from ..pipelines.expert import DTYPES
-from . import Batches, Dtype, Row, architectures, changed_lines, registry, small_networks
+from . import Batches, Dtype, Row, changed_lines, registry, small_networks
 
 CONTESTANTS = ("theirs", "expert", "ours", "compiled")
 #: The contestants whose lines and results are compared with theirs.
@@ -140,7 +140,7 @@ def measured(name: str, row: Row, quick: bool) -> dict[str, Any]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks elsewhere``."""
-    options.add_names(parser, [*registry(), *architectures.SIDES, small_networks.NAME])
+    options.add_names(parser, [*registry(), small_networks.NAME])
     options.add_out(parser, "/cpu")
     parser.add_argument("--resume", action="store_true", help="keep the rows that have a time of each implementation")
 
@@ -167,13 +167,11 @@ def main(chosen: argparse.Namespace) -> str:
             kept[name] = measured(name, rows[name], chosen.quick)
             sheets.write_csv(path, [kept[each] for each in rows if each in kept])
     if limited:
-        print("no copies and no small networks are measured: their files belong to AVX-512", file=sys.stderr)
+        print("no small networks are measured: their file belongs to AVX-512", file=sys.stderr)
     else:
-        architectures.run(chosen.names, chosen.quick, path.parent, chosen.resume)
         small_networks.run(chosen.names, chosen.quick, path.parent, chosen.resume)
     torch.set_num_threads(threads)
-    others = [*architectures.sentences(path.parent), "", *small_networks.table(path.parent)]
-    return "\n".join([*_table(sheets.rows_of(path)), "", *others])
+    return "\n".join([*_table(sheets.rows_of(path)), "", *small_networks.table(path.parent)])
 
 
 def _table(rows: list[dict[str, str]]) -> list[str]:
