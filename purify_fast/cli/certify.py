@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 from .._validation import AtLeast0, Count, Positive, Range
 from ..judge.request.config import ProtocolName
 from .command import RUN_FILE, number, read_run_file, values, write_run_file
-from .evaluate import LoadOptions, ModelCommand, zoo_name
+from .evaluate import LoadOptions, ModelCommand, replaced, zoo_name
 
 if TYPE_CHECKING:
     from ..data import DataSet
@@ -127,6 +127,9 @@ class Certify(ModelCommand):
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         command = shlex.join(["purify-fast", *self.typed])
         certificates.about.update(dataset=data.name, command=command, processor=processor_of(data.y_test.device))
+        asked = "of sigma {sigma}, radii {radii}"
+        now = asked.format(sigma=certificates.sigma, radii=list(certificates.radii))
+        before = replaced(out / "certificates.json", lambda old: asked.format_map(old), now)
         if first:
             # An interruption of the attacks leaves the report on the certificates.
             certificates.save(out)
@@ -142,4 +145,4 @@ class Certify(ModelCommand):
                 certificates.save(out)
         if first:
             print(certificates.to_text())
-            print(f"written: {out}/certificates.html, certificates.json, certificates.txt and log.tsv")
+            print(f"written: {out}/certificates.html, certificates.json, certificates.txt and log.tsv{before}")

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from ..data import DataSet
     from ..data.images import Subset
-    from ..judge.show.report import Report
     from ..protocols import Classifier
 
 #: The prefix of the name of a model in `purify_fast.zoo`. Without it, a text is the path of a folder.
@@ -352,22 +351,25 @@ class Evaluate(ModelCommand):
             return
         report.notes += notes
         report.about["command"] = shlex.join(["purify-fast", *self.typed])
-        before = replaced(out, report)
+        before = replaced(out / REPORT, lambda old: ball_and_protocol(old["about"]), ball_and_protocol(report.about))
         report.save(out, model)
         write_run_file(self, out)
         print(report.to_text())
         print(f"written: {out}/report.html, report.md and report.json{before}")
 
 
-def replaced(out: Path, report: Report) -> str:
-    """The end of a line: which other report of the folder this one replaces; empty if there is none."""
+def ball_and_protocol(about: dict[str, str]) -> str:
+    """The settings of a report that its reader must know, such as ``L-inf 0.2 fast``."""
+    return " ".join(filter(None, (about.get("threat"), about.get("protocol"))))
+
+
+def replaced(path: Path, settings: Callable[[Any], str], now: str) -> str:
+    """The end of a line: the settings of the report in a file that this one replaces; empty if there is no other."""
     try:
-        about = json.loads((out / REPORT).read_text(encoding="utf-8"))["about"]
+        was = settings(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError):
         return ""
-    was, now = ([facts.get(name, "") for name in ("threat", "protocol")] for facts in (about, report.about))
-    said = f"; this replaced the report {' '.join(filter(None, was))}, whose rows are kept: --out gives another folder"
-    return "" if was == now else said
+    return "" if was == now else f"; this replaced the report {was}, whose work is kept: --out gives another folder"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,14 @@ def test_a_report_of_another_radius_is_told_of(run, tmp_path):
     for eps, told in (("0.2", False), ("0.2", False), ("0.1", True)):
         code, said = run(*common, "--eps", eps, "--out", tmp_path)
         assert code == 0, said
-        assert ("this replaced the report L-inf 0.2 fast, whose rows are kept" in said) == told
+        assert ("this replaced the report L-inf 0.2 fast, whose work is kept" in said) == told
+
+
+def test_certificates_of_other_radii_are_told_of(run, tmp_path):
+    common = ["certify", "zoo:digits-smoothed", "--images", "2", "--draws", "100", "--out", tmp_path, "--radius"]
+    for radius, told in (("0.1", False), ("0.1", False), ("0.2", True)):
+        code, said = run(*common, radius)
+        assert code == 0 and ("this replaced the report of sigma 0.25, radii [0.1], whose work" in said) == told, said
 
 
 def test_evaluate_takes_equally_many_images_of_every_class():

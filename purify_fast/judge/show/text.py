@@ -310,14 +310,18 @@ def picture_lines(examples: Examples, defence: Classifier | None) -> list[list[P
     clean, attacked = torch.from_numpy(examples.clean).float(), torch.from_numpy(examples.adversarial).float()
     before, columns = _asked(defence, clean, attacked)
     after, colored = torch.from_numpy(examples.predicted), in_colors(attacked - clean)
+    # A model that this package saved knows the names of its classes.
+    names = getattr(getattr(defence, "classifier", defence), "classes", None) or {}
+    named = dict(enumerate(names))
     lines = []
     for i, label in enumerate(examples.labels.tolist()):
-        shown = [(f"true class {label}", clean, before), ("attacked", attacked, after), ("difference", colored, None)]
+        true = f"true class {named.get(label, label)}"
+        shown = [(true, clean, before), ("attacked", attacked, after), ("difference", colored, None)]
         lines.append(list[Picture]())
         for caption, images, classes in (*shown, *columns):
             guess = None if classes is None else int(classes[i])
             if guess is not None:
-                caption += f", predicted {guess}" if guess >= 0 else ", no class predicted"
+                caption += f", predicted {named.get(guess, guess)}" if guess >= 0 else ", no class predicted"
             lines[-1].append((images[i].clamp(0, 1), caption, None if guess is None else guess == label))
     return lines
 
