@@ -125,7 +125,8 @@ def counted(loaded: DataSet) -> str:
         by_class = f" ({named})" if named and len(sizes) <= 12 else ""
         if len(labels):
             parts.append(f"{len(labels):,} {what} images{by_class}")
-    return f"{loaded.name}: {', '.join(parts)}"
+    # The name of a folder ends with that of its held-out part.
+    return f"{loaded.name.partition('/')[0]}: {', '.join(parts)}"
 
 
 # -- makes a command from the words of a command line, with tyro, and reads and writes ``run.yaml`` --------------------

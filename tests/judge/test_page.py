@@ -143,6 +143,9 @@ def test_nothing_to_attack_is_not_unreliable():
     model, x, y = labelled(6)
     report = evaluate(model, x, (y + 1) % 10, **SHORT)
     assert report.row("worst").accuracy == 0 and report.row("worst").attacked == 0
+    latex = report.to_latex().splitlines()
+    assert latex[0].startswith(r"\begin{tabular}") and len(latex) == len(report.rows) + 6
+    assert all(row.in_percent in line for row, line in zip(report.rows, latex[4:-2], strict=True))
     for text in (report.to_text(), report.to_markdown().split("\nn: images")[0]):
         assert "nothing to attack" in text and "unreliable" not in text
     assert "nothing to attack" not in evaluate(model, x, y, **SHORT).to_text()

@@ -25,7 +25,7 @@ from ..estimates import REFUTED, Estimate, chance_of_at_most, t_quantile
 from ..request.deadline import Subject
 from ..request.fingerprint import state_digest
 from ..results.rows import Row
-from .text import html_page, render
+from .text import html_page, latex_table, render, short_table
 
 FILE = "adversarial.npz"
 ARRAYS = ("images", "labels", "indices", "attacks")
@@ -422,6 +422,11 @@ class Report:
     def to_markdown(self) -> str:
         """The report as Markdown: the headline, and all rows."""
         return render("report.md.jinja", report=self)
+
+    def to_latex(self) -> str:
+        """The rows as a table in LaTeX, with the rules of booktabs: attack, images, accuracy and gradients."""
+        head, body = short_table(self.rows)
+        return latex_table([dict(zip(head, cells, strict=True)) for cells in body])
 
     def to_html(self, defence: Classifier | None = None) -> str:
         """The report as a HTML page that loads no other files.
