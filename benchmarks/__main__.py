@@ -10,7 +10,7 @@ from purify_fast._files import FolderInUse
 
 from .gpu import gpu_check, gpu_lease
 from .pages import fill
-from .robustness import answer, contests, pack_zoo
+from .robustness import answer, contests, errors, pack_zoo
 from .robustness.broken import run_broken
 from .robustness.studies import papers_questions
 from .robustness.truth import run_truth
@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "elsewhere": (elsewhere, "measure loops of other papers and packages: theirs, an expert's, and with this package"),
     "evaluation": (contests, "compare our attacks with the official AutoAttack, by strength and time"),
     "answer": (answer, "measure what the robust accuracy of a network costs, beside AutoAttack as an expert runs it"),
+    "errors": (errors, "compare the printed errors of random models with the spread of their numbers"),
     "broken": (run_broken, "evaluate rebuilt defences that were broken, and models that are robust as claimed"),
     "truth": (run_truth, "count the adversarial examples that each protocol misses, on exactly solved networks"),
     "study": (papers_questions, "train and attack small models for the questions that the papers leave open"),
