@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as program
@@ -33,21 +32,6 @@ def test_a_defence_predicts_and_what_is_followed_has_gradients(name):
         leaf = few.clone().requires_grad_()
         gradient = torch.autograd.grad(F.cross_entropy(followed(leaf), y[:4]), leaf)[0]
         assert gradient.isfinite().all() and gradient.flatten(1).any(1).all()
-
-
-def gradients(part):
-    """Gradients of an image that stands to the end of a part."""
-    attack = part.attack
-    classes = attack.n_target_classes if attack.loss == "margin_targeted" else 1
-    return attack.steps * attack.restarts * classes * (attack.eot_iter or 1)
-
-
-@pytest.mark.parametrize("one", entry.ENTRIES.values(), ids=entry.ENTRIES)
-def test_an_adaptive_attack_spends_thousands_of_gradients_and_ends_nowhere_early(one):
-    """What is followed in the place of "odds" and "k-winners" averages over 16 or 32 copies of each image besides."""
-    chain = adaptive.chain(one)
-    assert not any(part.attack.give_up for part in chain)
-    assert sum(map(gradients, chain)) >= (1000 if one.data == "cifar10" or "averaged" in one.attack else 1200)
 
 
 def result(model, judge, robust="", **findings):
@@ -110,21 +94,3 @@ def test_a_result_of_other_code_is_found_and_made_again(judging, monkeypatch, tm
         assert "adaptive of 'EMPIR' was made by other attacks" in line
         program.main(arguments)
         assert judging[8:] == [("EMPIR", tables.ADAPTIVE)] and not tables.outdated(tmp_path)
-
-
-@pytest.mark.slow
-def test_the_judges_of_a_model(monkeypatch):
-    """A defence that rounds has no gradients: its report says so, and what follows the rounding's input breaks it."""
-    steps, layer = (entry.without_gradient(torch.round), entry.straight_through(torch.round)), nn.Linear(256, 10)
-    rounding, through = (nn.Sequential(entry.Step(step), nn.Flatten(), layer) for step in steps)
-    one = entry.Entry(
-        lambda x, y: (entry.train(rounding, x, y), through), "a paper", "BPDA", adaptive.long(1, steps=20)
-    )
-    monkeypatch.setitem(entry.ENTRIES, "rounds", one)
-    tables.built.cache_clear()
-    kept = {}
-    for judge in tables.JUDGES[:3]:
-        kept[judge] = tables.judged("rounds", judge, {"images": 8, "steps": 3}, "data")
-        assert "cpu_seconds" in kept[judge] and kept[judge]["code"].keys() == {"model", "judge"}
-    assert tables.left(kept[tables.ADAPTIVE]) < kept[tables.ADAPTIVE]["clean"]
-    assert kept[tables.STANDARD]["unreliable"] or tables.left(kept[tables.STANDARD]) == 0

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / sheets.ROWS
 MEASURED = sorted(COMMITTED.parents[1].glob(f"*/{kernel_times.ROWS}"))
-CPU = torch.device("cpu")
 needs_extension = pytest.mark.skipif(not _library.loaded(), reason="the benchmark compares with the compiled extension")
 
 

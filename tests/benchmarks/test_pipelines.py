@@ -1,15 +1,13 @@
 """The pipelines' benchmark: contestants compute the same, rows and tables say what was measured."""
 
 import math
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as program
-from benchmarks.speed import pipelines, race, sheets, timing
+from benchmarks.speed import pipelines, race, sheets
 from benchmarks.speed.flops import flop_of
 from benchmarks.speed.pipelines import Case, Contestant, Job
 from purify_fast.speed.precision import float32_settings
@@ -33,39 +31,6 @@ def test_every_contestant_computes_what_the_plain_form_does(pipeline, case):
         # what counts must not refuse to attack a model
         assert label != "ours" or flop_of(job.run) > 0
         job.run()
-
-
-class _Ops(TorchDispatchMode):
-    """Notes the ops of this package that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "purify_fast":
-            self.seen.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("pipeline", "case"), CASES)
-def test_the_expert_is_in_every_pipeline_and_has_pytorch_alone(pipeline, case):
-    chosen = pipelines.registry()[pipeline](True)[case].contestants
-    plain = next(iter(chosen))
-    assert plain.startswith("plain") and {"expert", "expert, compiled", "ours", "ours, compiled"} < set(chosen)
-    job = chosen["expert"].make(CPU, True)
-    with _Ops() as ops:
-        job.run()
-    assert not ops.seen
-    assert chosen["expert"].raised and chosen["expert"].raced
-
-
-@pytest.mark.parametrize("raced", [False, True])
-def test_cudnn_times_its_convolutions_for_the_expert_alone(raced, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    with Contestant(_other, True, raced=raced).settings(torch.device("cuda")):
-        assert torch.backends.cudnn.benchmark == raced
-    assert not torch.backends.cudnn.benchmark
 
 
 class _Commands:
@@ -96,20 +61,6 @@ def test_float32_is_ieees_but_for_the_column_of_tf32(tf32, monkeypatch):
     assert float32_settings() == before
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_run_in_one_thread_is_measured_in_processor_time(threads, monkeypatch):
-    job = Job(lambda: time.sleep(0.3), lambda: torch.ones(2))
-    contestants = {"plain": Contestant(lambda device, quick: job, False)}
-    monkeypatch.setattr(race, "registry", lambda: {"some": lambda quick: {"case": Case("", 0.1, contestants)}})
-    pipe, before = _Commands("time"), torch.get_num_threads()
-    try:
-        race._work(pipe, "some", "case", "plain", "cpu", True, threads)
-    finally:
-        torch.set_num_threads(before)
-    ((done, spent),) = pipe.answers
-    assert done and (spent < 0.2 if threads == 1 else spent >= 0.3)
-
-
 @pytest.mark.slow
 def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking):
     case = pipelines.registry()["carso_inference"](True)["prediction"]
@@ -128,16 +79,6 @@ def test_quick_run_writes_rows_and_tables(tmp_path, capsys, monkeypatch, forking
     (tmp_path / sheets.PIPELINES_TABLE).unlink()
     sheets.report(tmp_path)
     assert (tmp_path / sheets.PIPELINES_TABLE).read_text() == table
-
-
-def test_the_memory_of_a_run_is_what_it_has_at_once():
-    def work():
-        first = torch.ones(10**6)
-        del first
-        second = torch.ones(2 * 10**6)
-        return second + 1
-
-    assert 16e6 <= timing.allocated(work, CPU) < 17e6
 
 
 def _other(device, quick):
