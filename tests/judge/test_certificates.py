@@ -75,12 +75,6 @@ def test_the_looks_spend_no_more_than_alpha(threshold, alpha):
     assert 0.9 * allowed <= crossing(threshold, alpha, 5000) <= allowed and 0.5 * alpha < allowed < alpha
 
 
-def test_a_larger_budget_changes_no_look():
-    for most in (20, 999, 50_000):
-        assert boundary(0.8413, 0.001, most) == boundary(0.8413, 0.001, 200_000)[: len(looks(most))]
-    assert {100, 1000, 2000, 5000, 10_000, 100_000} < set(looks(MOST)) and looks(MOST)[0] == 20
-
-
 def simulated(probabilities, thresholds, most, alpha=0.001, seed=0):
     """Simulate tests of images with some probabilities: the first answers ``[N, thresholds]``, and the draws."""
     rng, n = np.random.default_rng(seed), len(probabilities)
@@ -240,10 +234,8 @@ def test_another_question_draws_only_what_is_missing(tmp_path, digits, rows_draw
 @pytest.mark.parametrize("asked", [{"radius": 0.25}, {}])
 def test_a_run_ends_when_its_time_is_over_and_goes_on(tmp_path, digits, monkeypatch, rows_drawn, asked):
     """The clock counts the questions for the time, so a run makes two parts, whatever the machine is."""
-    digits, settings = (
-        (digits[0], *(each[:16] for each in digits[1:])),
-        QUIET | {"draws": 2000, "batch_size": 30} | asked,
-    )
+    digits = digits[0], *(each[:16] for each in digits[1:])
+    settings = QUIET | {"draws": 2000, "batch_size": 30} | asked
     whole, total = certify(*digits, **settings), sum(rows_drawn)
     rows_drawn.clear()
     runs = 0
@@ -666,16 +658,6 @@ def test_the_curve_ends_at_the_largest_radius_that_was_asked():
     assert shown["farthest"] == 0.5 and shown["below"] == [(0.0, 2 / 3)]
 
 
-def test_a_table_for_a_paper():
-    x, y = margins(0.4, 1.0), torch.tensor([1, 1])
-    made = [certify(Halves(), x, y, radius=radius, name="a_b", **QUIET) for radius in (0.1, 0.2)]
-    made[1].about["dataset"] = "digits"
-    lines = made[0].to_latex(made[1]).splitlines()
-    assert lines[0].startswith(r"\begin{tabular}{lr") and lines[2].count("&") == lines[4].count("&")
-    assert lines[2].startswith("model & sigma & images & L2 0.1 & L2 0.2") and r"p\_A 25 \%" in lines[2]
-    assert lines[4].startswith(r"a\_b & ") and lines[5].startswith(r"a\_b (digits) & ")
-
-
 def test_bounds_are_rounded_outwards():
     """Shares between two decimals: a lower bound is rounded down, and an upper bound up."""
     for good, n in ((9_996, 10_000), (41_055, 100_000), (2, 3), (1, 3), (299_999, 300_000)):
@@ -699,29 +681,10 @@ def test_an_answer_stays_at_later_looks():
 
 def test_no_probability_is_proved_where_no_radius_is():
     """The first image is certified at both radii, the second at none, and the third has another class."""
-    made = Certificates(
-        np.array([1000, 500, 1000]),
-        np.full(3, 1000),
-        sigma=0.5,
-        radii=(0.25, 0.5),
-        alpha=0.001,
-        labels=np.array([1, 1, 2]),
-        tested=np.array([1, 1, 1]),
-    )
+    classes = {"labels": np.array([1, 1, 2]), "tested": np.array([1, 1, 1])}
+    made = Certificates(np.array([1000, 500, 1000]), np.full(3, 1000), 0.5, (0.25, 0.5), 0.001, **classes)
     assert made.radius.tolist() == [0.5, 0, 0] and made.predicted.tolist() == [1, -1, 1]
     assert made.probability.tolist() == [NORMAL.cdf(1.0), 0, 0]
-
-
-def test_an_image_that_is_certified_only_at_radius_0_ends_there():
-    made = Certificates(np.array([600, 1000]), np.full(2, 1000), sigma=0.5, radii=(0.0, 0.5), alpha=0.001)
-    assert made.radius.tolist() == [0, 0.5] and made.certified(0.0).all()
-    assert made._shown()["below"] == [(0.0, 1.0), (0.0, 0.5)]
-
-
-def test_close_radii_and_their_order_are_kept():
-    radii = (0.5, 0.1 + 0.2, 0.3)
-    made = Certificates(np.array([99, 60]), np.array([100, 100]), sigma=0.5, radii=radii, alpha=0.001)
-    assert [*json.loads(made.to_json())["accuracy"]] == [str(radius) for radius in radii]
 
 
 @pytest.mark.parametrize(
@@ -733,7 +696,6 @@ def test_close_radii_and_their_order_are_kept():
         ("index", [7, 7], "index must be another number in .* for each image"),
         ("index", [7, 2**31], "index must be another number in .* for each image"),
         ("decided", [[[24, 24]], [[25, 24]]], "right and draws must be counts of draws"),
-        ("decided", [[24, 24]], "cannot reshape array"),
         ("sigma", -1, "sigma must be in .0, 4. in image units, for images in .0, 1., got -1"),
         ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
         ("radii", [-0.5], "each of radii must be at least 0"),
@@ -764,25 +726,13 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     assert "--one-shot needs a model with a method one_shot(sigma)" in capsys.readouterr().err
 
 
-def test_the_command_replaces_no_finished_certificates(tmp_path, capsys):
-    words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--images", "4", "--out", str(tmp_path)]
-    assert cli.main([*words, "--draws", "100"]) == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    capsys.readouterr()
-    assert cli.main([*words, "--draws", "200", "--seconds", "1e-9"]) == 2
-    assert "has finished certificates, which 4 unfinished would replace" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-
-
 def test_the_command_takes_a_part_of_the_data_set(tmp_path, capsys):
     words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--draws", "100", "--out", str(tmp_path / "a")]
     assert cli.main([*words, "--start", "10", "--max", "40", "--skip", "7"]) == 0
     assert read_log(tmp_path / "a" / "log.tsv")["idx"].tolist() == [14, 21, 28, 35]
     printed = capsys.readouterr().out
-    assert (
-        "indices 14 to 35 in steps of 7" in printed
-        and len(re.findall(r"^digits-standard \(digits\)  0.25", printed, re.M)) == 1
-    )
+    assert "indices 14 to 35 in steps of 7" in printed
+    assert len(re.findall(r"^digits-standard \(digits\)  0.25", printed, re.M)) == 1
     assert cli.main([*words[:6], "--start", "900", "--out", str(tmp_path / "c")]) == 2
     assert "--skip, --start and --max must leave an image" in capsys.readouterr().err
 
@@ -814,25 +764,17 @@ def test_a_purifier_of_one_step_is_certified():
         ({"alpha": 0.99}, "alpha must be in"),
         ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
         ({"radius": []}, "radius must be a number or at least one number"),
-        (
-            {"radius": 2.0},
-            "draws must be more, or radius smaller: 100000 cannot prove the radius 2.0 at sigma 0.5",
-        ),
-        ({"radius": 9.0}, "draws must be more, or radius smaller: 100000 cannot prove the radius 9.0"),
+        ({"radius": 2.0}, "draws must be more, or radius smaller: 100000 cannot prove the radius 2.0 at sigma"),
         ({"radius": True}, "each of radii must be a number, got True"),
         ({"draws": 500.0}, "draws must be a whole number"),
         ({"batch_size": True}, "batch_size must be a whole number"),
         ({"draws": 5, "radius": 0.0}, "draws must be more, .* 5 cannot prove the radius 0.0"),
-        ({"draws": 9, "radius": None}, "draws must be more, .* 9 cannot prove the radius 0.0"),
         ({"choosing": 0}, "choosing must be at least 1"),
         # The draws that choose a class have the numbers from here on.
         ({"draws": 2**27}, "draws must be in"),
         ({"seed": -1}, "seed must be in"),
-        ({"batch_size": 0}, "batch_size must be"),
         ({"seconds": 0}, "seconds must be above 0, got 0"),
-        ({"seconds": None}, "seconds must be a number, got None"),
         ({"draws": None}, "draws must be a number, got None"),
-        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"y": torch.tensor([1, 2])}, "y must have class numbers from 0 to 1, got 2"),
         ({"index": [3, 3]}, "index must be another number in .* for each image"),
     ],

@@ -61,16 +61,3 @@ def test_it_is_found_wherever_it_is(around, images):
     else:
         evaluate(around(copied), *images, **QUIET)
     assert not copied.classifier(images[0]).any()
-
-
-def test_the_report_says_where_the_gradients_come_from(images, monkeypatch):
-    model = zoo.load("digits-standard")
-    settings, images = QUIET | {"attacks": [PGD(steps=2)]}, (images[0], model(images[0]).argmax(1))
-    assert "gradients" not in evaluate(model, *images, **settings).about
-    monkeypatch.setattr("purify_fast.attacks.gradient_copy.FEWEST_WEIGHTS", 1)
-    monkeypatch.setattr("purify_fast.attacks.gradient_copy.auto_dtype", lambda model, device: torch.bfloat16)
-    report = evaluate(model, *images, **settings)
-    assert report.about["gradients"] == "of a frozen copy in bfloat16; the model itself judges"
-    assert "of a frozen copy in bfloat16" in report.to_markdown()
-    settings["attacks"] = [PGD(steps=2, precision="float32")]
-    assert "gradients" not in evaluate(model, *images, **settings).about

@@ -177,20 +177,6 @@ def of_time(report):
     return [note for note in report.notes if note.startswith("the time was over")]
 
 
-#: The passes of the checks of a model and of its clean images, which every evaluation makes.
-CHECKS = 25
-
-
-def test_the_first_checks_and_the_clean_images_are_all_that_no_time_allows(clock):
-    slow = Timed(standard(), clock)
-    report = judged(slow, minutes=1e-9)
-    assert slow.calls <= CHECKS and [row.kind for row in report.rows if row.kind != "worst"] == ["clean"]
-    (note,) = of_time(report)
-    assert "probes before the attacks" in note and "APGD-10 margin" in note
-    # Nothing that was not asked counts as asked.
-    assert {finding.verdict for finding in report.findings if finding.alarm == "gradient health"} == {"not asked"}
-
-
 @pytest.mark.parametrize("protocol", ["fast", "standard", "strong"])
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("seconds", [45, 60, 120, 300])

@@ -18,7 +18,7 @@ from purify_fast.attacks.base import ThreatModel
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.evaluation import AttackSpec, EvaluateConfig
 from purify_fast.judge.request.deadline import Subject
-from purify_fast.judge.request.preparation import protocol_attacks, without_early_stops
+from purify_fast.judge.request.preparation import protocol_attacks
 from purify_fast.judge.searches.model_tests import HEADS
 from purify_fast.judge.surrogates.copies import surrogates
 
@@ -279,23 +279,6 @@ def of(random: bool) -> SimpleNamespace:
     subject = SimpleNamespace(is_random=random, votes=1, base_model=nn.Identity(), _surrogates=found)
     subject.surrogates = partial(Subject.surrogates, subject)
     return subject
-
-
-def transfers(random: bool, quick: bool) -> list[tuple]:
-    """Return the label, the steps and the number of target classes of every transfer, in the order that was asked."""
-    found = without_early_stops([], of(random), BALL, ["c", "a"], quick)
-    assert all(spec.survivors_only and spec.through is not None for spec in found)
-    return [(spec.label, spec.attack.steps, spec.attack.n_target_classes) for spec in found]
-
-
-def test_the_steps_of_a_transfer():
-    """A random model gets short attacks first; with `quick`, the long ones are shorter and two."""
-    usual = [(f"APGD-T by the gradients of {name}", None, 9) for name in "cab"]
-    short = [(f"APGD-20 by the gradients of {name}", 20, 9) for name in "cab"]
-    long = [(f"APGD-T by the gradients of {name}", 50, 4) for name in "ca"]
-    assert transfers(random=False, quick=False) == transfers(random=False, quick=True) == usual
-    assert transfers(random=True, quick=False) == short + usual
-    assert transfers(random=True, quick=True) == short + long
 
 
 @pytest.mark.parametrize(

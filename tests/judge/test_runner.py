@@ -269,15 +269,6 @@ def test_the_other_package(without_autoattack, monkeypatch, toy):
     assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
 
 
-def test_a_saturated_head_still_gets_its_draws():
-    """A head that is infinite everywhere looks deterministic; its EOT draws are taken all the same."""
-    model = Linear(32.0)
-    x, y = toy_data(model, 16)
-    attacks = [AttackSpec(PGD(), through=WithAggregation(model, "peel_reference"))]
-    report = evaluate(model, x, y, steps=2, eot_iter=3, attacks=attacks, **QUIET)
-    assert report.rows[1].settings["eot_iter"] == 3 and report.rows[1].health["nonfinite"] == 32
-
-
 @pytest.fixture(scope="module")
 def shattered():
     """A randomised defence with one purified image per prediction, rounded: no gradient gets through."""
