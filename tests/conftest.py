@@ -250,6 +250,21 @@ torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture
+def compiler(monkeypatch) -> Iterator[list]:
+    """The graphs that torch.compile gave to a backend which stands for Inductor, and takes no time."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compile(step, **options | {"backend": backend}))
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def rerun() -> Rerun:
     return Rerun()
 

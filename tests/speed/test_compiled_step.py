@@ -17,27 +17,7 @@ from purify_fast.speed import InferenceCopy
 from purify_fast.speed.agreement import nearly_as_exact
 from purify_fast.speed.graphs.step_loop import eager_steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Compiler:
-    """Stands for Inductor, which would take most of the time of these tests. It keeps the graphs."""
-
-    def __init__(self):
-        self.graphs = []
-
-    def __call__(self, graph, inputs):
-        self.graphs.append(graph)
-        return graph.forward
-
-
-@pytest.fixture(autouse=True)
-def compiler(monkeypatch):
-    made, compile = Compiler(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options | {"backend": made}))
-    torch._dynamo.reset()
-    yield made
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("one_thread", "compiler")
 
 
 def network(width: int = 4) -> nn.Module:
@@ -71,11 +51,11 @@ def test_a_step_is_one_graph_for_each_batch_size(compiler, dtype):
     both = copies(dtype)
     for images in (8, 8, 5, 8, 5):
         assert equal(both, images=images)
-    assert len(compiler.graphs) == 2 and both[1].steps.checked and not both[1].steps.refusal
+    assert len(compiler) == 2 and both[1].steps.checked and not both[1].steps.refusal
     # the length of a step, the radius and the start are inputs
     for options in ({"alpha": None}, {"alpha": 1 / 255}, {"random_start": True, "seed": 3}):
         assert equal(both, **options)
-    assert len(compiler.graphs) == 2
+    assert len(compiler) == 2
 
 
 #: Each change negates or bounds something, so that the network computes something else.
@@ -96,7 +76,7 @@ def test_a_compiled_step_follows_the_network(compiler, change):
         for one in both:
             CHANGES[change](one.classifier)
     assert equal(both) and not torch.equal(before, attack(both[1]))
-    assert len(compiler.graphs) == (1 if change in ("values", "weight") else 2)
+    assert len(compiler) == (1 if change in ("values", "weight") else 2)
 
 
 def test_a_frozen_copy_follows_its_model_and_can_be_pickled(compiler):
@@ -115,7 +95,7 @@ def test_what_is_not_compiled_as_a_whole(compiler):
         attack(both[1])
     attack(counted_model(both[1], Progress("", False)))
     attack(both[1], stop_when_fallen=True)
-    assert not compiler.graphs and not both[1].steps.checked
+    assert not compiler and not both[1].steps.checked
 
 
 class Odd(nn.Module):
@@ -175,7 +155,7 @@ def test_the_seeds_of_a_random_defence_are_inputs_of_a_compiled_step(compiler, m
             return torch.cat([pgd(one, x, y, 0.1, steps=3, alpha=0.03, seed=2, eot_iter=2) for _ in "12"])
 
     found = found_by(plain), found_by(other)
-    assert torch.equal(*found) and compiler.graphs
+    assert torch.equal(*found) and compiler
     halves = found[1].split(4)
     assert torch.equal(*halves) == (mode != "fresh")
 
