@@ -224,25 +224,15 @@ def name_of(function: triton.JITFunction) -> str:
 
 @dataclass(frozen=True)
 class Code:
-    """The machine code of a kernel, its loops, and the resources that it needs."""
+    """The machine code of a kernel, and its loops."""
 
     instructions: tuple[str, ...]  # SASS, without addresses and without the padding at the end
     loops: tuple[tuple[int, int], ...]  # begin and end, at a branch back, as indices of instructions
-    # The registers of a thread, and the threads of a program.
-    registers: int
-    threads: int
 
     def executed(self, *trips: int) -> int:
         """Return the number of instructions that a thread executes if no branch skips instructions."""
         depth = [sum(first <= at < end for first, end in self.loops) for at in range(len(self.instructions))]
         return sum(math.prod(trips[:nested]) for nested in depth)
-
-    def programs(self) -> int:
-        """Return how many programs a multiprocessor of sm_90 can run at once, limited by registers and threads."""
-        # Registers are allocated to a warp in units of 256.
-        warp = -(-self.registers * 32 // 256) * 256
-        warps = self.threads // 32
-        return min(32, 65536 // warp // warps, 64 // warps)
 
 
 def _tool(name: str, *arguments: str, cubin: bytes) -> str:
@@ -258,13 +248,8 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {of: int(re.search(rf"\b{of}:(\d+)", text)[1]) for of in ("REG", "STACK", "LOCAL")}
 
 
-def sass(cubin: bytes) -> str:
-    """Return the output of nvdisasm for a cubin."""
-    return _tool("nvdisasm", "-c", cubin=cubin)
-
-
-def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """Return the instructions and the loops in the output of nvdisasm, as in `Code`."""
+def parsed(sass: str) -> Code:
+    """Return the instructions and the loops in the output of nvdisasm."""
     code, labels = [], {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -275,16 +260,11 @@ def parsed(sass: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
         code.pop()
     branches = [(at, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", one)) for at, one in enumerate(code)]
     loops = [(labels[to[1]], at + 1) for at, to in branches if to and labels[to[1]] <= at]
-    return tuple(code), tuple(loops)
+    return Code(tuple(code), tuple(loops))
 
 
 @cache
 def code(case: str, dtype: str, architecture: int = 90) -> dict[str, Code]:
     """Return the machine code of the kernels that a case launches, by the names of the kernels."""
-    found = {}
-    for kernel in launched(case, dtype, architecture):
-        cubin = kernel.asm["cubin"]
-        instructions, loops = parsed(sass(cubin))
-        threads = 32 * kernel.metadata.num_warps
-        found[name_of(kernel.src.fn)] = Code(instructions, loops, usage(cubin)["REG"], threads)
-    return found
+    kernels = launched(case, dtype, architecture)
+    return {name_of(kernel.src.fn): parsed(_tool("nvdisasm", "-c", cubin=kernel.asm["cubin"])) for kernel in kernels}
