@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 #: Tables of the results that pages lead to: those of every measured device.
 RESULTS = tuple(
     path.relative_to(ROOT).with_suffix("").as_posix()
-    for name in ("ops", "pipelines")
-    for path in sorted(ROOT.glob(f"benchmarks/results/*/{name}.md"))
+    for name in ("*/ops", "*/pipelines", "studies/*")
+    for path in sorted(ROOT.glob(f"benchmarks/results/{name}.md"))
 )
 #: Files at the root of the repository that are pages of the site too.
 PROJECT = ("CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT")
