@@ -122,7 +122,7 @@ MOST_READ = {
     "purify_fast.attacks.pgd": 1880,
     "purify_fast.methods.carso.defence": 2440,
     "purify_fast.methods.arrest.task": 2200,
-    "purify_fast.judge.runner": 7580,
+    "purify_fast.judge.runner": 7610,
 }
 #: The count of code lines by which `make lint` compares the package with its budgets.
 code_lines = runpy.run_path(str(ROOT / ".ci" / "promises.py"))["code_lines"]

@@ -170,14 +170,14 @@ def test_an_attack_that_becomes_equal_to_another_runs_once():
     model, x, y = labelled(6, 2)
     dlr, margin = APGD(loss="dlr", steps=3), APGD(loss="margin", steps=3)
     once = evaluate(model, x, y, attacks=[margin], **QUIET)
-    for attacks in ([dlr, margin], [margin, dlr]):
+    for attacks in ([dlr, margin], [margin, dlr], [dlr, AttackSpec(margin, survivors_only=True)]):
         report = evaluate(model, x, y, attacks=attacks, **QUIET)
         assert report.attacks == once.attacks
         assert np.array_equal(report.row("APGD-3 margin").robust, once.row("APGD-3 margin").robust)
     three = labelled(6, 3)
     assert evaluate(*three, attacks=[dlr, margin], **QUIET).attacks == ["clean", "APGD-3 dlr", "APGD-3 margin", "worst"]
     # attacks that differ in anything else, or in their images, are two: their names are the user's to choose
-    for other in (APGD(loss="margin", steps=3, rho=0.5), AttackSpec(margin, seed=1), margin):
+    for other in (APGD(loss="margin", steps=3, rho=0.5), AttackSpec(margin, seed=1), AttackSpec(margin, nearest=None)):
         both = [AttackSpec(dlr, survivors_only=True), other]
         with pytest.raises(ValueError, match="different labels, got twice APGD-3 margin"):
             evaluate(model, x, y, attacks=both, **QUIET)

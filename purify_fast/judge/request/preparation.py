@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
@@ -247,11 +247,8 @@ def feasible(
         if getattr(spec.attack, "version", "") == "rand" and not subject.is_random:
             notes.append(f"{name}: {row_name(spec, context)} was left out: the model is deterministic")
             continue
-        loss = vars(spec.attack).get("loss", "margin")
-        if (usable := usable_loss(loss, context.num_classes)) != loss:
-            spec = replace(spec, attack=replace(spec.attack, loss=usable))  # type: ignore[call-arg]
         # An attack that is already in the plan would find nothing new.
-        if spec not in plan:
+        if spec not in plan and not any(_repeats(spec, other, context) for other in plan):
             plan.append(spec)
     if specs and not plan:
         notes.append(f"{name}: no attack ran, so this report does not say how robust the model is")
@@ -260,6 +257,30 @@ def feasible(
     if double := [label for label in dict.fromkeys(names) if names.count(label) > 1]:
         raise ValueError(f"attacks must have different labels, got twice {', '.join(double)}: AttackSpec(label=...)")
     return plan, notes
+
+
+def _repeats(spec: AttackSpec, earlier: AttackSpec, context: AttackContext) -> bool:
+    """Return True if an attack repeats an earlier attack on the same or more images, after "margin" replaced losses."""
+    losses: list[Any] = [getattr(attack, "loss", "margin") for attack in (spec.attack, earlier.attack)]
+    if all(usable_loss(loss, context.num_classes) == loss for loss in losses):
+        return False
+    if earlier.until is not None or earlier.nearest is not None or (earlier.survivors_only and not spec.survivors_only):
+        return False
+    attacks = [_as_it_runs(attack, context) for attack in (spec.attack, earlier.attack)]
+    spec = replace(spec, until=None, nearest=None, survivors_only=earlier.survivors_only, attack=attacks[0])
+    return spec == replace(earlier, attack=attacks[1])
+
+
+def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
+    """The attack with the options with which it runs on this model."""
+    own = {field.name for field in fields(attack)}
+    options = {option: value for option, value in attack.resolved_for(context)._asdict().items() if option in own}
+    if "give_up" in own:
+        options["give_up"] = attack.may_end_early(context)
+    return replace(attack, **options)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
