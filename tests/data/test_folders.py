@@ -204,7 +204,7 @@ def test_photos_of_phones_and_browsers_are_read_or_told_of(tmp_path):
     with pytest.warns(UserWarning, match=r"train are left out, because this Pillow opens none like them: 2 \.raw9"):
         loaded = data.load_dataset(tmp_path / "pets")
     assert loaded.y_train.tolist() == [0, 1]
-    assert counted(loaded) == "pets/test: 2 training images (cat 1, dog 1), 1 held-out images (cat 1, dog 0)"
+    assert counted(loaded) == "pets: 2 training images (cat 1, dog 1), 1 held-out images (cat 1, dog 0)"
 
 
 def test_folders_of_one_name_share_no_cache(tmp_path):

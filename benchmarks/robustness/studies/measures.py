@@ -144,7 +144,7 @@ def threats(setting: Setting, seed: int, name: str) -> Numbers:
         "L1": AttackSpec(replace(pgd_of, eps=L1, norm="l1")),
         "StAdv": AttackSpec(StAdv(steps=setting.steps)),
         "Square": AttackSpec(Square(n_queries=setting.queries)),
-        "SPSA": AttackSpec(as_attack(partial(spsa, steps=setting.queries // 100))),
+        "SPSA": AttackSpec(as_attack(partial(spsa, steps=setting.queries // 100)), label="SPSA"),
         "HopSkipJump": AttackSpec(as_attack(partial(hop_skip_jump, steps=setting.queries // 50)), through=quiet),
         "transfer": AttackSpec(pgd_of, through=other),
     }

@@ -358,8 +358,7 @@ class Certificates:
         least, most = (f"{part // 100}.{part % 100:02}".removesuffix("0") for part in parts)
         if together or not any(tried <= radius for tried in self.refuted):
             return f"at least {least} %"
-        exact = f"{100 * low / n:.2f}".removesuffix("0")
-        return f"{exact} %" if low == high else f"between {least} and {most} %"
+        return f"{least} %" if least == most else f"between {least} and {most} %"
 
     def to_json(self) -> str:
         """The certificates as JSON."""
