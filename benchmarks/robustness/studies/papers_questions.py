@@ -113,6 +113,8 @@ def _fill() -> None:
     layers.compare("all three, objective", "no condition, objective")
     for name in (*CARSOS, *OTHERS):
         PARTS["threats"].add(name, run.threats, name)
+    for name in (*CARSOS, *OTHERS[1:]):
+        PARTS["threats"].compare(name, OTHERS[0], columns=("L-inf", "L1", "Square"))
     for name, gan in (("RT1", True), ("RT2", True), ("RT3", True), ("RT2 without GAN", False)):
         for stage in ("pre-trained", "AToP"):
             PARTS["transforms"].add(f"{name}, {stage}", run.purifiers, name[:3].lower(), gan, stage == "AToP")
