@@ -132,7 +132,8 @@ def in_percent(share: float, interval: tuple[float, float] | None) -> str:
 
 def binomial(draws: int, share: float) -> np.ndarray:
     """The probabilities of 0 to ``draws`` successes if each has the probability ``share`` in [0, 1], float64."""
-    k, n = torch.arange(draws + 1, dtype=torch.float64, device="cpu"), torch.tensor(float(draws), dtype=torch.float64)
+    k = torch.arange(draws + 1, dtype=torch.float64, device="cpu")
+    n = k[-1]
     ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     mass = (ways + torch.xlogy(k, share) + torch.special.xlog1py(n - k, -share)).exp()
     return np.asarray((mass / mass.sum()).numpy(), dtype=np.float64)

@@ -492,6 +492,6 @@ class _Evaluation:
         # The images that withstood every attack; without an attack, none.
         left = np.zeros(measured.n, dtype=bool) if wrong is None else wrong == 0
         measured = replace(measured, left=left.tolist())
-        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.tensor(left))}
+        attacks = {"attacks": [row.attack for row in evidence.rows], "left": digest(torch.tensor(left, device="cpu"))}
         ask = functools.partial(probing.probe, before, self.measure.context, measured)
         return self.kept_probes(attacks, ask) or replace(measured, whole=False)

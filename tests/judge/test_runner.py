@@ -12,7 +12,7 @@ from small_models import Made, Purifying
 from torch import nn
 
 from purify_fast.attacks import APGD, FGSM, PGD, AttackContext, BpdaModel, OriginalAutoAttack, StAdv
-from purify_fast.defences import WithAggregation, WithFixedNoise, WithoutNoise
+from purify_fast.defences import NoisyEnsemble, WithAggregation, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, lee_kim_2023
 from purify_fast.judge.results.rows import Points
 from purify_fast.models.classifiers import SmallCNN
@@ -380,3 +380,21 @@ def test_an_evaluation_hands_captured_steps_to_its_attacks(rerun, monkeypatch):
     assert rows[0] == rows[1] == rows[2] and [one.mode for one in made] == ["off", "auto", "always"]
     # The setting of cuDNN holds inside captures.
     assert {one.cudnn_benchmark for one in made} == {"off"}
+
+
+def test_another_default_device_changes_nothing():
+    """Devices follow the images; the numbers of a report are on the CPU."""
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval(), torch.rand(6, 1, 4, 4)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    for judged in (
+        model,
+        WithFixedNoise(NoisyEnsemble(model, 0.1, samples=2), 3),
+        NoisyEnsemble(model, 0.1, samples=2),
+    ):
+        how = {"eps": 0.05, "attacks": [PGD(steps=2)], "claim": 20.0, "probes": False}
+        with torch.device("meta"):
+            report = evaluate(judged, x, y, **how)
+        assert report.headline.right.shape[1] == 6 and report.claim_test() is not None
+        if judged is model:
+            assert report.headline.robust.tolist() == evaluate(judged, x, y, **how).headline.robust.tolist()

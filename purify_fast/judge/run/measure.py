@@ -535,7 +535,7 @@ class Measure:
 
     def withstood(self, wrong: np.ndarray) -> np.ndarray:
         """Tell which images have not fallen, bool ``[n]``, by the shares of draws that are wrong."""
-        return ~has_fallen(torch.tensor(wrong), self.context.judge_share).numpy()
+        return ~has_fallen(torch.from_numpy(wrong), self.context.judge_share).numpy()
 
     def new_row(self, right: np.ndarray, **values: Any) -> Row:
         """Make a row from predictions."""
