@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The largest sums over all promises: code lines of the package without kernels, and its Python files.
-MOST_LINES, MOST_FILES = 18883, 166
+MOST_LINES, MOST_FILES = 18884, 166
 #: By promise: the budget, and the patterns of its files below `purify_fast`. The longest pattern that fits decides.
 PROMISES = {
     "CARSO": (662, "methods/carso/*"),
@@ -44,7 +44,7 @@ PROMISES = {
     "probes and alarms": (584, "judge/alarms/*", "judge/suspicion.py"),
     "surrogates": (566, "judge/surrogates/*"),
     "certificates": (674, "judge/certificates/*", "cli/certify.py"),
-    "reports": (485, "judge/show/*", "_templates.py"),
+    "reports": (486, "judge/show/*", "_templates.py"),
     "checks of arguments and files, the package's face": (474, "*"),
 }
 

@@ -324,3 +324,13 @@ def test_an_accuracy_of_0_in_all_draws_is_not_doubted(right, verdict):
     # Predictions that are inconsistent make every number doubtful.
     wrong = said(rows, probed(8, later_changes=0.5, left=[0] * 8))
     assert wrong["same answer again"].verdict == wrong["gradient health"].verdict == "unreliable"
+
+
+def test_an_attack_in_another_ball_gives_no_headline():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).eval(), torch.rand(4, 1, 4, 4)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    report = evaluate(model, x, y, eps=0.05, attacks=[PGD(eps=0.2, norm="linf", steps=2)], probes=False, claim=50)
+    with pytest.raises(ValueError, match="own eps or norm is in another ball"):
+        _ = report.headline
+    assert "claim" in report.to_text()

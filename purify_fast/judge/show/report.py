@@ -350,7 +350,8 @@ class Report:
         """The row of `lowest` in the report's threat model; ValueError without an attack."""
         if (row := self.lowest.get(None)) is None:
             within = f", within {self.about['threat']}" if "threat" in self.about else ""
-            raise ValueError(f"headline needs an attack on the model{within}, got none: use row(NAME)")
+            other = "an attack with its own eps or norm is in another ball"
+            raise ValueError(f"headline needs an attack on the model{within}, got none ({other}): use row(NAME)")
         return row
 
     def attacks_like(self, row: Row) -> list[Row]:
