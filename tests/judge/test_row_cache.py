@@ -57,19 +57,9 @@ def test_what_decides_a_row_makes_it_anew(counted):
         (lambda: use_backend("reference"), 2),
         (lambda: float32_products(tf32=True), 2),
         (lambda: torch.autocast("cpu", torch.bfloat16), 2),
-        (lambda: mock.patch.object(cache, "fast_bfloat16", lambda device: "another"), 2),
         (float32_products, 0),
     ],
-    ids=[
-        "revision of an attack",
-        "protocol",
-        "backend",
-        "backend of a block",
-        "tf32",
-        "autocast",
-        "processor",
-        "float32",
-    ],
+    ids=["revision of an attack", "protocol", "backend", "backend of a block", "tf32", "autocast", "float32"],
 )
 def test_versions_backends_and_precisions_have_rows_of_their_own(counted, block, rows):
     assert counted(model()) == 2

@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 
 from purify_fast.models.layers import Normalize
 from purify_fast.speed.folding.inference_copy import InferenceCopy
+from purify_fast.speed.frozen_copy import Form, FrozenCopy
 
 
 class Normalized(nn.Module):
@@ -61,6 +62,15 @@ def test_a_copy_normalizes_as_its_model(dtype, fine, seen, layout):
     assert bool((grad - right).abs().max() <= error * right.abs().max())
     # The copy keeps its class to itself.
     assert type(model.normalize) is Normalize
+
+
+def test_a_copy_follows_other_statistics():
+    model, x = normalized()
+    copied = FrozenCopy(model, (3, 8, 8), Form(torch.bfloat16), compile=False)
+    model.normalize.mean.fill_(0.3)
+    model.normalize.std.fill_(0.7)
+    wanted = model(x)
+    assert bool((copied(x) - wanted).abs().max() <= 2**-7 * wanted.abs().max())
 
 
 def test_a_copy_is_differentiated_in_every_way():

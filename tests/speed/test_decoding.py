@@ -91,6 +91,13 @@ def test_a_packed_decoder_draws_and_decodes_as_the_module(inputs):
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
 
 
+def test_a_decoder_that_is_packed_in_bfloat16_adds_in_float32():
+    buffers = dict(PackedDecoder(make("published"), torch.bfloat16, latent_dim=LATENT).named_buffers())
+    assert buffers.pop("packed").dtype == torch.bfloat16
+    wanted = dict.fromkeys(("biases", "weight", "bias"), torch.float32)
+    assert {name: value.dtype for name, value in buffers.items()} == wanted
+
+
 def test_batch_norms_in_training_mode_see_all_samples(inputs):
     decoder, (z, condition) = make("published").train(), inputs
     got = decode_samples(decoder, condition, latents=z)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from captures import Rerun, Tape
+from cuda_launches import CudaLaunches
 from direct import direct
 from torch import nn
 
@@ -14,6 +15,7 @@ import purify_fast
 from purify_fast import Atop
 from purify_fast.attacks import pgd, square
 from purify_fast.methods.atop import SmallGenerator
+from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs
 from purify_fast.speed.graphs.graphed_loop import CAPTURE_STEPS, leave_no_trace
 from purify_fast.training import Batch, TrainingAttack
@@ -127,6 +129,27 @@ def test_ranges_of_pixels_that_are_made_anew_share_a_graph(rerun):
         assert float(images.amin()) >= low
     # the step, and the reading of the model
     assert rerun.recorded == 2
+
+
+class Launched(Rerun):
+    """Stands for graphs whose replays launch nothing after the first, which is compared with the function."""
+
+    def record(self, run, device):
+        first = [super().record(run, device)]
+        return lambda: first.pop()() if first else None
+
+
+def test_an_attack_on_an_unchanged_model_launches_little_beside_its_replays():
+    """No kernel for a tensor, and none for the reading of the model, which is one replay."""
+    torch.manual_seed(0)
+    fast, x, y = attacked(PreActResNet18(width=4).eval(), torch.bfloat16)
+    assert fast.folded > 5
+    fast._followed.graphs = StepGraphs("always", capture=Launched())
+    for _ in range(3):
+        pgd(fast, x, y, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)
+    with CudaLaunches() as counted:
+        pgd(fast, x, y, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)
+    assert counted.count <= 20 and not any(name.startswith("_foreach") for name in counted.by_name), counted.by_name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,6 +1,7 @@
 """The block without gradients of weights, and what it leaves as it was."""
 
 import pytest
+import torch
 from torch import nn
 
 from purify_fast.attacks.attacked_model import frozen
@@ -14,6 +15,14 @@ def test_weights_that_the_user_froze_stay_frozen_and_the_others_learn_again():
         assert not any(weight.requires_grad for model in (one, other) for weight in model.parameters())
         raise KeyError
     assert [weight.requires_grad for weight in (*one.parameters(), *other.parameters())] == [True, False, True, True]
+
+
+def test_weights_made_in_inference_mode_stay_as_they_are():
+    with torch.inference_mode():
+        model = nn.Linear(3, 2)
+    with images_only(model):
+        pass
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_of_two_blocks_that_overlap_the_last_to_end_restores():

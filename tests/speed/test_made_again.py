@@ -14,6 +14,7 @@ from purify_fast.attacks import pgd
 from purify_fast.defences import MajorityVote, WithAggregation
 from purify_fast.defences.base import Defence
 from purify_fast.defences.stochastic import with_samples
+from purify_fast.speed.reading import reading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F = torch.float32
@@ -108,6 +109,25 @@ def test_tensors_that_share_memory_share_it_in_the_copy():
     assert torch.allclose(fast(X), want, atol=1e-4) and float(model.whole[0]) == 1
 
 
+@pytest.mark.parametrize("dtype", [F, torch.bfloat16])
+def test_a_model_of_known_structure_is_not_copied_again(monkeypatch, dtype):
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=dtype)
+    monkeypatch.setattr("purify_fast.speed.folding.inference_copy.deep_copy", None)
+    tensors = [(value, value.data_ptr()) for value in fast.classifier.state_dict(keep_vars=True).values()]
+    for _ in range(2):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.copy_(value * 1.5)
+        before = copy.deepcopy(model.state_dict())
+        fast.update()
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
+    assert [(value, value.data_ptr()) for value in fast.classifier.state_dict(keep_vars=True).values()] == tensors
+    monkeypatch.undo()
+    new = purify_fast.frozen_copy(model, X, dtype=dtype)
+    assert torch.equal(fast(X), new(X)) and fast.about == new.about
+
+
 class TwoNames(nn.Module):
     def __init__(self):
         super().__init__()
@@ -138,6 +158,44 @@ class SizedInCopies(Sized):
         other = SizedInCopies()
         other.weight.data = self.weight.detach().clone()
         return other.sized()
+
+
+class SizedInStates(Sized):
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.sized()
+
+
+class SizedInModes(Sized):
+    def eval(self):
+        return super().eval().sized()
+
+    def train(self, mode=True):
+        super().train(mode)
+        return self.sized()
+
+
+class Size:
+    """An object that reads a weight when it is copied."""
+
+    def __init__(self, weight):
+        self.weight, self.size = weight, float(weight.detach().abs().sum())
+
+    def __deepcopy__(self, memo):
+        return Size(copy.deepcopy(self.weight, memo))
+
+
+class SizedByObject(Sized):
+    def __init__(self):
+        super().__init__()
+        self.own = Size(self.weight)
+
+    def sized(self):
+        self.own = Size(self.weight)
+        return self
+
+    def forward(self, x):
+        return x * self.weight / self.own.size
 
 
 class WithMode(nn.Module):
@@ -247,6 +305,33 @@ def test_what_cannot_be_copied_is_an_error_that_says_so():
         purify_fast.frozen_copy(model, X)
 
 
+def test_a_copy_reads_once_in_a_block_and_a_block_inside_has_a_number_of_its_own():
+    model = conv().append(SizedInModes().sized()).eval()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    with reading():
+        fast(X), fast(X)
+        network, reads = fast.classifier, [fast._followed.reads]
+        fast(X)
+        assert fast.classifier is network and fast._followed.reads == reads[0]
+        with reading(fast):
+            reads.append(fast._followed.reads)
+            fast(X)
+        fast(X)
+        reads.append(fast._followed.reads)
+    assert reads[0] < reads[1] == reads[2]
+    fast(X)
+    assert fast._followed.reads > reads[2]
+
+
+def test_given_tensors_serve_in_a_functional_call_although_a_read_is_due():
+    model = conv()
+    fast = purify_fast.frozen_copy(model, X, dtype=F)
+    given = {name: 3 * value for name, value in fast.state_dict().items()}
+    want = torch.func.functional_call(fast, given, (X,))
+    model[5].weight.detach().mul_(-1)
+    assert torch.equal(torch.func.functional_call(fast, given, (X,)), want) and close(model, fast)
+
+
 @pytest.mark.parametrize("first", ["copy", "model"])
 def test_a_copy_that_is_copied_with_its_model_in_any_order_follows_the_copied_model(first):
     model = conv()
@@ -277,8 +362,8 @@ def shift_folded(model):
         value.add_(0.5)
 
 
-def sized():
-    return conv(nn.Linear(32, 32)).append(SizedInCopies().sized())
+def sized(kind):
+    return lambda: conv(nn.Linear(32, 32)).append(kind().sized())
 
 
 #: Models, and changes of what they compute, which PyTorch does not count as writes to a weight of their own.
@@ -290,7 +375,10 @@ CHANGES = {
     "an attribute": (scaled, lambda model: setattr(model, "scale", 2.0)),
     "a mode of noise": (lambda: conv(nn.Linear(32, 32), WithMode()), lambda model: setattr(model[6], "factor", 3.0)),
     "a tensor of a defence": (lambda: Strong(conv()), lambda model: model.strength.fill_(5.0)),
-    "code of a user": (sized, lambda model: model[-1].weight.mul_(torch.arange(5.0))),
+    **{
+        f"code of a user, {kind.__name__}": (sized(kind), lambda model: model[-1].weight.mul_(torch.arange(5.0)))
+        for kind in (SizedInCopies, SizedInStates, SizedInModes, SizedByObject)
+    },
 }
 
 

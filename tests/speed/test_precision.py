@@ -1,13 +1,19 @@
 """What float32 means on a GPU; the settings can be read without one."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import purify_fast
 from purify_fast.evaluation import evaluate
+from purify_fast.models.unet import UNet
 from purify_fast.speed.agreement import BFLOAT16
+from purify_fast.speed.frozen_copy import auto_dtype
 from purify_fast.speed.layout import autocast_to
 from purify_fast.speed.precision import float32_products, whole_float32_by_default
 from purify_fast.training import FitConfig, TrainingAttack, fit
@@ -91,6 +97,28 @@ def test_convolutions_with_a_single_column_are_right_in_bfloat16_on_a_cpu(stride
             torch.testing.assert_close(got.float(), want, rtol=BFLOAT16, atol=BFLOAT16 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("network", [UNet(1, 16, patch=2), UNet(3, 8, attention=False)])
+def test_convolutions_are_not_looked_at_in_networks_without_strides(network):
+    """The functions of such a network call no convolution with a stride either."""
+    strides = []
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.conv2d:
+                strides.append((*args[3:4], (kwargs or {}).get("stride", 1))[0])
+            return function(*args, **(kwargs or {}))
+
+    x, t = torch.rand(1, network.channels, 8, 8), torch.tensor(3.0)
+    with torch.no_grad(), Record():
+        network(x, t)
+    assert strides and set(strides) <= {1, (1, 1)} and not network.has_strides
+    for part, modes in ((network, 0), (nn.Sequential(network), 1), (None, 1)):
+        with autocast_to(x.device, torch.bfloat16, part):
+            assert _len_torch_function_stack() == modes
+    network.down1 = nn.Conv2d(8, 8, 2, 2)
+    assert network.has_strides
+
+
 def test_a_training_in_bfloat16_has_the_gradients_of_float32_where_products_would_be_wrong():
     layers = nn.Conv2d(16, 16, 2, stride=3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, stride=3, padding=1), nn.ReLU(), *layers)
@@ -125,3 +153,30 @@ def test_a_compiled_copy_needs_no_images_that_the_caller_overwrites():
     with torch.no_grad():
         leaf.mul_(3)
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaf)[0], want)
+
+
+def dilated_or_grouped(dilation, groups, channels=128):
+    layers = [nn.Conv2d(3, channels, 3, padding=1)]
+    for _ in range(3):
+        layers += [nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=groups), nn.ReLU()]
+        layers += [nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dilation", "groups"), [(2, 1), (4, 1), (1, 32), (2, 32), (1, 128)])
+def test_auto_takes_no_slower_dtype_for_dilated_and_grouped_convolutions(dilation, groups, one_thread):
+    """PyTorch 183815: some of them became many times slower in bfloat16. Seconds of this thread, the least of five."""
+    model, x = dilated_or_grouped(dilation, groups), torch.rand(8, 3, 16, 16)
+    copies = [purify_fast.frozen_copy(model, x, dtype=dtype) for dtype in (torch.float32, auto_dtype(model, x))]
+
+    def seconds(copy):
+        began = time.thread_time()
+        for _ in range(3):
+            torch.autograd.grad(copy(leaf := x.clone().requires_grad_()).sum(), leaf)
+        return time.thread_time() - began
+
+    for copy in copies:
+        seconds(copy)
+    exact, auto = (min(times) for times in zip(*[map(seconds, copies) for _ in range(5)], strict=True))
+    assert auto <= exact / 0.97 or copies[1].dtype == torch.float32, (auto, exact)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from purify_fast.model_state import identity_key
 from purify_fast.speed.graphs import graphed_loop, graphed_loop as step_graphs
 from purify_fast.speed.graphs.graphed_loop import StepGraphs
-from purify_fast.speed.graphs.step_loop import State, begin_steps
+from purify_fast.speed.graphs.step_loop import State, Steps, begin_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 #: Steps of a loop.
@@ -173,6 +173,16 @@ def of(name: str, forward) -> type[Scale]:
 Waiting = of("Waiting", lambda x: x * 2 if float(x.sum()) > 0 else x)
 
 
+class FailsInTheTrial(Scale):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        FailsInTheTrial.calls += 1
+        if FailsInTheTrial.calls == STEPS + 2:
+            raise KeyError("the second call")
+        return super().forward(x)
+
+
 class Shard(Tensor):
     pass
 
@@ -191,6 +201,7 @@ class Sharded(Scale):
         (of("Widening", lambda x: x.double()), r"changes x from \(torch.float32, \[3\], .*to \(torch.float64, \[3\]"),
         (of("DrawsInPython", lambda x: x * random.random()), "the step draws random numbers on the host"),
         (of("DrawsInNumpy", lambda x: x * float(np.random.rand())), "the step draws random numbers on the host"),
+        (FailsInTheTrial, r"the step cannot be captured \(KeyError: 'the second call'\)"),
         (Sharded, "a tensor of type Shard does not say where its memory is"),
     ],
 )
@@ -319,6 +330,37 @@ def test_the_tensors_that_a_graph_reads_stay_alive(graphs):
     (captured,) = graphs._captured.values()
     address = hidden.pop("scale").data_ptr()
     assert address in [one.data_ptr() for one in captured.objects if isinstance(one, Tensor)]
+
+
+def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
+    class Refuses(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 0:
+                raise ValueError("no images")
+            return super().forward(x)
+
+    loop = begin_steps(StepGraphs("always", capture=rerun), Grow(Refuses()), start(0))
+    assert rerun.recorded == 0 and type(loop) is Steps
+
+
+class Verified(Scale):
+    """Waits at its first call only, as where a kernel is verified."""
+
+    def __init__(self):
+        super().__init__()
+        self.checked: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.checked:
+            assert float(x.sum()) > 0
+            self.checked.add(len(x))
+        return super().forward(x)
+
+
+def test_what_waits_at_its_first_call_alone_is_captured(graphs, rerun):
+    model = Verified()
+    found = run(graphs, model, STEPS)
+    assert rerun.recorded == 1 and same(found, run(None, Verified(), STEPS))
 
 
 def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
