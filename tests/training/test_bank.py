@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_the_share_that_is_made_anew_is_rho(tmp_path, monkeypatch):
     assert made[0] == 64 and 0 < abs(made[1] - 64) <= 21
 
 
+def test_a_full_bank_is_read_and_attacks_without_a_random_start_have_one_variant(tmp_path):
+    options = {"banks": tmp_path / "banks", "variants": 4}
+    train(TASKS["atop"](), tmp_path / "a", epochs=3, refresh=0.5, **options)
+    assert [row["made"] for row in rows(tmp_path / "a")] == [64, 64, 64]
+    # a later run with the same key starts with it, with another seed and other settings of the purifier
+    train(atop_task(reconstruction_weight=0.5), tmp_path / "b", refresh=0.0, loop={"seed": 5}, **options)
+    assert rows(tmp_path / "b")[-1] == {"variants": 4, "refresh": 0.0, "made": 0, "read": 192}
+    train(TASKS["atop, random starts"](), tmp_path / "c", epochs=6, refresh=0.0, **options)
+    assert [row["made"] for row in rows(tmp_path / "c")] == [64, 128, 192, 256, 256, 256]
+
+
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_every_image_of_a_step_is_attacked_by_the_attack_of_its_place(tmp_path, monkeypatch, norm):
     """Half by PGD and half by FGSM, each with half of eps and with all of it, also where variants are read."""
@@ -99,6 +111,15 @@ def test_every_image_of_a_step_is_attacked_by_the_attack_of_its_place(tmp_path, 
         lengths = torch.stack([change[14:].abs() for change, _ in seen])[(images > 0) & (images < 1)]
         assert ((lengths < 1e-6) | ((lengths - eps).abs() <= eps / 254 + 1e-6)).all()
     assert all(image.min() >= 0 and image.max() <= 1 for _, image in seen)
+
+
+def test_the_log_says_what_the_bank_was(tmp_path):
+    train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", variants=6, refresh=0.25)
+    assert all(row | {"variants": 6, "refresh": 0.25} == row for row in rows(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"bank\.refresh: 0\.25, now 0\.5"):
+        train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", variants=6, refresh=0.5)
+    with pytest.raises(ValueError, match="now None"):
+        train(TASKS["carso"](), tmp_path / "a")
 
 
 def test_held_out_images_are_attacked_afresh(tmp_path, monkeypatch):
@@ -162,6 +183,22 @@ def test_a_kill_in_the_middle_of_writing_goes_on_to_the_same_weights(tmp_path, m
         train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", **options)
     resumed = train(TASKS["carso"](), tmp_path / "a", banks=tmp_path / "banks", **options)
     assert same(whole, resumed)
+
+
+def test_a_step_that_is_taken_again_makes_all_that_it_made_or_nothing(tmp_path):
+    """The last bits of what a model computes may depend on how many images it is given."""
+    bank, x = small_bank(tmp_path), torch.rand(4, *SHAPE)
+
+    def asked(seed):
+        return ask(bank, seed, x, x)[0]
+
+    assert asked(1) == [None] and asked(2) == [None] and asked(2) == asked(3) == []
+    bank.records["number"][1, 1] = 0
+    assert asked(2) == [None]
+    bank.records["number"][1] = 0
+    # of another step's images only those that are missing
+    ((rows,),) = [asked(3)]
+    assert rows.tolist() == [1]
 
 
 def test_other_weights_data_attacks_or_variants_start_with_an_empty_bank(tmp_path):
@@ -266,6 +303,16 @@ def test_mirrored_images_are_images_of_their_own(tmp_path, monkeypatch):
         torch.testing.assert_close(banked.model.state_dict()[name], value, rtol=2e-2, atol=2e-3)
     train(TASKS["atop"](), tmp_path / "straight", banks=tmp_path / "banks", refresh=0.0)
     assert rows(tmp_path / "straight")[-1]["made"] == 64 and len(list((tmp_path / "banks").iterdir())) == 2
+
+
+def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: .*\.npy"):
+        small_bank(tmp_path)
+    assert not list(tmp_path.glob("*/*.npy"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,49 @@ def test_the_first_process_is_killed_while_it_writes_a_checkpoint(one, tmp_path)
     # the one before it is whole, though half of a third one lies beside it
     assert read_tree(run / CHECKPOINT)["step"] == 2
     same_weights(results_of(tmp_path, 2, lambda: weights(KIND, run, BATCH))[0], one)
+
+
+def test_a_start_does_not_read_what_an_earlier_one_wrote(monkeypatch):
+    """torchrun keeps its store when it starts processes again, with the addresses and words of those that are gone."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    store, found = dist.HashStore(), {}
+    for number, world in enumerate((2, 3)):
+
+        def start(rank, number=number, world=world):
+            found[number, rank], _ = distributed._own_store(store, rank, world)
+
+        # the others may come before the first one, and then find what the start before left
+        threads = [threading.Thread(target=start, args=(rank,)) for rank in reversed(range(world))]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join(30)
+        for rank in range(world):
+            found[number, rank].set(f"said by {rank}", str(number))
+        assert all(found[number, 0].get(f"said by {rank}") == str(number).encode() for rank in range(world))
+        left = found[number, 0].check(["said by 2"])
+        assert left == (world == 3)
+        for rank in reversed(range(world)):
+            del found[number, rank]
+
+
+def test_a_process_that_never_starts(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("PURIFY_FAST_TIMEOUT", "0.3")
+    store = dist.HashStore()
+    for _ in range(2):
+        # neither without a port nor with one of a start that is gone does it wait for half an hour
+        with pytest.raises(dist.DistError):
+            distributed._own_store(store, 1, 2)
+        store.set("purify_fast port", "1")
+
+
+@pytest.mark.parametrize("text", ["0", "soon"])
+def test_a_patience_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("PURIFY_FAST_TIMEOUT", text)
+    with pytest.raises(ValueError, match="PURIFY_FAST_TIMEOUT must be a number of seconds above 0"):
+        distributed.patience()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.models.layers import Synchronized, synchronized
+from purify_fast.models.layers import AveragedModel, Synchronized, synchronized
 from purify_fast.nn import EMA
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, Task, fit
 from purify_fast.training.optimizers import relative_rates
@@ -120,6 +120,21 @@ def test_an_average_of_half_precision_moves():
     assert moved.dtype == torch.float32 and torch.allclose(moved, torch.full_like(moved, 1 - 0.999**3), rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("make", "shares"),
+    [
+        (lambda a, b: torch.optim.SGD([a, b], lr=0.0), [1.0]),
+        (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}, {"params": b, "lr": 0.01}]), [1.0, 0.1]),
+        (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}], lr=0.1), [1.0]),
+        (lambda a, b: torch.optim.SGD([{"params": a}, {"params": b, "lr": 0.0}], lr=0.1), [1.0, 0.0]),
+        (lambda a, b: torch.optim.lr_scheduler.LinearLR(torch.optim.SGD([a, b], lr=0.1), 0.01).optimizer, [1.0]),
+    ],
+)
+def test_relative_rates(make, shares):
+    a, b = (nn.Parameter(torch.zeros(2)) for _ in "ab")
+    assert relative_rates(make(a, b)) == pytest.approx(shares)
+
+
 def test_a_resumed_run_has_the_relative_rates_of_the_present_code(tmp_path):
     def rates(share, *callbacks):
         task = ClassifierTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), ClassifierConfig())
@@ -155,6 +170,11 @@ def test_a_module_that_is_synchronized_is_copied_and_saved_as_its_own_class():
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         assert type(other) is torch.nn.BatchNorm2d and torch.equal(other.weight, norm.weight)
     assert isinstance(norm, Synchronized)
+
+
+def test_the_count_of_a_moving_average_stays_on_the_host():
+    average = AveragedModel(torch.nn.Linear(2, 2), 0.9).to("meta")
+    assert average.n_averaged.device.type == "cpu" and int(average.n_averaged) == 1
 
 
 # -- parts of a model that the user froze stay as they are -------------------------------------------------------------

@@ -65,6 +65,23 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
             fit(other, pixels, y, FitConfig(1, size), tmp_path / folder)
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    x, y = images()
+    for name in (".checkpoint-abc.safetensors", ".model-a1_.safetensors", ".log-1.jsonl"):
+        (tmp_path / name).write_bytes(b"half")
+    fit(task(), x, y, FitConfig(1, 16), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", "log.jsonl"}
+
+
+def test_the_global_generator_is_left_as_it_was():
+    made = task(attack=TrainingAttack(eps=0.1, steps=1))
+    torch.manual_seed(3)
+    want = torch.rand(3)
+    torch.manual_seed(3)
+    fit(made, *images(), FitConfig(1, 16))
+    assert torch.equal(torch.rand(3), want)
+
+
 def test_trees_round_trip(tmp_path):
     shared = torch.rand(2)
     named = {"optimizers": {"slow": {2: torch.arange(3)}}, "2": 1}
@@ -191,6 +208,13 @@ def test_the_log_has_the_time_and_the_memory(tmp_path, monkeypatch):
     fit(task(), *images(), FitConfig(3, 16), tmp_path, progress=False, callbacks=[slow])
     assert [row["seconds"] for row in rows()] == [4, 12, 24]
     assert all(10**7 < row["peak_memory"] < 10**11 for row in rows())
+
+
+def test_a_finished_run_calls_on_end_alone(tmp_path):
+    last = fit(task(), *images(), FitConfig(1, 16), tmp_path, progress=False)
+    seen = Structural()
+    assert fit(task(), *images(), FitConfig(1, 16), tmp_path, progress=False, callbacks=[seen]) == last
+    assert not seen.steps and not seen.epochs and seen.ends[0][0].metrics == last
 
 
 # -- checkpoints and saved models that changed on the disk, and a disk that is full ------------------------------------

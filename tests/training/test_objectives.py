@@ -10,11 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks.base import ball_around, normal_in_ball, sample_in_ball
+from purify_fast.methods.arrest import ArrestConfig
+from purify_fast.methods.atop import AtopConfig
+from purify_fast.methods.carso import CarsoConfig
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed.frozen_copy import AttackedCopy, FrozenCopy
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import mart, trades
 from purify_fast.training.sources import InMemory, step_seed
+from purify_fast.training.task import settings
 
 EPS, ALPHA = 0.1, 0.04
 ATTACK = TrainingAttack(EPS, 3, alpha=ALPHA)
@@ -98,6 +102,9 @@ def test_the_gradient_is_finite_where_a_probability_is_0(loss):
 # -- the attack of every training: eps, step and warm-up mean the same in all of them ----------------------------------
 
 
+CONFIGS = (ClassifierConfig(), CarsoConfig(), AtopConfig(), ArrestConfig())
+
+
 def test_a_step_follows_from_eps_unless_it_is_given():
     attack = TrainingAttack(eps=0.2, steps=10)
     assert attack.step_size(0.2) == pytest.approx(0.05) and attack.step_size(0.1) == pytest.approx(0.025)
@@ -132,6 +139,21 @@ def test_settings_out_of_range_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainingAttack(**{"eps": 0.1, "steps": 3, **wrong})
     assert TrainingAttack(eps=3.0, steps=3, norm="l2")
+
+
+def test_a_norm_is_read_as_others_write_it():
+    attack = TrainingAttack(eps=0.1, steps=3, norm="L-inf")
+    assert attack == TrainingAttack(eps=0.1, steps=3) and attack.norm == "linf"
+    assert TrainingAttack(eps=3.0, steps=3, norm="L2").at_epoch(0, 2).norm == "l2"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_every_training_has_one_and_its_settings_are_a_flat_table(config):
+    assert isinstance(config.attack, TrainingAttack)
+    flat, names = settings(config), {field.name for field in dataclasses.fields(config)}
+    attack = {field.name for field in dataclasses.fields(TrainingAttack)}
+    assert not names & attack and flat.keys() == names - {"attack"} | attack
+    assert flat["eps"] == config.attack.eps
 
 
 # -- trainings attack a frozen copy that has the weights of the moment, and train the model itself ---------------------

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import small_runs
 import torch
+from cuda_launches import CudaLaunches
 from small_runs import (
     SHAPE,
     StopAt,
@@ -24,6 +25,7 @@ from torch import nn
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
 from purify_fast.methods.carso.task import carso_published, carso_v1_published
 from purify_fast.models import build_classifier
+from purify_fast.speed.precision import raced_convolutions
 from purify_fast.training import FitConfig, Lookahead, fit
 from purify_fast.training.optimizers import fuse, load_state
 from purify_fast.training.sources import InMemory
@@ -60,6 +62,22 @@ def test_fact_13_after_the_sixth_step_the_weights_are_mixed():
     for mixed, ahead, begin in zip(model.parameters(), fast.parameters(), start, strict=True):
         torch.testing.assert_close(mixed, 0.8 * ahead + 0.2 * begin)
         assert not torch.equal(mixed, ahead)
+
+
+def test_a_slow_step_on_cuda_is_two_launches_whatever_the_number_of_weights():
+    weights = [nn.Parameter(torch.randn(n, 3)) for n in range(1, 21)]
+    optimizer = Lookahead(torch.optim.SGD(weights, lr=0.0), k=1)
+    with CudaLaunches() as counted:
+        optimizer.step()
+    assert counted.by_name == {"_foreach_lerp_": 1, "_foreach_copy_": 1}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_without_a_fused_kernel_is_not_changed(fused):
+    optimizer = torch.optim.Adadelta(problem()[0].parameters())
+    before = copy.deepcopy(optimizer.state_dict())
+    fuse(optimizer, fused)
+    assert optimizer.state_dict() == before
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"alpha": 0.0}, {"alpha": 1.5}])
@@ -106,6 +124,21 @@ def test_a_fused_optimizer_computes_the_same_and_resumes_either_way(name):
         steps(*resumed, 2)
         steps(*other, 2)
         torch.testing.assert_close(resumed[1].state_dict(), other[1].state_dict(), **close)
+
+
+def test_convolutions_are_raced_only_where_it_is_asked_for(monkeypatch):
+    cudnn, gpu = torch.backends.cudnn, torch.device("cuda")
+    for deterministic, mode, device, raced in (
+        (False, "auto", gpu, True),
+        (False, "off", gpu, False),
+        (False, "on", torch.device("cpu"), False),
+        (True, "auto", gpu, False),
+        (True, "on", gpu, True),
+    ):
+        monkeypatch.setattr(cudnn, "deterministic", deterministic)
+        with raced_convolutions(mode, device):
+            assert cudnn.benchmark == raced
+        assert not cudnn.benchmark
 
 
 # -- learning rates against those read off the official code -----------------------------------------------------------
@@ -255,6 +288,13 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         fit(task, x, torch.arange(16) % 10, config, callbacks=[heard], progress=False)
         assert noted == {expected}
         assert float32_settings() == before
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("make", [arrest_task, classifier_task])
+def test_auto_computes_in_the_dtype_that_is_fast_on_the_device(make, fast, dtype, monkeypatch):
+    monkeypatch.setattr("purify_fast.speed.precision.fast_bfloat16", lambda device: fast)
+    assert make(precision="auto").dtype == dtype
 
 
 def step(task):

@@ -8,9 +8,11 @@ from small_models import Made
 from small_runs import StopAt, Stopped, attack, carso_task, images, same
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from purify_fast.methods.purifier_task import noise_of
 from purify_fast.speed.graphs.compiled_step import compiled
+from purify_fast.speed.watch import matrix_weights
 from purify_fast.training import Batch, ClassifierConfig, ClassifierTask, FitConfig, Lookahead, Task, fit
 from purify_fast.training.loop import gradients, parts_of, train_step
 
@@ -57,6 +59,23 @@ def test_the_noise_of_a_part_is_that_of_its_images_in_the_whole_batch():
                 found.append(defence.prior_latents(len(part.x), 2, x.device))
     whole, *parts = found
     assert torch.equal(torch.cat(parts), whole)
+
+
+class Counted(nn.Module):
+    """A parametrization that counts how often it is computed."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return 2 * x
+
+
+def test_weights_are_counted_without_computing_them():
+    layer = parametrize.register_parametrization(nn.Linear(8, 4), "weight", Counted())
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), layer)
+    calls = layer.parametrizations.weight[0].calls
+    assert matrix_weights(model) == 12 + 32 and layer.parametrizations.weight[0].calls == calls
 
 
 def test_spectral_norm_moves_once_a_step():

@@ -5,14 +5,15 @@ from collections import UserList
 import pytest
 import torch
 from small_runs import StopAt, Stopped, images, same, task
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
 from torch.utils.data.sampler import BatchSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
-from purify_fast.training import FitConfig, fit, sources
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit, sources
 from purify_fast.training.batches import check_channels
-from purify_fast.training.sources import InMemory, held_out
+from purify_fast.training.sources import InMemory, held_out, make_sources
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -27,6 +28,15 @@ def test_gradients_are_recorded_whatever_the_mode_of_the_caller(mode):
 
 def loaded(n, **options):
     return DataLoader(TensorDataset(*images(n)), **options)
+
+
+def test_a_model_that_returns_probabilities_is_told_so(caplog):
+    layers = nn.Flatten(), nn.Linear(64, 2)
+    fit(ClassifierTask(nn.Sequential(*layers, nn.Softmax(1)), ClassifierConfig()), *images(), FitConfig(1, 16))
+    assert "returns probabilities, not logits" in caplog.text
+    caplog.clear()
+    fit(ClassifierTask(nn.Sequential(*layers), ClassifierConfig()), *images(), FitConfig(1, 16))
+    assert "probabilities" not in caplog.text
 
 
 class Indexed(Dataset):
@@ -52,6 +62,33 @@ def test_the_same_batches_give_the_same_weights_to_the_bit_in_every_form():
     plain = task()
     fit(plain, x, y, FitConfig(1, 16, flip=True), progress=False)
     assert not same(tensors, plain)
+
+
+@pytest.mark.parametrize("most", [2**30, 100])
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_images_that_fit_are_moved_to_the_gpu_once_and_others_are_pinned(most, share, monkeypatch):
+    """A device without values stands for the GPU. A copy from memory that is not pinned makes the host wait."""
+    x, y = images()
+    made, pinned = task(), []
+    made.model.to("meta")
+    made.check = lambda shape, classes: None
+    monkeypatch.setattr(sources, "digest", lambda *tensors: "")
+    monkeypatch.setattr(sources, "GPUS", ("meta",))
+    monkeypatch.setattr(sources, "MOST_BYTES", most)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(tuple(self.shape)) or self)
+    source, held = make_sources(made, x, y, FitConfig(1, 16, validation_share=share))
+    batches = [*source.epoch(0, 0), *(held.epoch(0, 0) if held else ())]
+    assert all(part.device.type == "meta" for batch in batches for part in batch)
+    assert pinned == ([(16,), (16, 1, 8, 8)] * 4 if most == 100 else [])
+    assert most == 100 or (source.x.device.type == "meta" and (not held or held.x is source.x))
+
+
+def test_images_that_would_take_much_of_the_gpus_free_memory_stay(monkeypatch):
+    x, device = images()[0], torch.device("meta")
+    monkeypatch.setattr(sources, "GPUS", ("meta",))
+    for free, kind in ((9 * x.nbytes, "cpu"), (11 * x.nbytes, "meta")):
+        monkeypatch.setattr(sources, "free_memory", lambda device, free=free: free)
+        assert sources.placed(x, device).device.type == kind
 
 
 @pytest.mark.parametrize("indices", [False, True])
@@ -152,11 +189,13 @@ REFUSED = [
     (r"x must be uint8, \[N, C, H, W\], got torch.uint8 \[64, 8, 8\]", lambda x, y: (x[:, 0], y)),
     (r"y must be int64 \[N\] = \[64\], .*got torch.float32", lambda x, y: (x, y.float())),
     (r"y must be int64 \[N\] = \[64\], .*got torch.int64 \[9\]", lambda x, y: (x, y[:9])),
+    (r"y must be int64 \[N\] = \[64\], .*got list", lambda x, y: (x, y.tolist())),
     (r"y must be int64 \[N\] = \[64\], .*got NoneType", lambda x, y: (x, None)),
     ("y must be at least 0, got -1", lambda x, y: (x, y - 1)),
     ("y: the largest label is 2, but the model has 2 classes, 0 to 1", lambda x, y: (x, y + 1)),
     ("y: the largest label is 2, but the model has 2 classes", lambda x, y: (x, y + 1), carso),
     (r"the classifier must map images \[B, 3, 8, 8\] to logits", lambda x, y: (x.expand(-1, 3, -1, -1), y)),
+    (r"the classifier must map images \[B, 1, 4, 8\] to logits", lambda x, y: (x[:, :, :4], y)),
     (r"x must have images \[1, 8, 8\], got \[1, 8, 4\]", lambda x, y: (x[..., :4], y), carso),
     ("y: the largest label is 2, but the model has 2 classes", lambda x, y: ([(x, y + 1)], None)),
     ("or batches without y and validation_share, got list", lambda x, y: ([(x, y)], y)),
