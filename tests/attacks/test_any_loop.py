@@ -58,6 +58,12 @@ def test_starts_differ_between_calls_and_repeat_with_a_seed(network, x, attack):
     assert torch.equal(*(call(seed=torch.Generator().manual_seed(2)) for _ in range(2)))
 
 
+def test_fgsm_draws_no_random_number(network, x):
+    state = torch.get_rng_state()
+    fgsm(network, x, Y, EPS)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("alpha", [EPS, EPS / 4])
 def test_a_step_has_the_bits_of_the_definition(network, x, alpha):
     network, x = network.float(), x.float()
@@ -100,6 +106,15 @@ def test_several_draws_and_parts_of_a_batch_take_a_loss_function(network, x):
     assert (loss(network(best), y) >= loss(network(whole), y) - 1e-9).all()
 
 
+def test_auto_pgd_takes_a_loss_function(network, x):
+
+    def loss(logits, y):
+        return F.cross_entropy(logits, y, reduction="none")
+
+    found = apgd(network, x, Y, 0.2, loss=loss, steps=20, leave_when_fallen=False, seed=0)
+    assert (loss(network(found), Y) > loss(network(x), Y)).all()
+
+
 @pytest.mark.parametrize("attack", [pgd, fgsm])
 def test_radii_steps_and_ranges_of_channels_equal_a_plain_loop(network, x, attack):
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
@@ -116,6 +131,11 @@ def test_radii_steps_and_ranges_of_channels_equal_a_plain_loop(network, x, attac
     got = attack(network, normal, Y, eps, **how)
     want = loop(network, normal, lambda logits: F.cross_entropy(logits, Y), start, steps=steps, **plain)
     torch.testing.assert_close(got, want)
+
+
+def test_a_radius_per_pixel(network, x):
+    eps = torch.rand_like(x) * EPS
+    assert ((pgd(network, x, Y, eps, steps=2) - x).abs() <= eps + 1e-9).all()
 
 
 def test_a_target_is_approached(network, x):

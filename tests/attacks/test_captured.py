@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from purify_fast.attacks import GradientHealth, apgd, fab_t, pgd, square, stadv
 from purify_fast.defences import NoisyEnsemble
+from purify_fast.judge.searches import engine
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs
 
@@ -83,6 +84,39 @@ def test_captured_searches_give_the_bits_of_eager_ones(batch, graphs, rerun, nor
     assert torch.equal(wanted, found) and not torch.equal(found, x)
     # the first steps are launched, since the batch may shrink after any of them
     assert rerun.recorded >= 1 and graphs.refusal is None and (rerun.replayed >= 15 or norm == "l1" or name == "apgd")
+
+
+class Sizes(nn.Module):
+    """Notes the sizes of its batches; about half of the images fall at a radius of 0.05."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 5))
+        self.seen: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(len(x))
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("norm", [pytest.param(norm, marks=[pytest.mark.slow] * (norm != "linf")) for norm in SIZES])
+def test_few_graphs_serve_a_whole_search_by_squares(graphs, rerun, monkeypatch, norm):
+    """Rows that fill a batch change no result, and a graph serves for all edges and blocks of random numbers."""
+    x, model = torch.rand(75, 1, 8, 8, generator=torch.Generator().manual_seed(2)), Sizes()
+    options = {"eps": SIZES[norm] / 3, "norm": norm, "n_queries": 700, "restarts": 2}
+    y = model(x).argmax(1)
+    wanted = square(model, x, y, **options)
+    left = int((model(wanted).argmax(1) == y).sum())
+    assert 0 < left < 60, left
+    monkeypatch.setattr(engine, "takes_every_size", lambda device: False)
+    model.seen.clear()
+    torch.testing.assert_close(direct(square, model, x, y, graphs=graphs, **options), wanted, rtol=0, atol=0)
+    # 16, 32, 64 and 128 rows, times the number of proposals in a round
+    assert model.seen <= {75} | {size * together for size in (16, 32, 64, 128) for together in (1, 2, 4)}
+    sizes = {size for size in (16, 32, 64, 128) if size in model.seen}
+    # three numbers of proposals
+    assert 3 < rerun.recorded <= 3 * len(sizes) and graphs.refusal is None
 
 
 @pytest.mark.parametrize("give_up", [False, True])

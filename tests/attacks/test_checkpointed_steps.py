@@ -1,6 +1,7 @@
 """A loop that is computed again step by step: its gradients, its draws, its memory."""
 
 import itertools
+import sys
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 from purify_fast.attacks import checkpointed_steps
+from purify_fast.speed import memory
+
+MODULE = sys.modules["purify_fast.attacks.checkpointed_steps"]
 
 
 def plain(step, x, n, *inputs):
@@ -123,3 +127,45 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
     assert torch.equal(out, torch.full((2,), 8.0)) and out.grad_fn is None
     with torch.no_grad():
         assert checkpointed_steps(lambda x, i: 2 * x, torch.ones(2, requires_grad=True), 3).grad_fn is None
+
+
+def steps_computed_again(n, keep, free, monkeypatch):
+    """How often a loop's steps are called in all, beside the n that each prediction takes."""
+    net, calls = network(3, 32, torch.float32), []
+    monkeypatch.setattr(MODULE, "free_memory", lambda device: free)
+
+    def step(x, i):
+        calls.append(i)
+        # a first step that does less than the others
+        return x - 0.01 * net(x) if i else 0.9 * x
+
+    x = torch.rand(2, 3, 16, 16).requires_grad_()
+    torch.autograd.grad(checkpointed_steps(step, x, n, keep=keep).sum(), x)
+    return len(calls) - n
+
+
+def test_as_many_steps_are_kept_as_fit_into_a_quarter_of_the_free_memory(monkeypatch):
+    measured = partial(steps_computed_again, 20, monkeypatch=monkeypatch)
+    assert [measured(keep, 0) for keep in (0, 7, 30)] == [20, 13, 0]
+    # where there is no room, those remain by which it is measured
+    assert [measured("auto", free) for free in (0, 10**12)] == [17, 0]
+    # what enters each of the three layers of a step
+    one = 2 * (3 + 32 + 32) * 16 * 16 * 4
+    assert [measured("auto", int(4 * (room + 0.5) * one)) for room in (5, 11)] == [12, 6]
+
+
+def test_a_capture_asks_the_device_for_its_memory_before_it_begins(monkeypatch):
+    cuda, tensors, capturing = torch.device("cuda"), [20], [False]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {False: (100, 1000)}[capturing[0]])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: tensors[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    assert memory.free_memory(cuda) == 130
+    with memory.memory_of_capture(cuda):
+        capturing[0] = True
+        assert memory.free_memory(cuda) == 130
+        # What the loop has kept is no longer free.
+        tensors[0] = 60
+        assert memory.free_memory(cuda) == 90
+    # The memory was not measured before a capture of the user.
+    assert memory.free_memory(cuda) == 0

@@ -6,16 +6,20 @@ from functools import partial
 import pytest
 import torch
 from direct import direct
-from small_models import Made, accuracy
+from small_models import Made, NotCopied, accuracy
 from torch import nn
 from torch.nn import functional as F
 
 from purify_fast.attacks import APGD, FABT, GradientHealth, JudgeContext, Square, apgd, fab_t, square
 from purify_fast.attacks.base import Ball
-from purify_fast.judge.searches.engine import ActiveSet, Judge, has_fallen
+from purify_fast.attacks.gradient_copy import Copies
+from purify_fast.attacks.objective import Objective
+from purify_fast.judge.run.measure import Progress, counted_model
+from purify_fast.judge.searches.engine import ActiveSet, Judge, PaceMonitor, has_fallen
 from purify_fast.judge.searches.model_tests import HEADS, AttackersHead, head_logits
 from purify_fast.judge.searches.square import pattern, side
 from purify_fast.ops.aggregate import aggregate
+from purify_fast.speed.frozen_copy import FrozenCopy
 
 THEIRS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 ORDERS = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}
@@ -57,6 +61,34 @@ def convolutional(classes=10):
     return net.eval()
 
 
+def test_which_models_are_copied(monkeypatch):
+    net, x = convolutional(), torch.rand(4, 3, 16, 16)
+    assert Copies(x).copy_for(net, "float32") is net
+    made = Copies(x).copy_for(net, "bfloat16")
+    assert isinstance(made, FrozenCopy) and made.folded == 2 and made.dtype == torch.bfloat16
+    # too small to gain
+    assert Copies(x).copy_for(net, "auto") is net
+    monkeypatch.setattr("purify_fast.attacks.gradient_copy.FEWEST_WEIGHTS", 1)
+    assert Copies(x).copy_for(net, "auto").dtype == torch.float32
+    monkeypatch.setattr("purify_fast.attacks.gradient_copy.auto_dtype", lambda model, device: torch.bfloat16)
+    assert Copies(x).copy_for(net, "auto").dtype == torch.bfloat16
+    function = net.forward
+    assert Copies(x).copy_for(function, "bfloat16") is function and Copies(x).copy_for(made, "bfloat16") is made
+
+    odd = NotCopied(lambda self, z: self.net(z), net=net)
+    with pytest.warns(RuntimeWarning, match="NotCopied is attacked itself, .* no copies"):
+        assert Copies(x).copy_for(odd, "bfloat16") is odd
+    progress = Progress()
+    with progress.row("attack", None):
+        counted = counted_model(net, progress)
+        copies = Copies(x)
+        around = copies.copy_for(counted, "bfloat16")
+        assert type(around) is type(counted) and isinstance(around.model, FrozenCopy)
+        assert copies.copy_for(counted, "float32") is not around
+        # a captured step belongs to one module: the counter around a copy is the same for every attack
+        assert copies.copy_for(counted, "bfloat16") is around is not counted
+
+
 @pytest.mark.parametrize("attack", [apgd, fab_t, square])
 def test_every_success_is_the_models_own(attack):
     """A model that is right where its copy is wrong loses nothing, and what is found does fool it."""
@@ -82,6 +114,38 @@ def test_every_success_is_the_models_own(attack):
     assert not fell and not share.any() and not active.fallen.any()
 
 
+class Shares(nn.Module):
+    """Random in its second half alone, whose draws of an image share the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+        self.seen = []
+
+    def forward(self, z):
+        return self.draw_logits(z, 1)[0]
+
+    def draw_logits(self, z, draws):
+        self.seen.append((len(z), draws))
+        found = self.first(z).mean((2, 3)).expand(draws, -1, -1)
+        return self.second(found + 0.01 * torch.randn(found.shape))
+
+
+def test_what_draws_share_is_computed_once():
+    """Bounded passes hold all draws of some images, not some draws of all."""
+    net, x, y = Shares(), torch.rand(7, 3, 8, 8), torch.zeros(7, dtype=torch.int64)
+    for most, want in ((None, [(7, 5)]), (100, [(7, 5)]), (12, [(2, 5)] * 3 + [(1, 5)]), (3, [(1, 3), (1, 2)] * 7)):
+        net.seen.clear()
+        found = Objective(net, "ce", 5, most).gradient(x, y)
+        assert net.seen == want and found.image.shape == x.shape and found.wrong.shape == (7,)
+        assert all(images * draws <= (most or 100) for images, draws in net.seen)
+    # the same gradient in parts, where the draws do not differ
+    net.double()
+    net.draw_logits = lambda z, draws: net.second(net.first(z).mean((2, 3)).expand(draws, -1, -1))
+    whole, part = (Objective(net, "ce", 5, most).gradient(x.double(), y) for most in (None, 12))
+    assert (part.image - whole.image).abs().max() <= 1e-10 * whole.image.abs().max()
+
+
 @pytest.mark.parametrize("norm, eps", [slow("linf", 0.12), slow("l2", 0.5), slow("l1", 1.0)])
 def test_fab_beside_the_authors(digits, norm, eps):
     theirs = pytest.importorskip("pyautoattack.fab_pt")
@@ -99,6 +163,18 @@ def test_fab_beside_the_authors(digits, norm, eps):
     reach = torch.linalg.vector_norm((found - x).flatten(1).double(), ord=ORDERS[norm], dim=1)
     assert bool((reach <= eps * (1 + 1e-5) + 1e-6).all()) and found.min() >= 0 and found.max() <= 1
     assert health.count("gradients") > 0 and health.reliable
+
+
+def test_fab_drops_fallen_images_and_measures_what_is_missing_beyond_the_ball(monkeypatch):
+    """The border is where the mean is 0.5: at a distance of 0.05 from one image, and of 0.3 from the other."""
+    missing = []
+    monkeypatch.setattr(PaceMonitor, "lost", lambda self, step, beyond: missing.append(beyond))
+    x = torch.tensor([0.45, 0.2])[:, None, None, None].expand(2, 1, 4, 4)
+    model = nn.Sequential(nn.Flatten(), nn.AvgPool1d(16), nn.Linear(1, 2))
+    model[2].load_state_dict({"weight": torch.tensor([[0.0], [8.0]]), "bias": torch.tensor([0.0, -4.0])})
+    direct(fab_t, model, x, torch.zeros(2, dtype=torch.int64), eps=0.1, steps=50, give_up=True)
+    assert {len(each) for each in missing[2:]} == {1}
+    assert 0.2 < float(missing[-1]) < 0.22
 
 
 def test_the_squares_are_those_of_the_paper():
@@ -171,6 +247,19 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
     if attack is square:
         # Images that the search gives up keep their best points. Images that fall have the points of a whole search.
         assert torch.equal(found[0][~right], found[1][~right]) and bool((found[1] != x)[right].flatten(1).any(1).all())
+
+
+@pytest.mark.parametrize(
+    "logits, eot_iter, given_up",
+    [((1.0, 0.0), 1, True), ((1.0, 0.0), 2, False), ((float("nan"), 0.0), 1, False), ((0.0, 1.0), 1, False)],
+)
+def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
+    model = Counted(lambda x: torch.tensor([logits]).expand(len(x), 2))
+    x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    direct(square, model, x, y, eps=0.1, n_queries=600, eot_iter=eot_iter, give_up=True)
+    if logits[0] == 1:
+        # the beginning, 500 or 600 proposals, some of them judged together, and the last judgement
+        assert (model.images < 2 * 540) is given_up and model.images >= 2 * 500
 
 
 def test_square_averages_a_random_model_and_leaves_with_its_images():

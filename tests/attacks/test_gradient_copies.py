@@ -6,6 +6,7 @@ from small_models import Made
 from torch import nn
 
 from purify_fast import Atop, Carso
+from purify_fast.attacks import APGD
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.defences import MajorityVote, WithAggregation
 from purify_fast.defences.base import Defence
@@ -59,6 +60,27 @@ def test_a_defence_is_copied_inside_another_view_of_it(defence):
         assert torch.equal(made(x), found) and (found - want).abs().max() <= 0.1 * want.abs().max()
 
 
+def test_a_view_that_does_something_else_keeps_it_around_a_copy(defence):
+    """A subclass stays one; and a view whose copy would say something else is attacked itself."""
+    x = torch.rand(8, *SHAPE)
+
+    class Negative(WithAggregation):
+        def forward(self, x):
+            return -super().forward(x)
+
+    class Forgets(Negative):
+        def around(self, replace):
+            return WithAggregation(replace(self.defence), self.aggregation, self.without_noise)
+
+    view = Negative(defence, deterministic=True).eval()
+    made = Copies(x).copy_for(view, "bfloat16")
+    assert type(made) is Negative and made.defence is not defence and view.defence is defence
+    with torch.no_grad():
+        assert (made(x) - view(x)).abs().max() <= 0.1 * view(x).abs().max()
+    forgets = Forgets(defence, deterministic=True).eval()
+    assert Copies(x).copy_for(forgets, "bfloat16") is forgets
+
+
 def without_norm(purifier):
     purifier.net[1] = nn.Identity()
 
@@ -95,6 +117,19 @@ def test_a_random_copy_that_does_something_else_is_refused(defence, spoil, monke
     text = "Atop is attacked itself, .* IndexError: tuple index" if raises else "attacked itself, because"
     with pytest.warns(RuntimeWarning, match=text):
         assert Copies(torch.rand(8, *SHAPE)).copy_for(defence, "bfloat16") is defence
+
+
+def test_making_a_copy_draws_no_numbers(defence, monkeypatch):
+    """An evaluation that goes on after an interruption makes its copies at other moments."""
+    original = Defence.make_frozen_copy
+    monkeypatch.setattr(Defence, "make_frozen_copy", lambda *a, **k: torch.rand(3) is None or original(*a, **k))
+    before = torch.get_rng_state()
+    assert Copies(torch.rand(8, *SHAPE)).copy_for(defence, "bfloat16") is not defence
+    torch.set_rng_state(before)
+    x = torch.rand(8, *SHAPE)
+    drawn = torch.get_rng_state()
+    assert Copies(x).copy_for(defence, "bfloat16") is not defence
+    assert torch.equal(torch.get_rng_state(), drawn) and defence.noise_is_fresh
 
 
 def test_a_wrapper_has_the_copy_of_now(defence):
@@ -149,3 +184,23 @@ def test_a_copy_that_rounds_the_differences_between_logits_away_is_refused(bias)
     with pytest.warns(RuntimeWarning, match="other logits"):
         assert Copies(x).copy_for(net, "bfloat16").dtype == torch.float32
     assert Copies(x).copy_for(plain, "bfloat16").dtype == torch.bfloat16
+
+
+def returning(output):
+    """A network whose output is changed."""
+    torch.manual_seed(0)
+    return Made(lambda self, x: output(self.net(x)), net=SmallCNN(SHAPE[0], 6, SHAPE[1:], width=4)).eval()
+
+
+def test_the_error_of_a_model_itself_is_left_to_the_attack():
+    model = returning(lambda z: z @ torch.zeros(3, 3))
+    with pytest.warns(RuntimeWarning, match="attacked itself"):
+        assert Copies(torch.rand(8, *SHAPE)).copy_for(model, "bfloat16") is model
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "auto"])
+def test_a_direct_attack_makes_a_copy_only_if_it_is_asked_to(precision, monkeypatch):
+    net, x, made = shifted(0.0), torch.rand(4, *SHAPE), []
+    monkeypatch.setattr("purify_fast.attacks.gradient_copy.copy_or_model", lambda *given: made.append(given) or net)
+    APGD(steps=2, precision=precision)(net, x, net(x).argmax(1), eps=0.01)
+    assert len(made) == (precision == "bfloat16")

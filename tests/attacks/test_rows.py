@@ -8,7 +8,7 @@ import torch
 from small_models import Made, Purifying
 from torch import nn
 
-from purify_fast.attacks import APGD, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
+from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
 from purify_fast.attacks.base import AttackContext, Ball
 from purify_fast.attacks.objective import Objective, margin
 from purify_fast.judge.run.measure import Progress, counted_model
@@ -48,6 +48,29 @@ def test_an_attack_makes_no_further_passes(model, batch, attack, passes):
         attack.search(counter, *batch, context(draws_differ=draws_differ, counts_health=True))
         counts.append((counter.counted().forwards / len(batch[0]), counter.counted().gradients / len(batch[0])))
     assert counts == passes
+
+
+@pytest.mark.parametrize(
+    ("attack", "expected"),
+    [
+        (APGD(restarts=2), 13),
+        (APGD(loss="dlr"), 8),
+        (APGD(loss="dlr_targeted", n_target_classes=2), 19),
+        (Square(n_queries=70, restarts=2), 145),
+    ],
+)
+def test_a_search_without_success_makes_no_further_passes(batch, attack, expected):
+    x, y = batch
+    passes = []
+
+    def never_fooled(z):
+        passes.append(len(z))
+        # several targets may stand in one batch
+        labels = y.repeat(-(-len(z) // len(y)))[: len(z)]
+        return 9 * nn.functional.one_hot(labels, 6) + z.flatten(1)[:, :6]
+
+    attack.search(never_fooled, x, y, context(counts_health=True))
+    assert sum(passes) == len(x) * expected
 
 
 def test_of_the_restarts_each_image_keeps_its_worst(model, batch):
@@ -112,6 +135,25 @@ def test_the_radius_of_an_attack_is_a_number(eps):
     assert PGD(eps=np.float32(0.5)).eps == 0.5 and StAdv(eps=torch.tensor([0.1]))
 
 
+@pytest.mark.parametrize(
+    ("attack", "context", "early"),
+    [
+        (APGD(give_up=True), {"steps": 50}, True),
+        (APGD(), {"steps": 50}, False),
+        (APGD(give_up=True), {"steps": 49}, False),
+        (APGD(give_up=True), {"steps": 50, "norm": "l1"}, False),
+        (FABT(give_up=True), {"steps": 5, "norm": "l1"}, True),
+        (FABT(give_up=True, steps=20), {"steps": 100}, False),
+        (Square(give_up=True), {}, True),
+        (Square(give_up=True, n_queries=500), {}, False),
+        (Square(give_up=True), {"eot_iter": 4}, False),
+        (Square(), {}, False),
+    ],
+)
+def test_an_attack_tells_whether_it_may_end_early(attack, context, early):
+    assert attack.may_end_early(AttackContext(eps=0.1, num_classes=10, **context)) is early
+
+
 @pytest.mark.parametrize("attack", [pgd, square])
 def test_a_strangers_mistakes(model, batch, attack):
     x, y = batch
@@ -122,11 +164,13 @@ def test_a_strangers_mistakes(model, batch, attack):
         ({"y": y.int()}, ValueError, r"y must be int64 \[B\] = \[9\], got torch.int32 \[9\]"),
         ({"x": 255 * x}, ValueError, r"= \[0, 1\], got .*: divide images in 0..255 by 255"),
         ({"eps": 14, "norm": "l2"}, ValueError, r"eps must be at most 13.8\d* for l2, .* got 14: is 14/255 meant\?"),
+        ({"eps": 200, "norm": "l1"}, ValueError, "eps must be at most 192 for l1, .* got 200"),
         ({"x": x / 0}, ValueError, r"x must be in \[clip_min, clip_max\] = \[0, 1\]"),
         ({"y": y - 100}, ValueError, r"y must have class numbers of at least 0, got -\d+"),
         ({"norm": "Linfinity"}, ValueError, "norm must be one of linf, l2.*, got 'Linfinity'"),
         ({"x": (255 * x).byte()}, ValueError, "x must be floating point"),
         ({"eps": float("nan")}, ValueError, "must be at least 0, got nan"),
+        ({"eps": torch.zeros(3)}, ValueError, r"must be a number or a tensor \[B\]"),
         ({"eps": np.zeros(9)}, TypeError, r"eps must be .*, got array"),
         ({"eot_iter": 0}, ValueError, "eot_iter must be at least 1"),
     ):

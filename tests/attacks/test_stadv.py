@@ -89,6 +89,16 @@ def test_the_bound_on_the_flow_holds(model, batch, monkeypatch, options, loss):
     assert not torch.equal(adversarial, x)
 
 
+def test_a_bound_per_image(model, batch, monkeypatch):
+    x, y = batch
+    flows = Flows(monkeypatch)
+    eps = torch.linspace(0, 0.1, 9)
+    adversarial = stadv(model, x, y, eps=eps, steps=12)
+    largest = torch.stack([flow.abs().amax((1, 2, 3)) for flow in flows.seen]).amax(0)
+    torch.testing.assert_close(largest, eps)
+    assert torch.equal(adversarial[0], x[0])
+
+
 @pytest.mark.parametrize("still", [{"eps": 0.0}, {"rate": 0.0}, {"eps": 0.0, "random_start": True}])
 def test_without_room_or_steps_the_image_stays(model, batch, still):
     assert torch.equal(stadv(model, *batch, **still), batch[0])
