@@ -7,6 +7,8 @@ from inspect import getsource
 import op_table
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import strategies as st
 from loading import module
 from torch import Tensor
@@ -21,6 +23,45 @@ KERNELS = {op: op_table.public_name(op) for op in REGISTRY if REGISTRY[op].launc
 #: Those that draw the shapes of their images by `image_shape`, or by `step`, which calls it.
 SHAPED = [op for op in KERNELS if re.search(r"\b(image_shape|step)\(draw\)", getsource(getattr(op_table, KERNELS[op])))]
 CASES = [*((op, "of fuzzing") for op in KERNELS), *((op, "odd") for op in SHAPED)]
+
+
+@triton.jit
+def _copy(x_ptr, out_ptr, columns, x_stride, out_stride, READ: tl.constexpr, WRITTEN: tl.constexpr, W: tl.constexpr):
+    """Copy a row. The first program also reads number READ of x, and writes number WRITTEN of the result."""
+    row, c = tl.program_id(0), tl.arange(0, W)
+    x = tl.load(x_ptr + row * x_stride + c, mask=c < columns, other=0.0)
+    tl.store(out_ptr + row * out_stride + c, x, mask=c < columns)
+    if row == 0:
+        tl.store(out_ptr + WRITTEN, tl.load(x_ptr + READ))
+
+
+def copy(x: Tensor, out: Tensor, read: int = 0, written: int = 0) -> None:
+    _copy[(3,)](x, out, 5, x.stride(0), out.stride(0), READ=read, WRITTEN=written, W=8)
+
+
+def rows(padding: int) -> Tensor:
+    """Return three rows of five numbers within a larger tensor, with ``padding`` other numbers after each row."""
+    return torch.arange(64.0).as_strided((3, 5), (5 + padding, 1), 7)
+
+
+#: Where a fault of one element is: the numbers between two rows, and the fault's number.
+FAULTS = {"before": (0, -1), "after": (0, 15), "between": (2, 5)}
+
+
+@pytest.mark.parametrize("turn", [0, 1], ids=["at the end of a page", "at the beginning of a page"])
+@pytest.mark.parametrize("does", ["reads", "writes"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_element_is_found(addresses, fault, does, turn):
+    padding, number = FAULTS[fault]
+    x, out = rows(padding), rows(padding)
+    # The launches of a kernel take turns, and the second copies to other pages than the first.
+    while addresses.launches["test_addresses._copy"] % 2 != turn:
+        copy(x, out)
+    before = x.clone()
+    with pytest.raises(Exception, match=f"_copy {does} 4 bytes at"):
+        copy(x, out, **{"read" if does == "reads" else "written": number})
+    copy(x, out)
+    assert torch.equal(out, before) and torch.equal(x, before)
 
 
 @pytest.mark.parametrize(("kernel", "sizes"), CASES)

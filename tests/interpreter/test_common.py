@@ -6,6 +6,14 @@ import torch
 from purify_fast.kernels import _common
 
 
+def test_dense_starts_where_vectors_do():
+    x = torch.arange(40.0)
+    for view in (x[1:33], x[4:36], x[::2]):
+        dense = _common.dense(view)
+        assert torch.equal(dense, view) and dense.is_contiguous() and dense.data_ptr() % 16 == 0
+    assert _common.dense(x[4:36]).data_ptr() == x[4:36].data_ptr()
+
+
 def test_rows_beyond_an_axis(monkeypatch):
     """An axis of a launch holds 65535 programs; here as if it were three."""
     from purify_fast.kernels import philox

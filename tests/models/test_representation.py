@@ -4,6 +4,7 @@ import pytest
 import torch
 from fake_cuda import MODE
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 from purify_fast import Carso
@@ -55,6 +56,28 @@ def test_gradients_flow_and_match():
     representation = Representation(model, layers, (3, 32, 32))
     got = torch.autograd.grad(sum(t.square().sum() for t in representation(x)), x)[0]
     torch.testing.assert_close(got, truth)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.block, self.head, self.reentrant = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2), reentrant
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, x.flatten(1), use_reentrant=self.reentrant))
+
+
+def test_layers_inside_a_reentrant_checkpoint_are_refused():
+    """PyTorch runs them without gradients. Without gradients, and outside, nothing is lost."""
+    x = torch.rand(3, 1, 2, 2, requires_grad=True)
+    reader = Representation(Checkpointed(True), ["head", "block.0"], (1, 2, 2))
+    with pytest.raises(ValueError, match=r"layers: the output of 'block.0' has no gradient.* use_reentrant=False"):
+        reader(x)
+    with torch.no_grad():
+        assert len(reader(x)) == 2
+    # The last layer's output is that of the checkpoint, which has a gradient.
+    for reentrant, layer in ((True, "head"), (True, "block.1"), (False, "block.0")):
+        assert Representation(Checkpointed(reentrant), [layer], (1, 2, 2))(x)[0].requires_grad
 
 
 def test_nothing_is_read_outside_a_call_and_mode_is_kept():

@@ -90,6 +90,16 @@ def test_default_head_can_be_attacked_at_any_margin(backend, samples, loss):
         assert (gradient.flatten(1).abs().amax(1) > 0).all(), margin
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e2, 1e3])
+def test_peel_is_finite_and_decides_as_lse(backend, scale):
+    logits = normal(64, 8, 10, scale=scale, dtype=torch.float32).requires_grad_()
+    log_p, q = aggregate(logits, "peel"), aggregate(logits, "lse")
+    assert log_p.isfinite().all() and (log_p <= 0).all()
+    assert torch.equal(log_p.argmax(1), q.argmax(1))
+    (gradient,) = torch.autograd.grad(log_p.sum(), logits)
+    assert gradient.isfinite().all()
+
+
 def test_vote_is_a_majority(backend):
     logits = normal(40, 9, 6, dtype=torch.float32, scale=3.0) - 50  # all negative: where the published count fails
     votes = aggregate(logits, "vote")

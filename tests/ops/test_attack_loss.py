@@ -78,6 +78,19 @@ def test_numbers_that_are_equal_or_not_finite(backend, kind, dtype):
         torch.testing.assert_close(call(logits, y, t, kind), wanted, equal_nan=True, rtol=error, atol=1e-6)
 
 
+def test_a_model_that_is_sure_still_has_a_slope(backend):
+    """With two classes, the loss is log(1 + exp z) of the difference z of the logits. Below z = -61.1 it is linear."""
+    z = torch.tensor([-7.0, -20.0, -61.0, -80.0, -1e30])
+    logits = torch.stack([torch.zeros(5), z], 1)
+    gradient, loss, wrong = attack_loss(logits, torch.zeros(5, dtype=torch.int64))
+    bounded = z.double().clamp_min(0.7 * math.log(2.0**-126))
+    slope = bounded.sigmoid()
+    torch.testing.assert_close(gradient.double(), torch.stack([-slope, slope], 1), rtol=2e-5, atol=0)
+    wanted = F.softplus(bounded) + slope * (z.double() - bounded)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-5, atol=0)
+    assert not wrong.any()
+
+
 @pytest.mark.parametrize("label", [-1, -100, 10, 2**40])
 @pytest.mark.parametrize("kind", ["ce", "dlr_targeted"])
 def test_a_label_outside_of_the_classes_is_never_read(backend, kind, label):

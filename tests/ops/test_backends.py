@@ -129,3 +129,24 @@ def test_double_precision_passes_the_triton_kernels_by():
     launch([torch.zeros(2), torch.zeros(2)], 3)
     launch([torch.zeros(2), torch.zeros(2, dtype=torch.float64)], 3)
     assert seen == ["kernel", "reference"] * 2
+
+
+#: The variants whose reference moves as few bytes as the kernel, once Inductor has compiled it for a GPU; it also fuses
+#: the reference with its neighbors.
+LEVEL = {
+    **{name: ("linf",) for name in ("pgd_step", "apgd_step", "square_proposal")},
+    "diffusion_step": ("noiseless",),
+    "diffusion_step_backward": ("fixed", "noiseless"),
+    **{
+        name: tuple(REGISTRY[name].smallest["cuda"])
+        for op in ("aggregate", "gated_elu", "reconstruction_loss", "stitch", "representation_distance")
+        for name in (op, f"{op}_backward")
+        if name != "representation_distance"
+    },
+}
+
+
+def test_in_compiled_graphs_kernels_give_way_to_references_that_move_as_few_bytes():
+    assert {name for name, op in REGISTRY.items() if op.launch is not None} > LEVEL.keys()
+    for name, variants in LEVEL.items():
+        assert not {*variants} & {*REGISTRY[name].in_graphs.get("cuda", ())}, name

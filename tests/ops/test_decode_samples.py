@@ -65,6 +65,28 @@ def served(monkeypatch):
     monkeypatch.setattr(type(op.OP), "uses_reference", lambda *_: False)
 
 
+def test_a_gradient_keeps_the_signs_of_the_maps_and_nothing_is_kept_without_one(served):
+    condition, seed, ids, packed, biases = packed_arguments()
+    kept: list[torch.Tensor] = []
+
+    def decoded(condition):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            return op.decode_prior(condition, seed, ids, packed, biases, GEOMETRY, 3)
+
+    with torch.no_grad():
+        decoded(condition.requires_grad_())
+    decoded(condition.detach())
+    assert not kept
+    decoded(condition)
+    words = sum(h * w * c // 32 for h, w, c in GEOMETRY.inputs())
+    (signs,) = (x for x in kept if x.dtype == torch.int32)
+    assert signs.shape == (6, words) == (6, 2 * 3 + 4 * 5)
+    assert sorted(x.numel() for x in kept) == sorted([6 * words, 6 * 2 * 3 * 4, packed.numel(), biases.numel()])
+    maps = op.maps(condition, seed, ids, op.unpack(packed, biases, GEOMETRY), GEOMETRY, samples=3, slope=0.2)
+    for x, positive in zip(maps[:-1], op._positive(signs, GEOMETRY), strict=True):
+        assert torch.equal(x > 0, positive) and 0.2 < positive.double().mean() < 0.8
+
+
 def test_a_second_backward_and_a_checkpoint_have_the_same_gradient(served):
     condition, *rest = packed_arguments()
 

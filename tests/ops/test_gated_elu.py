@@ -1,11 +1,15 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
+from op_cases import normal
 
 from purify_fast.ops import gated_elu
 
 pytestmark = pytest.mark.interpreter
+
+op = import_module("purify_fast.ops.gated_elu")
 
 
 def test_published_values(backend):
@@ -29,3 +33,14 @@ def test_far_out_nothing_is_lost(backend):
     leaf = torch.tensor([[1.0, 30.0]], requires_grad=True)
     (got,) = torch.autograd.grad(gated_elu(leaf).sum(), leaf)
     torch.testing.assert_close(got, torch.tensor([[1.0, tail]]), rtol=1e-6, atol=0)
+
+
+def test_no_copy_of_the_features_in_either_layout(monkeypatch):
+    """Backward saves the features' own storage, and nothing else."""
+    monkeypatch.setitem(op.OP.chosen, (torch.device("cpu"), ""), 0)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaf = normal(2, 6, 5, 7, dtype=torch.float32).to(memory_format=memory_format).requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+            gated_elu(leaf)
+        assert [x.untyped_storage().data_ptr() for x in saved] == [leaf.untyped_storage().data_ptr()]

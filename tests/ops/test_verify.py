@@ -217,6 +217,15 @@ def test_a_device_that_is_not_here_runs_the_reference_for_now():
     assert not [key for key in op.chosen if key[0].type == "cuda"]  # asked again the next time
 
 
+def test_the_folder_is_that_of_the_user(monkeypatch, tmp_path):
+    assert records.folder() == tmp_path / "cache"
+    monkeypatch.delenv("PURIFY_FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert records.folder() == tmp_path / "purify_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert records.folder() == Path.home() / ".cache/purify_fast"
+
+
 def test_the_smallest_size_decides_and_a_kernel_that_is_not_used_is_not_verified(make, monkeypatch):
     kernel = counted(lambda x: x + x)
     op = make(kernel)
