@@ -16,7 +16,7 @@ from purify_fast.methods.atop import Atop, DeepFillGenerator, SmallGenerator
 from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process
 from purify_fast.models import UNet
-from purify_fast.models.classifiers import FullyConnected, PreActResNet18, SmallCNN, WideResNet
+from purify_fast.models.classifiers import PreActResNet18, SmallCNN, WideResNet
 from purify_fast.ops import REGISTRY, use_backend
 
 sys.path.append(str(Path(__file__).parent / "training"))
@@ -89,7 +89,6 @@ def own(model: nn.Module) -> Callable[[Tensor], Tensor]:
 #: Models, and how each is called with images.
 MODELS = {
     "SmallCNN": (lambda: SmallCNN(3, 10, IMAGES[1:], 4), own),
-    "FullyConnected": (lambda: FullyConnected(3, 10, IMAGES[1:], (12, 8)), own),
     "PreActResNet18": (lambda: PreActResNet18(width=2), own),
     "WideResNet": (lambda: WideResNet(10, 1), own),
     "UNet": (lambda: trained_unet(3, 16), at_a_time),

@@ -39,7 +39,6 @@ def checkpointed_steps(
     x: Tensor,
     n: int,
     *,
-    inputs: Sequence[Tensor] = (),
     parameters: Sequence[Tensor] = (),
     preserve_rng_state: bool = True,
     keep: Keep = 0,
@@ -50,13 +49,12 @@ def checkpointed_steps(
     is a plain loop.
 
     Args:
-        step: a function ``step(x, i, *inputs) -> Tensor`` of the previous result x and of i from 0 to n - 1. With the
+        step: a function ``step(x, i) -> Tensor`` of the previous result x and of i from 0 to n - 1. With the
             same x and random state it must return the same result. It must not write into x.
         x: the first x, such as images ``[B, C, H, W]``; any floating-point dtype.
         n: the number of steps, at least 0.
-        inputs: tensors that every step takes besides x, and whose gradients are wanted, such as an image as a guide.
         parameters: other tensors that ``step`` uses and whose gradients are wanted, such as
-            ``list(denoiser.parameters())``. A tensor in neither list gets no gradient.
+            ``list(denoiser.parameters())``. Other tensors get no gradient.
         preserve_rng_state: whether a step that is computed again draws the same numbers from PyTorch's generators. It
             may be False if the steps draw no numbers. Draws from a generator of your own or from NumPy are never
             repeated, so such a step is refused unless ``keep`` is n.
@@ -64,7 +62,7 @@ def checkpointed_steps(
             the free memory, by the activations of the third step, and also those of the first three steps.
 
     Returns:
-        The result of the last step. It has first-order gradients to x, ``inputs`` and ``parameters``.
+        The result of the last step. It has first-order gradients to x and ``parameters``.
 
     Raises:
         ValueError: n or keep is negative, or keep is neither a number nor "auto".
@@ -74,10 +72,10 @@ def checkpointed_steps(
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
     check_keep(keep)
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *inputs, *parameters))
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
     if not wanted or torch.compiler.is_compiling():
         for i in range(n):
-            x = step(x, i, *inputs)
+            x = step(x, i)
         return x
     first = min(n, MEASURED) if keep == "auto" else 0
     if keep == "auto":
@@ -93,21 +91,18 @@ def checkpointed_steps(
         for i in range(first):
             before = sum(kept.values())
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                x = _applied(step, x, i, inputs)
+                x = _applied(step, x, i)
         keep = int(SHARE * free_memory(x.device)) // max(1, sum(kept.values()) - before)
     for i in range(first, n):
-        if i < n - keep:
-            # Autograd functions take no keyword arguments.
-            x = _Repeated.apply(step, i, preserve_rng_state, len(inputs), x, *inputs, *parameters)
-        else:
-            x = _applied(step, x, i, inputs)
+        repeats = i < n - keep
+        x = _Repeated.apply(step, i, preserve_rng_state, x, *parameters) if repeats else _applied(step, x, i)
     return x
 
 
-def _applied(step: Step, x: Tensor, i: int, inputs: Sequence[Tensor]) -> Tensor:
+def _applied(step: Step, x: Tensor, i: int) -> Tensor:
     """Apply one step; RuntimeError if it wrote into its x."""
     version = x._version
-    following = step(x, i, *inputs)
+    following = step(x, i)
     if x._version != version:
         raise RuntimeError(f"step must not write into its x, but step {i} did: call x = x.clone() before writing")
     return following
@@ -123,25 +118,24 @@ class _Repeated(torch.autograd.Function):
     """A step whose activations are not kept: the backward pass computes the step again."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, i: int, draws: bool, count: int, x: Tensor, *others: Tensor) -> Tensor:
+    def forward(ctx: Any, step: Step, i: int, draws: bool, x: Tensor, *parameters: Tensor) -> Tensor:
         # A `DeviceContext` changes no result.
         ctx.modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
-        ctx.step, ctx.i, ctx.count = step, i, count
+        ctx.step, ctx.i = step, i
         ctx.draw_again = same_draws_again(x.device) if draws else None
         kind, ctx.backends = x.device.type, ",".join(forced_backends()) or None
         ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-        following = _applied(partial(_recorded, step) if ctx.modes else step, x, i, others[:count])
-        ctx.save_for_backward(x, following, *others)
+        following = _applied(partial(_recorded, step) if ctx.modes else step, x, i)
+        ctx.save_for_backward(x, following, *parameters)
         return following
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, before, *others = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
+        x, before, *parameters = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
         # The step does not take its parameters as arguments, so they cannot be replaced by leaves.
-        given = [x, *others[: ctx.count]]
-        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(given, needed, strict=False)]
+        leaf = x.detach().requires_grad_(needed[0])
         with contextlib.ExitStack() as stack:
             if ctx.draw_again is not None:
                 stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
@@ -151,20 +145,20 @@ class _Repeated(torch.autograd.Function):
             autocast = torch.autocast(x.device.type, cache_enabled=False, **ctx.autocast)
             for block in (torch.enable_grad(), autocast, use_backend(ctx.backends), *ctx.modes):
                 stack.enter_context(block)
-            result = ctx.step(leaves[0], ctx.i, *leaves[1:])
+            result = ctx.step(leaf, ctx.i)
         differs = _differs(result.detach(), before, x)
         if not differs.is_cuda and differs:
             fault = f"step must return the same result when it is computed again, but step {ctx.i} does not"
             advice = "does it draw from a generator of its own, or from NumPy? keep=n computes no step again"
             raise RuntimeError(f"{fault}: {advice}")
         if not result.requires_grad and not needed[0]:
-            return (None,) * (4 + len(needed))
-        wanted = [tensor for tensor, need in zip([*leaves, *others[ctx.count :]], needed, strict=True) if need]
+            return (None,) * (3 + len(needed))
+        wanted = [tensor for tensor, need in zip([leaf, *parameters], needed, strict=True) if need]
         found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
         gradients = [next(found) if need else None for need in needed]
         if differs.is_cuda:
             gradients = [None if one is None else one.masked_fill(differs, torch.nan) for one in gradients]
-        return None, None, None, None, *gradients
+        return None, None, None, *gradients
 
 
 def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
@@ -176,15 +170,15 @@ def _differs(again: Tensor, before: Tensor, x: Tensor) -> Tensor:
     return (again - before).abs().amax() > BFLOAT16 * change + ROUNDED * rounding
 
 
-def _recorded(step: Step, x: Tensor, i: int, *others: Tensor) -> Tensor:
+def _recorded(step: Step, x: Tensor, i: int) -> Tensor:
     """Apply a step with gradients recorded, because a function mode may change its result if none are recorded."""
     # Modes are disabled here, because they may replace the functions that detach tensors and enable gradients.
     with torch._C.DisableTorchFunction():
         before = torch.is_grad_enabled()
-        given = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in (x, *others)]
+        leaf = x.detach().requires_grad_()
         torch._C._set_grad_enabled(True)
     try:
-        following = step(given[0], i, *given[1:])
+        following = step(leaf, i)
     finally:
         with torch._C.DisableTorchFunction():
             torch._C._set_grad_enabled(before)

@@ -98,8 +98,8 @@ class TrainClassifier(TrainCommand):
     An interrupted training continues if the same command is run again.
 
     Args:
-        model: Network of the classifier: small_cnn, preact_resnet18, wide_resnet, fully_connected, torchvision:NAME,
-            timm:NAME or package.module:function.
+        model: Network of the classifier: small_cnn, preact_resnet18, wide_resnet, torchvision:NAME, timm:NAME or
+            package.module:function.
         width: Number of channels of the network's first stage. Default: 16 for small_cnn, 64 for preact_resnet18. For
             wide_resnet it is the factor of all widths, by default 10.
         depth: Number of layers of a wide_resnet. Default: 28.

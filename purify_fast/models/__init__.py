@@ -2,7 +2,6 @@
 
 from .classifiers import (
     CLASSIFIERS as CLASSIFIERS,
-    FullyConnected as FullyConnected,
     PreActResNet18 as PreActResNet18,
     SmallCNN as SmallCNN,
     WideResNet as WideResNet,

@@ -15,7 +15,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._files import check_shapes
-from .._process import processes
 from .._validation import check_literal
 from ..model_state import is_users
-from .layers import BatchNorm1d, BatchNorm2d, Normalize, Statistic, check_sizes
+from .layers import BatchNorm2d, Normalize, Statistic, check_sizes
 
 Activation = Literal["silu", "relu"]
 
@@ -74,58 +72,6 @@ class SmallCNN(nn.Module):
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = self.act(conv(x))
         return self.head(self.act(self.hidden(x.flatten(1))))
-
-
-class _Dropout(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        rank, world = processes() if self.training else (0, 1)
-        if world == 1:
-            return F.dropout(x, 0.15, self.training)
-        # Draw the mask that a single process would draw for the images of all, and use this process's part.
-        whole = x.new_ones(world * len(x), *x.shape[1:])
-        return x * F.dropout(whole, 0.15)[rank::world]
-
-
-class FullyConnected(nn.Module):
-    """The MNIST classifier of CARSO's first version. Mish, BatchNorm and dropout (0.15) follow each hidden layer.
-
-    ``forward``: images ``[B, in_channels, H, W]`` in [0, 1] -> log-probabilities ``[B, num_classes]``. A Mish and a
-    log-softmax follow the last layer. With the default sizes, CARSO's representation is ``body.1``, ``body.5`` and
-    ``body.9`` (290 numbers).
-
-    Args:
-        in_channels: number of channels of the images.
-        num_classes: number of classes, at least 2.
-        image_size: height and width of the images.
-        hidden: sizes of the hidden layers; the published network has 200 and 80.
-        mean: mean of the images: a number, or a number for each channel. The default is the mean of MNIST.
-        std: standard deviation of the images, in the same form. The default is that of MNIST.
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        image_size: Sequence[int] = (28, 28),
-        hidden: Sequence[int] = (200, 80),
-        mean: Statistic = 0.1307,
-        std: Statistic = 0.3081,
-    ):
-        super().__init__()
-        check_sizes(num_classes, in_channels=in_channels, image_size=min(image_size), hidden=min(hidden, default=0))
-        self.normalize = Normalize(mean, std, in_channels)
-        sizes = {"in_channels": in_channels, "num_classes": num_classes, "image_size": list(image_size)}
-        self.arguments: dict[str, Any] = {**sizes, "hidden": list(hidden), **self.normalize.arguments}
-        widths = [in_channels * prod(image_size), *hidden]
-        body: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            body += [nn.Linear(before, after), nn.Mish(), BatchNorm1d(after), _Dropout()]
-        self.body = nn.Sequential(*body, nn.Linear(widths[-1], num_classes), nn.Mish())
-        # This network has no pooling, so its representation is the output of its last hidden Mish.
-        self.before_pooling = f"body.{len(body) - 3}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.log_softmax(self.body(self.normalize(x).flatten(1)), 1)
 
 
 class _Block(nn.Module):
@@ -273,7 +219,6 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {
     "small_cnn": SmallCNN,
     "preact_resnet18": PreActResNet18,
     "wide_resnet": WideResNet,
-    "fully_connected": FullyConnected,
 }
 
 
@@ -291,11 +236,11 @@ def build_classifier(
     """Make a classifier with random weights, by its name in `CLASSIFIERS`.
 
     Args:
-        name: ``small_cnn``, ``preact_resnet18``, ``wide_resnet`` or ``fully_connected``.
+        name: ``small_cnn``, ``preact_resnet18`` or ``wide_resnet``.
         image_shape: shape (C, H, W) of an image.
         num_classes: number of classes, at least 2.
         width: width of the network. None means 16 for ``small_cnn``, 64 for ``preact_resnet18``, 10 for
-            ``wide_resnet``. ``fully_connected`` has no width.
+            ``wide_resnet``.
         depth: depth of ``wide_resnet``, only for this network. None means 28.
         activation: activation of ``wide_resnet``, only for this network: "silu" or "relu". None means "silu".
         mean: mean of the images: a number, or a number for each channel; ``small_cnn`` always uses 0.5.

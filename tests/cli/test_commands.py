@@ -24,7 +24,7 @@ def test_a_folder_of_pictures_from_the_data_root(run, tmp_path, monkeypatch):
                 Image.fromarray(levels).save(tmp_path / "set" / part / name / f"{i}.png")
     monkeypatch.setenv("PURIFY_FAST_DATA", str(tmp_path))
     common = ["--data", "set", "--size", "12", "8", "--stream", "--cache", tmp_path / "c", "--device", "cpu"]
-    train = [*common, "--model", "fully_connected", "--epochs", "8", "--batch-size", "8"]
+    train = [*common, "--model", "small_cnn", "--width", "4", "--epochs", "8", "--batch-size", "8"]
     code, said = run("train", "classifier", "--out", tmp_path / "out", *train)
     assert code == 0 and "accuracy without an attack: 100.0 ± 0.0 % (standard error) of 8 held-out images" in said
     assert len([*(tmp_path / "c").glob("set-*/12x8/.lock")]) == 1
@@ -39,8 +39,8 @@ def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
     monkeypatch.setattr(cli._KINDS["train carso"], "run", lambda self: seen.append(self))
     assert cli.main(["train", "carso", "--recipe", "cifar10"]) == 0
     assert cli.main(["train", "carso", "--recipe=tiny_imagenet", "--official-code", "--optimizer", "adamw"]) == 0
-    assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--recipe", "mnist_v1"]) == 0
-    assert cli.main(["train", "carso", "--recipe", "mnist_v1", "--official_code", "--recipe", "cifar10"]) == 0
+    assert cli.main(["train", "carso", "--alpha", "None", "--samples", "3", "--recipe", "cifar100"]) == 0
+    assert cli.main(["train", "carso", "--recipe", "cifar100", "--official_code", "--recipe", "cifar10"]) == 0
     monkeypatch.setattr(cli._KINDS["train atop"], "run", lambda self: seen.append(self))
     assert cli.main(["train", "atop", "--recipe", "cifar_rt2", "--width", "4"]) == 0
     plain, official, changed, underscored, atop = seen
@@ -51,7 +51,7 @@ def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
     assert plain.data == "cifar10"
     assert (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
     assert official.method == dataclasses.replace(recipe("carso/tiny_imagenet").config(True), optimizer="adamw")
-    assert changed.method.attack.alpha is None and changed.samples == 3 and changed.method.attack.eps == 0.3
+    assert changed.method.attack.alpha is None and changed.samples == 3 and changed.method.attack.eps == 8 / 255
 
 
 def test_a_report_of_another_radius_is_told_of(run, tmp_path):

@@ -38,12 +38,12 @@ REFUSED = {
     "train classifier --data {bars} --device gpu": "--device gpu cannot be used here: give auto, cpu, cuda or cuda:N",
     "train classifier --data {bars} --size 0": "--size must be (H, W), both at least 1, got (0, 0)",
     "train classifier --data {bars} --model resnet18": "--model must be small_cnn, preact_resnet18, wide_resnet, "
-    "fully_connected, torchvision:NAME such as torchvision:resnet18, timm:NAME or",
+    "torchvision:NAME such as torchvision:resnet18, timm:NAME or",
     "train diffusion --epochs 1": "train diffusion is no command: examples/your_diffusion_loop.py --train OUT trains a "
     "denoiser, and `purify-fast evaluate OUT --classifier FOLDER` puts it in front of a classifier",
     "train classifier --eps 8/0": "must be a number or a fraction such as 8/255, got '8/0'",
     "train carso --data {bars} --classifier nowhere": "nowhere is not a saved model: it does not exist",
-    "train carso --recipe cifar": "--recipe must be one of cifar10, cifar100, tiny_imagenet, mnist_v1",
+    "train carso --recipe cifar": "--recipe must be one of cifar10, cifar100, tiny_imagenet",
     "train carso --recipe cifar10 --init x": "--init has no effect beside --recipe",
     "train carso --official-code": "--official-code has no effect without --recipe",
     "train carso --bank-refresh 0.5": "--bank-refresh has no effect without --bank",

@@ -14,7 +14,7 @@ from purify_fast.cli.command import parse
 COMMANDS = [
     ["train classifier", "--eps", "8/255", "--norm", "l2", "--flip"],
     ["train carso", "--eps", "0.3", "--layers", "conv2", "--no-flip", "--size", "12", "8"],
-    ["train carso", "--recipe", "mnist_v1", "--samples", "3"],
+    ["train carso", "--recipe", "cifar100", "--samples", "3"],
     ["train generator", "--residual", "--betas", "0.4", "0.9"],
     ["train atop", "--init", "None", "--transform", "rt3", "--shared-mask"],
     ["evaluate", "runs/a folder", "--protocol", "rand", "--eps", "0.1"],
@@ -43,9 +43,9 @@ def test_options_on_the_command_line_win(tmp_path):
     assert (read.layers, read.loop.batch_size, read.loop.flip) == (("conv4", "hidden"), 7, False)
     assert read.method.attack.eps == 8 / 255
     # A recipe in a file gives the numbers that the file does not.
-    path.write_text("recipe: mnist_v1\nsamples: 2\n")
+    path.write_text("recipe: tiny_imagenet\nsamples: 2\n")
     read = parsed(["train carso", "--config", str(path), "--epochs", "3"])
-    assert (read.samples, read.cond_dim, read.loop.epochs, read.loop.batch_size) == (2, 130, 3, 1536)
+    assert (read.samples, read.cond_dim, read.loop.epochs, read.loop.batch_size) == (2, 768, 3, 1024)
 
 
 def test_what_a_file_may_not_hold(run, tmp_path):

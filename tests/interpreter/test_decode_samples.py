@@ -7,7 +7,7 @@ import torch
 
 from purify_fast.kernels import decode_samples as kernel
 from purify_fast.kernels.decoder_sizes import Geometry, Layer
-from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, decoder_plan_v1, published_decoder
+from purify_fast.methods.carso.networks import Deconvolution, decoder_plan, published_decoder
 from purify_fast.ops.dispatch.examples import double
 
 op = import_module("purify_fast.ops.decode_samples")
@@ -23,16 +23,9 @@ def geometry(latent_dim: int, plan: tuple) -> Geometry:
     return Geometry(latent_dim, start, tuple(sizes))
 
 
-def v1(channels: int, inputs: int, latent_dim: int) -> Geometry:
-    """Its first convolution sees one pixel: it is the linear layer."""
-    start, (first, *rest) = decoder_plan_v1(channels, inputs)
-    return geometry(latent_dim, ((first.channels, *first.size(*start[1:])), rest))
-
-
 GEOMETRIES = {
     "cifar10": geometry(128, published_decoder((3, 32, 32))),
     "tiny_imagenet": geometry(192, published_decoder((3, 64, 64))),
-    "mnist_v1": v1(1, 194, 64),
     "digits": geometry(10, decoder_plan((1, 16, 16), 8)),
     "oblong": geometry(5, decoder_plan((2, 13, 22), 24)),
     "kernel_below_stride": geometry(33, ((40, 2, 3), [Deconvolution(96, 2, 3, 0), Deconvolution(5, 5, 1, 2)])),
@@ -40,9 +33,9 @@ GEOMETRIES = {
     "alone": geometry(7, ((12, 4, 3), [Deconvolution(17, 3, 2, 1)])),
 }
 #: Of which one sample takes the interpreter seconds.
-LARGE = ("cifar10", "tiny_imagenet", "mnist_v1", "digits")
+LARGE = ("cifar10", "tiny_imagenet", "digits")
 #: The geometries whose tests are not slow.
-QUICK = ("mnist_v1", "digits", "kernel_below_stride", "no_stride", "alone")
+QUICK = ("digits", "kernel_below_stride", "no_stride", "alone")
 #: Where the last two layers can be one launch.
 TOGETHER = ("cifar10", "tiny_imagenet", "digits", "oblong", "no_stride")
 
@@ -124,7 +117,7 @@ def test_every_form_with_exact_products(poisoned, monkeypatch, name):
         assert got.is_contiguous(memory_format=layout) and error(got, logits) < 2e-6
 
 
-@geometries("cifar10", "oblong", "mnist_v1", "kernel_below_stride", quick=("kernel_below_stride",))
+@geometries("cifar10", "oblong", "kernel_below_stride", quick=("kernel_below_stride",))
 def test_bfloat16(poisoned, name):
     """Against float64 the kernel errs about as far as the definition in bfloat16."""
     given = arguments(name, torch.bfloat16)

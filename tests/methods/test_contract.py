@@ -11,16 +11,13 @@ from purify_fast.methods.carso import Carso
 from purify_fast.methods.diffusion import Process
 from purify_fast.models.classifiers import SmallCNN
 
-GUIDED = Process(steps=2, t_star=(0.1, 0.05), guidance="ssim", guidance_scale=9.0)
-
-
 DEFENCES = {
     "CARSO": lambda: Carso(SmallCNN(), ["conv1", "hidden"], (1, 16, 16), 16, 4, 2, decoder_width=4),
     "AToP, rt1": lambda: atop(transform="rt1", samples=2, sigma=0.3),
     "AToP, rt2": lambda: atop(shape=(3, 8, 16), transform="rt2", samples=2, sigma=0.3),
     "AToP, rt3": lambda: atop(transform="rt3", samples=2, sigma=0.3),
     "diffusion": lambda: purifier(process=Process(steps=3), samples=2),
-    "diffusion, guided": lambda: purifier(process=GUIDED, samples=2),
+    "diffusion, rounds": lambda: purifier(process=Process(steps=2, t_star=(0.1, 0.05)), samples=2),
 }
 
 

@@ -44,8 +44,6 @@ SCHEDULES = {
     "carso/cifar100": (20, {0: (5e-9, 0), 519: (PEAK, 0), 520: (PEAK, 1 / 9), 2500: (PEAK / 2, 1)}),
     # 250 epochs: 31 up, 31 flat, 188 down; beta 0 for 32 epochs, then up in 11
     "carso/tiny_imagenet": (98, {0: (5e-9, 0), 98 * 31: (0.0128, 0), 98 * 33: (0.0128, 1 / 11), 98 * 156: (0.0064, 1)}),
-    # 3e-5 times 1,536, reached after a third of 150 epochs; beta from the start
-    "carso/mnist_v1": (40, {0: (5e-9, 1), 2000: (0.04608, 1), 4000: (0.02304, 1)}),
     "atop/cifar_rt1": (101, {0: (1e-4, 0.05), 30_299: (1e-4, 0.05)}),
     "atop/cifar_rt2": (625, {0: (1e-4, 0), 1249: (1e-4, 0), 1250: (1e-4, 0.05), 187_499: (1e-4, 0.05)}),
     "atop/logged": (625, {0: (1e-4, 0), 1250: (1e-4, 0.05)}),
@@ -60,7 +58,6 @@ ATTACKS = {
     "carso/cifar10": (5120, 8 / 255, 40, 0.01, 0.1251232),
     "carso/cifar100": (2560, 8 / 255, 40, 0.01, 0.1176618),
     "carso/tiny_imagenet": (1024, 8 / 255, 40, 0.01, 0.1378205),
-    "carso/mnist_v1": (1536, 0.3, 40, 0.01, 0.3),
     **{name: (8, 8 / 255, None, None, 8 / 255) for name in RECIPES if name.startswith("atop/")},
     **{name: (128, 8 / 255, 10, 2 / 255, 8 / 255) for name in RECIPES if name.startswith("arrest/")},
 }
@@ -116,7 +113,7 @@ def weight_of(task, step, length):
 
 def test_every_recipe_is_compared_and_lists_are_complete():
     assert set(SCHEDULES) == set(ATTACKS) == set(TRAINED)
-    wanted = {"carso/cifar10", "carso/cifar100", "carso/tiny_imagenet", "carso/mnist_v1", "atop/cifar_rt1"}
+    wanted = {"carso/cifar10", "carso/cifar100", "carso/tiny_imagenet", "atop/cifar_rt1"}
     wanted |= {"atop/cifar_rt2", "atop/logged", "atop/imagenette", "arrest/resnet18", "arrest/wrn_34_10"}
     assert wanted <= set(RECIPES)
     with pytest.raises(ValueError, match=r"recipe must be one of arrest/resnet18, .*, got 'cifar10'"):

@@ -11,7 +11,7 @@ from loading import module_at
 from small_models import with_random_norms
 from torch import nn
 
-from purify_fast.models import CLASSIFIERS, FullyConnected, PreActResNet18, SmallCNN, WideResNet, build_classifier
+from purify_fast.models import CLASSIFIERS, PreActResNet18, SmallCNN, WideResNet, build_classifier
 from purify_fast.training import load_classifier, save_classifier
 from purify_fast.training.run import save_model
 
@@ -79,7 +79,6 @@ def test_the_representation_is_26_layers_in_execution_order():
 MAKERS = {
     "wide_resnet": lambda c, size: WideResNet(10, 1, 4, in_channels=c, mean=0.5, std=0.5),
     "preact_resnet18": lambda c, size: PreActResNet18(4, c, width=4),
-    "fully_connected": lambda c, size: FullyConnected(c, 4, size, (12, 6)),
     "small_cnn": lambda c, size: SmallCNN(c, 4, size, 4),
 }
 
@@ -124,7 +123,7 @@ def test_every_classifier_is_saved_and_loaded(name, tmp_path):
 
 
 def test_what_is_no_classifier_of_ours_is_neither_saved_nor_loaded(tmp_path):
-    with pytest.raises(ValueError, match="model must be one of SmallCNN, PreActResNet18, WideResNet, FullyConnected"):
+    with pytest.raises(ValueError, match="model must be one of SmallCNN, PreActResNet18, WideResNet"):
         save_classifier(nn.Linear(2, 2), tmp_path)
     save_model(tmp_path, "Carso", {}, {})
     with pytest.raises(ValueError, match="holds a 'Carso', not a classifier"):
@@ -153,7 +152,6 @@ def test_build_classifier():
         (lambda: WideResNet(10, 1, mean=(0.5, 0.5)), "mean needs 1 or 3 numbers, got 2"),
         (lambda: WideResNet(10, 1, std=(0.5, 0.5, 0.0)), "std must be above 0"),
         (lambda: PreActResNet18(1), "num_classes must be at least 2"),
-        (lambda: FullyConnected(hidden=()), "hidden must be at least 1"),
     ],
 )
 def test_arguments_that_make_no_network_are_refused(make, message):

@@ -12,7 +12,7 @@ from captures import Rerun
 from small_runs import atop_task, attack, carso_task, classifier_task
 from torch import nn
 
-from purify_fast.models.classifiers import FullyConnected, SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.speed import StepGraphs
 from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, loop as loop_module
@@ -49,8 +49,10 @@ ATTACK = attack(norm="l2")
 STANDARD = dataclasses.replace(ATTACK, relative_alpha=2.0, eps_warmup=0.2)
 OWN = {"attack": ATTACK, "learning_rate": 1e-3}
 TASKS = {
-    # with BatchNorm and dropout
-    "classifier": lambda: ClassifierTask(FullyConnected(1, 10, (16, 16), (12, 8)), ClassifierConfig(STANDARD)),
+    "classifier": lambda: ClassifierTask(
+        nn.Sequential(nn.Flatten(), nn.Linear(256, 12), nn.Mish(), BatchNorm1d(12), nn.Linear(12, 10)),
+        ClassifierConfig(STANDARD),
+    ),
     "convolutional": lambda: classifier_task(attack=STANDARD),
     "BatchNorms of others": lambda: ClassifierTask(of_others(), ClassifierConfig(STANDARD)),
     "atop pipeline": lambda: atop_task("pipeline", **OWN),

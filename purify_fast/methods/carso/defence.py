@@ -13,22 +13,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._settings import dtype_of
-from ..._validation import check_counts, check_literal
+from ..._validation import check_counts
 from ...defences.base import Defence
 from ...models.layers import Representation, normalization
 from ...ops.decode_samples import latents
 from ...speed.decoding import PackedDecoder, kernel_decodes
 from ...speed.watch import Watch
 from ..saving import save_defence
-from .networks import NETWORKS, Decoder, Deconvolution, Plan, decoder_plan, decoder_plan_v1
+from .networks import ConditionEncoder, Decoder, Deconvolution, Plan, PosteriorEncoder, decoder_plan
 
-CarsoVersion = Literal["v4", "v1"]
 DecoderPlan = tuple[Sequence[int], Sequence[Deconvolution | Mapping[str, Any]]]
 
 
@@ -49,15 +48,13 @@ class Carso(Defence):
         latent_dim: size of the latent z.
         samples: K, reconstructions per prediction.
         decoder_width: channels of the decoder's last hidden layer. They double from layer to layer towards the start,
-            up to eight times this number. No effect on ``v1``.
-        encoder_depth: blocks per pre-encoder. No effect on ``v1``.
+            up to eight times this number.
+        encoder_depth: blocks per pre-encoder.
         mean: mean by which the posterior encoder normalizes its input, a number or a list with a number per channel.
         std: standard deviation in the same form, above 0.
         decoder: (start, layers): the shape (C, h, w) of the decoder's first map, and the decoder's layers, each as a
             `Deconvolution` or as a dictionary of its fields. None means `decoder_plan` for image_shape and
-            decoder_width, or for ``v1`` the decoder of the first version. `published_decoder` returns the paper's
-            decoders.
-        version: ``v4`` for versions 4 to 6 of the paper, or ``v1`` for the first version, for 28 x 28 images.
+            decoder_width. `published_decoder` returns the paper's decoders.
 
     Raises:
         ValueError: a setting is out of range, a layer is unknown, or the classifier does not accept the images.
@@ -83,10 +80,8 @@ class Carso(Defence):
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
         decoder: DecoderPlan | None = None,
-        version: CarsoVersion = "v4",
     ):
         super().__init__(classifier, image_shape)
-        check_literal("version", version, CarsoVersion)
         sizes = {"cond_dim": cond_dim, "latent_dim": latent_dim, "samples": samples, "decoder_width": decoder_width}
         sizes["encoder_depth"] = encoder_depth
         check_counts(**sizes)
@@ -94,8 +89,6 @@ class Carso(Defence):
         if decoder is not None:
             (channels, h, w), parts = decoder
             plan: Plan = (channels, h, w), [x if isinstance(x, Deconvolution) else Deconvolution(**x) for x in parts]
-        elif version == "v1":
-            plan = decoder_plan_v1(self.image_shape[0], latent_dim + cond_dim)
         else:
             plan = decoder_plan(self.image_shape, decoder_width)
         self.arguments: dict[str, Any] = {
@@ -104,15 +97,13 @@ class Carso(Defence):
             **sizes,
             **statistics,
             "decoder": None if decoder is None else json.loads(json.dumps([plan[0], [asdict(x) for x in plan[1]]])),
-            "version": version,
         }
         self.latent_dim, self.samples = latent_dim, samples
         self.representation = Representation(self.classifier, layers, self.image_shape)
         self.num_classes = self.representation.num_classes
-        condition_encoder, posterior_encoder, decoder_kind = NETWORKS[version]
-        self.condition_encoder = condition_encoder(self.representation.shapes, cond_dim, encoder_depth)
-        self.posterior_encoder = posterior_encoder(self.image_shape, cond_dim, latent_dim)
-        self.decoder = decoder_kind(latent_dim, cond_dim, self.image_shape, *plan)
+        self.condition_encoder = ConditionEncoder(self.representation.shapes, cond_dim, encoder_depth)
+        self.posterior_encoder = PosteriorEncoder(self.image_shape, cond_dim, latent_dim)
+        self.decoder = Decoder(latent_dim, cond_dim, self.image_shape, *plan)
         for name, values in statistics.items():
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
         # On a CPU, this layout makes the whole pipeline about 2 times as fast, and transposed convolutions 3 times.

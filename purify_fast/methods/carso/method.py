@@ -52,8 +52,7 @@ class CarsoConfig:
             trained weights.
         lookahead_steps: fast steps per slow step of Lookahead (paper: 6).
         lookahead_alpha: length of Lookahead's slow step (paper: 0.8).
-        schedule: schedule of the learning rate: "one_cycle" (own), "published" or "published_v1"; see `carso_published`
-            and `carso_v1_published`.
+        schedule: schedule of the learning rate: "one_cycle" (own) or "published"; see `carso_published`.
         precision: "float32", with full IEEE precision on a GPU too (the official code's convolutions use TF32 there);
             "tf32" (own), which on a GPU rounds the factors of products to ten bits of mantissa during the training; or
             "bfloat16", which computes with a frozen copy of the classifier (own).
@@ -79,7 +78,7 @@ class CarsoConfig:
     optimizer: Literal["adamw", "radam_lookahead"] = "adamw"
     lookahead_steps: Count = 6
     lookahead_alpha: Annotated[float, Range(0, 1, above=True)] = 0.8
-    schedule: Literal["one_cycle", "published", "published_v1"] = "one_cycle"
+    schedule: Literal["one_cycle", "published"] = "one_cycle"
     precision: Precision = "float32"
     learning_rate: AtLeast0 = 2e-3
     weight_decay: AtLeast0 = 0.0

@@ -1,7 +1,6 @@
 """Defines the networks of CARSO's conditional variational autoencoder (arXiv 2306.06081, section 4.2).
 
-V1 marks the networks of the paper's versions 1 and 2 for 28 x 28 images. ``runs_in_order`` states that a class calls
-every nn.Sequential as a whole, as the folding of BatchNorm requires.
+``runs_in_order`` states that a class calls every nn.Sequential as a whole, as the folding of BatchNorm requires.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,16 +76,13 @@ class PosteriorEncoder(nn.Module):
 
     def __init__(self, image_shape: Shape, cond_dim: int, latent_dim: int):
         super().__init__()
-        self.image, self.joint, size = self._layers(image_shape, cond_dim, latent_dim)
-        self.mean = nn.Linear(size, latent_dim)
-        self.log_variance = nn.Linear(size, latent_dim)
-
-    def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
-        """Return the layers that read the image, the layers that read their output and c, and the final output size."""
         channels, h, w = image_shape
         first, second = conv_block(channels, 2 * channels, 3, 2, 1), conv_block(2 * channels, 4 * channels, 3, 2, 1)
         size = 4 * channels * ceil(ceil(h / 2) / 2) * ceil(ceil(w / 2) / 2)
-        return nn.Sequential(first, second, nn.Flatten()), linear_block(size + cond_dim, latent_dim), latent_dim
+        self.image = nn.Sequential(first, second, nn.Flatten())
+        self.joint = linear_block(size + cond_dim, latent_dim)
+        self.mean = nn.Linear(latent_dim, latent_dim)
+        self.log_variance = nn.Linear(latent_dim, latent_dim)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         h = self.joint(torch.cat([self.image(x), condition], 1))
@@ -151,18 +146,16 @@ def published_decoder(image_shape: Shape) -> Plan:
     return (256, side, side), [*hidden, Deconvolution(channels, kernel, stride=1)]
 
 
-def deconvolution_stack(
-    start: Shape, layers: Sequence[Deconvolution], image_shape: Shape, batch_norm: bool = True
-) -> nn.Sequential:
+def deconvolution_stack(start: Shape, layers: Sequence[Deconvolution], image_shape: Shape) -> nn.Sequential:
     """Return the transposed convolutions of a decoder, from a map of shape ``start`` to ``image_shape``."""
     stack: list[nn.Module] = []
     channels, h, w = start
     for i, layer in enumerate(layers):
         last = i == len(layers) - 1
         form = (layer.kernel, layer.stride, layer.padding, layer.output_padding)
-        stack.append(nn.ConvTranspose2d(channels, layer.channels, *form, bias=last or not batch_norm))
+        stack.append(nn.ConvTranspose2d(channels, layer.channels, *form, bias=last))
         if not last:
-            stack += [BatchNorm2d(layer.channels), LeakyReLU()] if batch_norm else [_LeakyReLU()]
+            stack += [BatchNorm2d(layer.channels), LeakyReLU()]
         channels, (h, w) = layer.channels, layer.size(h, w)
     if (channels, h, w) != tuple(image_shape):
         raise ValueError(f"the decoder must return images {tuple(image_shape)}, got {(channels, h, w)}")
@@ -183,17 +176,14 @@ class Decoder(nn.Module):
     """
 
     runs_in_order = True
-    #: True if BatchNorm comes before LeakyReLU.
-    normalizes = True
 
     def __init__(
         self, latent_dim: int, cond_dim: int, image_shape: Shape, start: Shape, layers: Sequence[Deconvolution]
     ):
         super().__init__()
         self.latent_dim, self.start = latent_dim, tuple(start)
-        if self.normalizes:
-            self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
-        self.stack = deconvolution_stack(start, layers, image_shape, self.normalizes)
+        self.adapter = nn.Linear(latent_dim + cond_dim, prod(start))
+        self.stack = deconvolution_stack(start, layers, image_shape)
 
     def in_order(self) -> list[nn.Module]:
         """Return the layers in order, from a linear layer whose inputs are latent and condition."""
@@ -205,82 +195,3 @@ class Decoder(nn.Module):
         weight_z, weight_c = self.adapter.weight.split([self.latent_dim, condition.shape[1]], 1)
         h = F.linear(z, weight_z) + F.linear(condition, weight_c, self.adapter.bias)[:, None]
         return self.stack(F.leaky_relu(h, 0.2).flatten(0, 1).unflatten(1, self.start))
-
-
-class _LeakyReLU(nn.Module):
-    negative_slope = 0.01
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The slope is a literal, because torch.compile(dynamic=True) would first treat an attribute as variable.
-        return F.leaky_relu(x, 0.01)
-
-
-def _linear_blocks(*sizes: int) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), _LeakyReLU(), BatchNorm1d(after)]
-    return layers
-
-
-class ConditionEncoderV1(nn.Module):
-    """Maps the representation to ``c [B, cond_dim]`` in (0, 1), in the first version. ``depth`` has no effect."""
-
-    runs_in_order = True
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]], cond_dim: int, depth: int = 2):
-        super().__init__()
-        size = sum(prod(shape) for shape in shapes)
-        self.joint = nn.Sequential(*_linear_blocks(size, 2 * cond_dim, cond_dim), nn.Sigmoid())
-
-    def forward(self, representation: Sequence[Tensor]) -> Tensor:
-        return self.joint(torch.cat([x.flatten(1) for x in representation], 1))
-
-
-class PosteriorEncoderV1(PosteriorEncoder):
-    """Maps image, c and ``1.5 latent_dim`` features to mean and log-variance of q(z | x, c), in the first version."""
-
-    def _layers(self, image_shape: Shape, cond_dim: int, latent_dim: int) -> tuple[nn.Module, nn.Module, int]:
-        channels, h, w = image_shape
-        positions = (h - 3) * (w - 3)
-        detail = ceil(channels * h * w / positions)
-        image = nn.Sequential(nn.Conv2d(channels, detail, 4), nn.Flatten())
-        size, shared = detail * positions + cond_dim, 3 * latent_dim // 2
-        joint = nn.Sequential(*_linear_blocks(size, (size + shared) // 2, shared), nn.Tanh())
-        return image, joint, shared
-
-
-def decoder_plan_v1(channels: int, inputs: int) -> Plan:
-    """Return the first map's shape and the layers of version 1's decoder, from ``inputs`` numbers to 28 x 28 images."""
-    return (inputs, 1, 1), [
-        Deconvolution(inputs // 2, 4, 1, 0),
-        Deconvolution(inputs // 4, 4, 2, 1),
-        Deconvolution(inputs // 8, 4, 2, 2),
-        Deconvolution(channels, 4, 2, 1),
-    ]
-
-
-class DecoderV1(Decoder):
-    """Maps latents ``[B, K, latent_dim]`` and the condition to images before the sigmoid, in the first version."""
-
-    normalizes = False
-
-    def in_order(self) -> list[nn.Module]:
-        # The first transposed convolution has an input of one pixel, so it is a linear layer.
-        first: Any = self.stack[0]
-        size = tuple(first.weight.shape[1:])
-        linear = nn.Linear(len(first.weight), prod(size), device=first.weight.device, dtype=first.weight.dtype)
-        linear.weight = nn.Parameter(first.weight.flatten(1).T)
-        linear.bias = nn.Parameter(first.bias.repeat_interleave(prod(size[1:])))
-        return [linear, nn.Unflatten(1, size), *self.stack[1:]]
-
-    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
-        z = z[:, None] if z.dim() == 2 else z
-        h = torch.cat([z, condition[:, None].expand(-1, z.shape[1], -1)], 2)
-        return self.stack(h.flatten(0, 1).unflatten(1, self.start))
-
-
-#: The classes of the condition encoder, the posterior encoder and the decoder, by the version of the method.
-NETWORKS: dict[str, tuple[Any, ...]] = {
-    "v4": (ConditionEncoder, PosteriorEncoder, Decoder),
-    "v1": (ConditionEncoderV1, PosteriorEncoderV1, DecoderV1),
-}

@@ -1,7 +1,7 @@
 """The published systems of CARSO. ``recipes.yaml`` has every value and its source.
 
-A source that is only a file and a line is in emaballarin/CARSO, commit 307b873 (mnist_v1: 8dadfc8, 5f65f97). "ebtorch"
-is its library emaballarin/ebtorch, commit e9f8d99.
+They are versions 4 to 6 of arXiv 2306.06081. A source that is only a file and a line is in emaballarin/CARSO, commit
+307b873. "ebtorch" is its library emaballarin/ebtorch, commit e9f8d99.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def official_tensors(defence: Carso) -> Tensors:
     """Return the tensors of a defence for each official file, by their official names. They are not copied.
 
     Args:
-        defence: a system of version v4 whose representation has only maps and whose decoder is a `published_decoder`.
-            Other systems have no official files, because the files have no strides and paddings.
+        defence: a system whose representation has only maps and whose decoder is a `published_decoder`. Other systems
+            have no official files, because the files have no strides and paddings.
     """
     state: Tensors = {
         "repr_compressors": defence.condition_encoder.get_submodule("layers").state_dict(),
@@ -172,7 +172,7 @@ class CarsoRecipe(Recipe):
             # The paper takes the same layers of every block, and this network may have fewer blocks.
             options["layers"] = classifier.representation_layers()
         shape = tuple(options["image_shape"])
-        if options["version"] == "v4" and shape in PUBLISHED:
+        if shape in PUBLISHED:
             options.setdefault("decoder", published_decoder(shape))
         return Carso(classifier, **options)
 
@@ -185,12 +185,8 @@ class CarsoRecipe(Recipe):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: no weights were published, or the files are those of another system; the message says what
-                differs.
+            ValueError: the files are those of another system; the message says what differs.
         """
-        if self["defence.version"] != "v4":
-            published = ", ".join(name for name, recipe in RECIPES.items() if recipe["defence.version"] == "v4")
-            raise ValueError(f"recipe must be one of {published}, whose weights were published, got {self.name!r}")
         classifier = self.build_classifier()
         what = f"{classifier_weights} does not hold the classifier of this system"
         load_state(classifier, read_weights(classifier_weights), what, only_model=True)

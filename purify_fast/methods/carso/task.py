@@ -67,13 +67,6 @@ def carso_published(epoch: int, epochs: int, peak: float) -> float:
     return peak * (1 - (1 - 1.25e-4) * min(1.0, max(0, epoch - rise - flat) / fall))
 
 
-def carso_v1_published(epoch: int, epochs: int, peak: float) -> float:
-    """Return version 1's rate: linear from 5e-9 to ``peak`` in int(epochs / 3) epochs, and linear back to 5e-9."""
-    rise = max(1, int(epochs / 3))
-    position = epoch / rise if epoch <= rise else (epochs - epoch) / max(1, epochs - rise)
-    return 5e-9 + (peak - 5e-9) * position
-
-
 def kl_weight(epoch: int, delay: float) -> float:
     """Return the share of the KL term's weight in an epoch: 0 in the first ``delay``, then rising for a third of it."""
     start, rise = ceil(delay), ceil(delay / 3)
@@ -121,7 +114,7 @@ class CarsoTask(PurifierTask[Carso]):
     """
 
     name = "carso"
-    published: ClassVar = {"published": carso_published, "published_v1": carso_v1_published}
+    published: ClassVar = {"published": carso_published}
     config: CarsoConfig
 
     def __init__(self, defence: Carso, config: CarsoConfig, origin: str = "scratch"):

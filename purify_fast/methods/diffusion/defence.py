@@ -1,12 +1,12 @@
 """Purification by diffusion: noise is added to an image, and a denoiser removes it step by step.
 
     x_T = alpha x + sigma z                           forward process, to the time t*
-    x_s = step(x_t, denoiser(x_t, t), z_t) - w grad   reverse process, from t* to the image; w grad is the guidance
+    x_s = step(x_t, denoiser(x_t, t), z_t)            reverse process, from t* to the image
     logits = classifier(x_0)                          aggregated over K such purifications
 
-One round without guidance is DiffPure (Nie et al., ICML 2022, arXiv 2205.07460). Guidance gives GDMP (Wang et al.,
-arXiv 2205.14969), rounds of increasing t* give the gradual noise of Lee & Kim (ICCV 2023, arXiv 2303.09051), and a
-single step gives one-shot denoising (Carlini et al., ICLR 2023, arXiv 2206.10550).
+One round is DiffPure (Nie et al., ICML 2022, arXiv 2205.07460), rounds of increasing t* are the gradual noise of Lee &
+Kim (ICCV 2023, arXiv 2303.09051), and a single step is one-shot denoising (Carlini et al., ICLR 2023, arXiv
+2206.10550).
 
 The gradient is exact. The backward pass computes steps again, with the same noise (`checkpointed_steps`).
 """
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from ..._settings import dtype_of
 from ..._validation import check_counts, check_literal
-from ...attacks import APGD
 from ...attacks.checkpointed_steps import Keep, check_keep, checkpointed_steps
 from ...defences.base import Defence, refuse_wrapped
 from ...defences.stochastic import WithAggregation
@@ -35,7 +34,7 @@ from ...speed.draws import same_draws
 from ..recipes import Recipe, read_recipes
 from ..saving import save_defence
 from .denoiser import Denoiser, described_denoiser, read_pretrained, rebuilt_denoiser
-from .process import GRADIENTS, Process, Schedule, StepTable
+from .process import Process, Schedule, StepTable
 
 DiffusionAggregation = Literal["mean", "mean_softmax", "lse", "vote"]
 #: Surrogates have fewer steps, or fewer steps with a gradient of the denoiser: the number is divided by this factor.
@@ -127,7 +126,7 @@ class DiffusionPurifier(Defence):
             raise ValueError(f"t_star must be at most {self.last_time}, the last time of the training, got {latest}")
         table, self.begins = self.process.table()
         self.adds_noise: list[bool] = (table.coefficients[:, COEFFICIENTS.index("noise")] != 0).tolist()
-        rows = {"_rows": torch.arange(2 * len(self.begins), device="cpu")}
+        rows = {"_rows": torch.arange(len(self.begins), device="cpu")}
         # Each float64 number is stored as an int64 number with the same bits, because floats would be rounded when a
         # user converts the defence to another dtype.
         rows |= {f"_{name}": numbers.view(torch.int64) for name, numbers in table._asdict().items()}
@@ -156,7 +155,7 @@ class DiffusionPurifier(Defence):
         return self._as_images(purified).unflatten(0, (len(x), count))
 
     def _as_images(self, state: Tensor) -> Tensor:
-        """Convert the last state to images. The SDE, its probability flow and guidance may exceed [-1, 1]."""
+        """Convert the last state to images. The SDE and its probability flow may exceed [-1, 1]."""
         if self.process.clip:
             # Values of exactly -1 and 1 must have a gradient; with torch.clamp of some versions, they have none.
             state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
@@ -165,36 +164,19 @@ class DiffusionPurifier(Defence):
     def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
         """Run the whole process on images ``[B, C, H, W]`` in [-1, 1]."""
         table = StepTable(*(getattr(self, f"_{name}").view(torch.float64) for name in StepTable._fields))
-        numbers = (table.coefficients, table.targets, table.weights)
-        coefficients, targets, weights = (each.to(images.dtype) for each in numbers)
-        guidance = self.process.guidance
+        coefficients = table.coefficients.to(images.dtype)
 
-        def moved(x: Tensor, prediction: Tensor, row: Tensor, word: int, adds_noise: bool) -> Tensor:
-            at, noisy_step = self._rows[word : word + 1], noisy and adds_noise
-            return diffusion_step(x, prediction, row, seed=seed, sample_ids=ids, draws=draws, step=at, noisy=noisy_step)
-
-        def step(x: Tensor, j: int, *image: Tensor) -> Tensor:
-            if self.begins[j]:
-                return moved(x, x, coefficients[j], j, True)
-            seen = x if self.followed[j] else x.detach()
-            times = table.times[j].expand(len(x))
-            prediction = self._predict(seen, times)
-            following = moved(x, prediction, coefficients[j], j, self.adds_noise[j])
-            if guidance is None:
-                return following
-            target = moved(image[0], image[0], targets[j], len(self.begins) + j, True)
-            weight = weights[j]
-            if self.process.learns_variances:
-                share = prediction[:, x.shape[1] :].to(x.dtype)
-                log_low, log_high = coefficients[j, -2:]
-                weight = weight * torch.exp((1 + share) / 2 * log_high + (1 - share) / 2 * log_low)
-            return following - weight * GRADIENTS[guidance](x, target)
+        def step(x: Tensor, j: int) -> Tensor:
+            prediction = x
+            if not self.begins[j]:
+                prediction = self._predict(x if self.followed[j] else x.detach(), table.times[j].expand(len(x)))
+            names = {"seed": seed, "sample_ids": ids, "draws": draws, "step": self._rows[j : j + 1]}
+            return diffusion_step(x, prediction, coefficients[j], noisy=noisy and self.adds_noise[j], **names)
 
         return checkpointed_steps(
             step,
             images,
             len(self.begins),
-            inputs=() if guidance is None else (images,),
             parameters=[parameter for parameter in self.denoiser.parameters() if parameter.requires_grad],
             # The process draws its noise from a seed. torch's generators are used only by dropout in training mode, or
             # by a denoiser that draws random numbers itself.
@@ -218,9 +200,7 @@ class DiffusionPurifier(Defence):
 
     def _one_step(self, t_star: float | tuple[float, ...]) -> Process:
         """The settings with which the image that is predicted at t* is the purified image."""
-        return replace(
-            self.process, t_star=t_star, solver="one_shot", steps=None, eta=0.0, variance="small", guidance=None
-        )
+        return replace(self.process, t_star=t_star, solver="one_shot", steps=None, eta=0.0, variance="small")
 
     def one_shot(self, sigma: float) -> WithAggregation:
         """Make a deterministic model that denoises and classifies images with Gaussian noise, in a single step.
@@ -256,10 +236,8 @@ class DiffusionPurifier(Defence):
 
     def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
         """Return attacks for purifiers by diffusion, as pairs that the evaluation makes into an `AttackSpec`."""
-        low = APGD(loss="ce", eot_iter=DRAWS, precision="float32")
-        own = ("AttackSpec", {"attack": low, "label": LOW, "through": LowFrequencyGradient(self)})
         # The length of a step of Lee and Kim's attack is for L-inf.
-        return [("lee_kim_2023", {"eps": eps, "leave": True}), own] if norm == "linf" else [own]
+        return [("lee_kim_2023", {"eps": eps, "leave": True})] if norm == "linf" else []
 
     # -- speed --------------------------------------------------------------------------------------------------------
 
@@ -297,41 +275,6 @@ class DiffusionPurifier(Defence):
         return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)
 
     save = save_defence
-
-
-# -- the attacks that the protocol "strong" adds for a purifier by diffusion -------------------------------------------
-
-#: The highest frequency in the filtered gradient, in each direction, as a share of the image's highest frequency.
-KEPT = 0.25
-#: Number of draws over which a step averages the gradient.
-DRAWS = 20
-LOW = f"APGD by gradients of low frequencies, EOT {DRAWS}"
-
-
-def low_frequencies(image: Tensor) -> Tensor:
-    """Remove the high frequencies of images. The result has the same shape and dtype."""
-    height, width = image.shape[-2:]
-    wide = torch.promote_types(image.dtype, torch.float32)
-    rows = torch.fft.fftfreq(height, device=image.device).abs() <= KEPT / 2
-    columns = torch.fft.rfftfreq(width, device=image.device) <= KEPT / 2
-    kept = torch.fft.rfft2(image.to(wide)) * (rows[:, None] & columns)
-    return torch.fft.irfft2(kept, s=(height, width)).to(image.dtype)
-
-
-class LowFrequencyGradient(nn.Module):
-    """A model whose gradient with respect to the images has only low frequencies."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.kept = model, KEPT
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the model's logits, ``[B, classes]``."""
-        seen = x.view_as(x)
-        if seen.requires_grad:
-            seen.register_hook(low_frequencies)
-        return self.model(seen)
 
 
 # -- the published purifications: ``recipes.yaml`` has every value and its source --------------------------------------

@@ -28,17 +28,14 @@ The score of x_t is (alpha x0 - x) / sigma^2. beta(t) is `Schedule.rate`. DDPM's
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, pi, prod
+from math import inf, pi
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..._settings import without_autocast
-from ..._validation import AtLeast0, Range, Share, check_counts, check_types
+from ..._validation import Range, Share, check_counts, check_types
 from ...ops.diffusion_step import STEPS
 from .method import Solver
 
@@ -165,45 +162,6 @@ class Schedule:
         return float(t[enough.int().argmax()])
 
 
-# -- guidance of a reverse process toward the input image: GDMP (Wang et al., arXiv 2205.14969) ------------------------
-
-Guidance = Literal["mse", "ssim"]
-#: Constants of SSIM: the window's side, its standard deviation in pixels, and two terms that avoid a division by 0.
-WINDOW, DEVIATION, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
-
-
-def mse_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of each image's mean squared difference with respect to x, in the shape of x."""
-    return 2 * (x - y) / prod(x.shape[1:])
-
-
-def ssim_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of each image's 1 - SSIM with respect to x, in the shape of x."""
-    offsets = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
-    line = torch.softmax(-offsets.square() / (2 * DEVIATION**2), 0)
-    window = (line[:, None] * line).expand(x.shape[1], 1, WINDOW, WINDOW)
-
-    def local(image: Tensor) -> Tensor:
-        with without_autocast(image.device):
-            return F.conv2d(image, window, padding=WINDOW // 2, groups=image.shape[1])
-
-    m, n = local(x), local(y)
-    means, squares = 2 * m * n + C1, m.square() + n.square() + C1
-    covariance = 2 * (local(x * y) - m * n) + C2
-    variances = local(x.square() + y.square()) - m.square() - n.square() + C2
-    similarity = means * covariance / (squares * variances)
-    # `by_product`, `by_square` and `by_mean` are the derivatives of S with respect to E[x y], E[x^2] and m. The window
-    # is symmetric, so the operator `local` is its own adjoint.
-    by_product = 2 * means / (squares * variances)
-    by_square = -similarity / variances
-    by_mean = 2 * n * covariance / (squares * variances) - 2 * m * similarity / squares
-    by_mean = by_mean - n * by_product - 2 * m * by_square
-    return -(local(by_mean) + 2 * x * local(by_square) + y * local(by_product)) / prod(x.shape[1:])
-
-
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse_gradient, "ssim": ssim_gradient}
-
-
 # -- the settings of a purification by diffusion, and the table of its steps (`StepTable`) -----------------------------
 
 Prediction = Literal["noise", "x0", "v"]
@@ -215,12 +173,8 @@ class StepTable(NamedTuple):
 
     #: The coefficients of `purify_fast.ops.diffusion_step`, ``[n, 8]``.
     coefficients: Tensor
-    #: The coefficients with which guidance adds noise to the input image, up to the time of the row, ``[n, 8]``.
-    targets: Tensor
     #: The times in the denoiser's units, ``[n]``.
     times: Tensor
-    #: The factor w of the guidance, ``[n]``. With learned variances, this is w divided by the variance.
-    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -245,9 +199,6 @@ class Process:
             False, purified images may have values slightly outside [0, 1].
         denoise_last: whether the last step of vp_sde adds no noise (``denoise`` in sampling.py of
             yang-song/score_sde_pytorch). The last step of other solvers never adds noise.
-        guidance: distance from the noised input, ``mse`` or ``ssim``, whose gradient guides each step. None means no
-            guidance.
-        guidance_scale: g, a factor of the guidance, in addition to the step's variance and sigma / alpha.
 
     Raises:
         ValueError: a setting is out of range, or settings contradict each other; the message names them.
@@ -263,8 +214,6 @@ class Process:
     variance: Variance = "small"
     clip: bool = True
     denoise_last: bool = False
-    guidance: Guidance | None = None
-    guidance_scale: AtLeast0 = 0.0
 
     def __post_init__(self) -> None:
         for name in ("t_star", "steps"):
@@ -281,14 +230,10 @@ class Process:
             raise ValueError(f"steps must be 1 or None for the solver one_shot, got {self.steps}")
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta must be 0 for the solver {self.solver}, because only ddim uses it, got {self.eta}")
-        noiseless = self.solver in ("ode", "one_shot") or (self.solver == "ddim" and not self.eta)
-        if self.guidance is not None and noiseless:
-            raise ValueError(f"guidance needs a solver that adds noise, got {self.solver!r} with eta {self.eta}")
-        # `table` refuses settings that the schedule does not support. Guidance draws noise of its own, so each row has
-        # two step numbers.
+        # `table` refuses settings that the schedule does not support.
         rows = len(self.table()[1])
-        if 2 * rows > STEPS:
-            raise ValueError(f"the sum of steps + 1 over all rounds must be at most {STEPS // 2}, got {rows}")
+        if rows > STEPS:
+            raise ValueError(f"the sum of steps + 1 over all rounds must be at most {STEPS}, got {rows}")
 
     @property
     def rounds(self) -> list[tuple[float, int | None]]:
@@ -314,24 +259,18 @@ class Process:
         rows, begins = [], []
         for start, count in self.rounds:
             t = self.schedule.times(start, 1 if self.solver == "one_shot" else count)
-            steps, variances = self.denoising(t)
-            forward = self.schedule.noising(t[:-1])
-            units = self.schedule.to_denoiser_units(t[:-1], self.time_units)
-            if self.learns_variances:
-                # Each step multiplies the weight by the variance that the denoiser predicts.
-                variances = torch.ones_like(variances)
-            weights = variances * self.guidance_scale * forward[:, 5] / forward[:, 4]
+            steps = self.denoising(t)
             blank = torch.zeros(1, dtype=torch.float64, device="cpu")
-            rows.append(StepTable(forward[:1], forward[:1], blank, blank))
-            rows.append(StepTable(steps, forward, units, weights))
+            rows.append(StepTable(self.schedule.noising(t[:1]), blank))
+            rows.append(StepTable(steps, self.schedule.to_denoiser_units(t[:-1], self.time_units)))
             begins += [True] + [False] * len(steps)
         return StepTable(*(torch.cat(column) for column in zip(*rows, strict=True))), begins
 
-    def denoising(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a step for each interval of the descending ``times``, and the variances of the steps for the guidance.
+    def denoising(self, times: Tensor) -> Tensor:
+        """Return a step for each interval of the descending ``times``.
 
         The steps are coefficients of `purify_fast.ops.diffusion_step`, float64 ``[n, 8]``. The last step of ddpm adds
-        no noise; its variance is the small variance of the step before, as in DDPM's code.
+        no noise.
         """
         t, s = times[:-1], times[1:]
         kept, kept_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)
@@ -362,4 +301,4 @@ class Process:
         if self.solver == "ddpm" or self.denoise_last:
             deviation[-1] = 0
         columns = [p, q, torch.full_like(t, 1.0 if self.clip else inf), image, state, deviation, low, high]
-        return torch.stack(columns, -1), noise
+        return torch.stack(columns, -1)

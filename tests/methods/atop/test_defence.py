@@ -10,7 +10,7 @@ import purify_fast
 from purify_fast.attacks import PGD, BpdaModel
 from purify_fast.evaluation import AttackSpec
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.models.classifiers import FullyConnected, SmallCNN
+from purify_fast.models.classifiers import SmallCNN
 from purify_fast.training import Batch
 
 
@@ -114,7 +114,7 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
     ("size", "block"), [((256, 256), 32), ((32, 32), 4), ((28, 28), 4), ((12, 12), 1), ((30, 40), 5), ((24, 36), 3)]
 )
 def test_the_default_block_tiles_the_image(size, block):
-    made = Atop(FullyConnected(1, image_size=size), identity(), (1, *size))
+    made = Atop(SmallCNN(1, image_size=size), identity(), (1, *size))
     assert made.block == made.arguments["block"] == block
 
 

@@ -1,4 +1,4 @@
-"""Carso around other classifiers and images: tokens of a transformer, images that are not square, the first version."""
+"""Carso around other classifiers and images: tokens of a transformer, images that are not square."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import purify_fast
 from purify_fast.attacks import pgd
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.methods.carso.networks import Deconvolution, published_decoder
-from purify_fast.models.classifiers import FullyConnected, SmallCNN, WideResNet
+from purify_fast.models.classifiers import SmallCNN, WideResNet
 from purify_fast.training import Batch
 from purify_fast.training.config import TrainingAttack
 
@@ -26,12 +26,11 @@ def transformer():
 
 TRANSFORMER_LAYERS = ["conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1.mlp", "encoder.ln"]
 WIDE_LAYERS = ["layer.0.block.0.conv_1", "layer.2"]
-MISHES, DECODER = ["body.1", "body.5", "body.9"], ([6, 4, 6], [{"channels": 3, "kernel": 4}])
+DECODER = ([6, 4, 6], [{"channels": 3, "kernel": 4}])
 CASES = {
     "transformer": lambda: Carso(transformer(), TRANSFORMER_LAYERS, (3, 24, 24), 8, 4, 2, decoder_width=4),
     "wide": lambda: Carso(WideResNet(10, 1, 4), WIDE_LAYERS, (3, 24, 40), 8, 4, 2, decoder_width=4),
     "odd": lambda: Carso(SmallCNN(1, 4, (17, 30), 4), ["conv1", "conv3", "hidden"], (1, 17, 30), 8, 4, 2),
-    "v1": lambda: Carso(FullyConnected(num_classes=4, hidden=(12, 6)), MISHES, (1, 28, 28), 10, 6, 2, version="v1"),
     # sixteen channels, of which the condition keeps two: a 1x1 convolution of one channel before a normalization has a
     # gradient of zero, as its only weight is a scale
     "decoder": lambda: Carso(SmallCNN(3, 4, (8, 12), 16), ["conv2"], (3, 8, 12), 8, 4, 2, decoder=DECODER),
@@ -84,8 +83,6 @@ def test_a_transformers_tokens_are_read_as_they_are():
 
 
 def test_forms_and_decoders_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="version must be one of v4, v1, got 'v2'"):
-        Carso(SmallCNN(), ["conv1"], (1, 16, 16), version="v2")
     with pytest.raises(ValueError, match=r"must return images \(1, 16, 16\), got \(1, 7, 7\)"):
         Carso(SmallCNN(), ["conv1"], (1, 16, 16), decoder=((8, 4, 4), [Deconvolution(1)]))
     with pytest.raises(ValueError, match=r"image_shape must be .* got \(1, 28, 28\)"):

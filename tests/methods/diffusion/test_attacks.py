@@ -15,7 +15,6 @@ from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.request.preparation import LEE_KIM, PROTOCOLS, protocol_attacks, strong_attacks
 from purify_fast.judge.surrogates.copies import Softened, surrogates
 from purify_fast.methods.diffusion import Process
-from purify_fast.methods.diffusion.defence import LOW, LowFrequencyGradient, low_frequencies
 
 SHAPE = (1, 8, 8)
 QUIET = {"eps": 0.1, "progress": False, "batch_size": 4}
@@ -112,15 +111,13 @@ def test_strong_adds_what_the_field_attacks_such_purifiers_with():
     assert isinstance(lee_kim.attack, LeavingPGD) and lee_kim.survivors_only
     published = lee_kim_2023(0.1).attack
     assert all(getattr(lee_kim.attack, name) == value for name, value in asdict(published).items())
-    low = specs[LOW]
-    assert low.survivors_only and isinstance(low.through, LowFrequencyGradient)
     # steps of 0.007 are those of L-inf
-    assert [spec.label for spec in strong_attacks(made, "l2", 0.5)] == [LOW]
+    assert strong_attacks(made, "l2", 0.5) == []
     # other models are attacked as before
     with torch.no_grad():
         alone = Subject(made.classifier, x, made.classifier(x).argmax(1), batch_size=2, n_eval=2, seed=0)
     labels = {spec.label for spec in protocol_attacks("strong", alone, BALL)}
-    assert not labels & {LOW, lee_kim.label}
+    assert lee_kim.label not in labels
 
 
 def test_a_defence_names_attacks_of_its_own():
@@ -144,22 +141,3 @@ def test_strong_adds_lee_and_kims_attack_for_any_random_purifier(noise, norm, ex
     subject = Subject(own, x, y, batch_size=2, n_eval=2, seed=0)
     labels = [spec.label or "" for spec in protocol_attacks("strong", subject, ThreatModel(norm, 0.1))]
     assert any(label.startswith(LEE_KIM) for label in labels) == expected
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (16, 12)])
-def test_gradients_of_low_frequencies(shape):
-    grad = torch.randn(2, 3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    low = low_frequencies(grad)
-    # a projection, which leaves means and slow waves, and takes every frequency above a quarter of the highest
-    torch.testing.assert_close(low_frequencies(low), low)
-    torch.testing.assert_close((low * grad).sum(), low.square().sum())
-    torch.testing.assert_close(low.mean((2, 3)), grad.mean((2, 3)))
-    spectrum = torch.fft.fft2(low).abs()
-    rows, columns = (torch.fft.fftfreq(n).abs() > 0.125 for n in shape)
-    assert spectrum[..., rows, :].max() < 1e-12 and spectrum[..., :, columns].max() < 1e-12
-    turns = torch.arange(shape[1], dtype=torch.float64) / shape[1]
-    wave = torch.cos(2 * torch.pi * turns).expand(1, 1, *shape)
-    torch.testing.assert_close(low_frequencies(wave), wave)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * shape[0] * shape[1], 4)).double()
-    found, whole = (gradient(each, grad) for each in (LowFrequencyGradient(model), model))
-    torch.testing.assert_close(found, low_frequencies(whole))

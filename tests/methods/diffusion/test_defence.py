@@ -187,8 +187,7 @@ def test_what_a_folder_of_diffusers_asks_and_is_not_there_is_refused(tmp_path, g
 
 
 def test_its_files(tmp_path):
-    guided = {"guidance": "mse", "guidance_scale": 3.0}
-    process = Process(t_star=(0.1, 0.05), steps=(3, 2), schedule=Schedule("cosine", 500), **guided)
+    process = Process(t_star=(0.1, 0.05), steps=(3, 2), schedule=Schedule("cosine", 500))
     classifier = SmallCNN(3, image_size=(8, 12), width=4)
     torch.manual_seed(2)
     denoiser = Tiny()

@@ -8,27 +8,10 @@ import pytest
 import torch
 from denoisers import Tiny, defence, images, logits_and_gradient
 from small_models import Linear
-from torch import nn
 
 from purify_fast.methods.diffusion import RECIPES, Process, Schedule
 from purify_fast.ops import diffusion_step
 
-
-def ssim_distance(x, y):
-    """1 - SSIM, by the formula of its paper."""
-    line = torch.exp(-(torch.arange(-5, 6, dtype=x.dtype) ** 2) / (2 * 1.5**2))
-    window = (line[:, None] * line / line.sum() ** 2).expand(x.shape[1], 1, 11, 11)
-
-    def local(image):
-        return nn.functional.conv2d(image, window, padding=5, groups=x.shape[1])
-
-    m, n, c1, c2 = local(x), local(y), 0.01**2, 0.03**2
-    variance_x, variance_y, covariance = local(x * x) - m * m, local(y * y) - n * n, local(x * y) - m * n
-    similar = (2 * m * n + c1) * (2 * covariance + c2) / ((m * m + n * n + c1) * (variance_x + variance_y + c2))
-    return 1 - similar.mean((1, 2, 3))
-
-
-DISTANCES = {"mse": lambda x, y: (x - y).square().mean((1, 2, 3)), "ssim": ssim_distance}
 SEED = 5
 
 
@@ -45,7 +28,6 @@ def textbook(made, x):
     schedule = process.schedule
     image = (2 * x - 1).repeat_interleave(made.samples, 0)
     ids, draws = torch.zeros(len(image), dtype=torch.int64), torch.arange(made.samples).repeat(len(x))
-    calls = sum(1 + len(schedule.times(t, 1 if process.solver == "one_shot" else n)) - 1 for t, n in process.rounds)
     word, state = 0, image
     for start, count in process.rounds:
         times = schedule.times(start, 1 if process.solver == "one_shot" else count)
@@ -86,11 +68,6 @@ def textbook(made, x):
                 share, noise = (1, variance.sqrt() * z) if process.solver == "vp_sde" else (0.5, 0)
                 following = state + variance * (state / 2 + share * score)
                 following = following if last and process.denoise_last else following + noise
-            if process.guidance is not None:
-                target = alpha * image + sigma * normals(image, ids, draws, calls + word)
-                distance = DISTANCES[process.guidance](state, target).sum()
-                moved = torch.autograd.grad(distance, state, create_graph=True)[0]
-                following = following - process.guidance_scale * variance * sigma / alpha * moved
             state, word = following, word + 1
     state = state.clamp(-1, 1) if process.clip else state
     return ((state + 1) / 2).unflatten(0, (len(x), -1))
@@ -120,7 +97,7 @@ def close(got, want, tolerance):
     assert (got - want).norm() <= tolerance * want.norm(), (got - want).norm() / want.norm()
 
 
-#: Solver and its options; those that allow guidance.
+#: Solver and its options.
 SOLVERS = {
     "ddpm": {"solver": "ddpm", "steps": 4},
     "ddpm, large": {"solver": "ddpm", "steps": 4, "variance": "large", "clip": False},
@@ -133,30 +110,22 @@ SOLVERS = {
     "ode": {"solver": "ode", "steps": 5, "schedule": Schedule("vp")},
     "one_shot": {"solver": "one_shot", "schedule": Schedule("cosine", 200)},
 }
-GUIDED = ("ddpm", "ddpm, large", "ddpm, learned", "ddim, eta", "vp_sde")
 SHAPES = ((3, 8, 12), (1, 9, 8), (2, 8, 11))
 PREDICTIONS = ("noise", "x0", "v")
-#: Every solver, one of them with every prediction, and every solver that allows guidance with every guidance.
-KINDS = [(name, PREDICTIONS[number % 3], None) for number, name in enumerate(SOLVERS)]
-KINDS += [("ddpm", "x0", None), ("ddpm", "v", None)]
-KINDS += [
-    (name, PREDICTIONS[(number + later) % 3], guidance)
-    for later, guidance in enumerate(("mse", "ssim"))
-    for number, name in enumerate(GUIDED)
-]
+#: Every solver, one of them with every prediction.
+KINDS = [(name, PREDICTIONS[number % 3]) for number, name in enumerate(SOLVERS)]
+KINDS += [("ddpm", "x0"), ("ddpm", "v")]
 CASES = [(*kind, SHAPES[number % 3], *((1, 1), (3, 2))[number % 2]) for number, kind in enumerate(KINDS)]
 
 
-def made_for(name, prediction, guidance, shape, samples, rounds):
+def made_for(name, prediction, shape, samples, rounds):
     options = {**SOLVERS[name], "prediction": prediction, "t_star": (0.3, 0.2)[:rounds] if rounds > 1 else 0.3}
-    if guidance is not None:
-        options |= {"guidance": guidance, "guidance_scale": 20.0}
     return defence(shape, process=Process(**options), samples=samples)
 
 
-@pytest.mark.parametrize(("name", "prediction", "guidance", "shape", "samples", "rounds"), CASES)
-def test_it_is_that_of_plain_autograd(name, prediction, guidance, shape, samples, rounds):
-    made = made_for(name, prediction, guidance, shape, samples, rounds)
+@pytest.mark.parametrize(("name", "prediction", "shape", "samples", "rounds"), CASES)
+def test_it_is_that_of_plain_autograd(name, prediction, shape, samples, rounds):
+    made = made_for(name, prediction, shape, samples, rounds)
     (want, slope), (got, gradient) = both(made, images(2, shape))
     close(got, want, 1e-5)
     close(gradient, slope, 1e-5)
@@ -179,7 +148,7 @@ def test_the_published_settings_are_those_of_their_papers():
 
 
 def test_it_reaches_the_weights_of_a_released_denoiser():
-    made = made_for("ddpm", "noise", "mse", (3, 8, 12), 2, 2).double()
+    made = made_for("ddpm", "noise", (3, 8, 12), 2, 2).double()
     made.denoiser.requires_grad_(True)
     weights, results = list(made.denoiser.parameters()), []
     for made.keep in (None, *KEEPS):
@@ -195,7 +164,7 @@ def test_it_reaches_the_weights_of_a_released_denoiser():
 @pytest.mark.parametrize("name", ["ddpm", "vp_sde", "ddpm, learned"])
 def test_parts_and_orders_of_a_batch_change_nothing(name):
     """Split and permuted batches have split and permuted logits and gradients; so have chunks of any size."""
-    made = made_for(name, "noise", "mse" if name in GUIDED else None, (3, 8, 12), 2, 2)
+    made = made_for(name, "noise", (3, 8, 12), 2, 2)
     x, order = images(5), torch.tensor([4, 2, 0, 1, 3])
 
     def run(x):
