@@ -58,10 +58,10 @@ class TrainCommand(Training, DataCommand):
         title, first = self.called.split()[-1], processes()[0] == 0
         classifier = given_classifier(self, images, first) if isinstance(self, OnClassifier) else None
         torch.manual_seed(self.loop.seed)
-        task, bank = self.task(images, classifier), self.bank_config()
+        task = self.task(images, classifier)
         if first:
             vars(task)["begin"] = partial(self.begin, task.begin)
-        last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title, bank=bank)
+        last = fit(task, images.x_train, images.y_train, self.loop, folder=self.out, title=title)
         if not first:
             return
         self.save(task.result, images)

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         balanced_subset as balanced_subset,
         batches as batches,
         crop_flip as crop_flip,
-        mirrored as mirrored,
         statistics as statistics,
         to_float as to_float,
     )

@@ -92,11 +92,6 @@ def crop_flip(
     return x[image, channel, rows[:, None, :, None], cols[:, None, None, :]].masked_fill(~inside, 0)
 
 
-def mirrored(seed: int, sample_ids: Tensor, epoch: int = 0) -> Tensor:
-    """Tell which images `crop_flip` mirrors with these arguments: bool ``[B]``."""
-    return _draws(seed, sample_ids, epoch)[:, 2] < 0.5
-
-
 def _draws(seed: int, sample_ids: Tensor, epoch: int) -> Tensor:
     """Uniform random numbers ``[B, 3]``: for the place of the rows, that of the columns, and the mirroring."""
     # A tensor from a list would be copied to the device, and the copy would wait for the device.

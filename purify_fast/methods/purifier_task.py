@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._process import processes
 from .._settings import weights_fingerprint
-from .._validation import Norm
 from ..defences.base import Defence
 from ..speed.watch import FEWEST_WEIGHTS, matrix_weights
-from ..training.config import TrainingAttack
 from ..training.task import Batch, MethodTask, check_classifier
 
 D = TypeVar("D", bound=Defence)
-
-
-class FrozenAttacks(NamedTuple):
-    """The attacks of a training on a model that the training never changes, in the order of their images in a batch.
-
-    ``eps`` and ``random`` have the radius of each attack, and whether it has a random start. ``share`` is the share of
-    a batch that the attacks with a random start attack. ``facts`` are all else that decides which images they make.
-    """
-
-    eps: tuple[float, ...]
-    random: tuple[bool, ...]
-    share: float
-    norm: Norm
-    facts: dict[str, Any]
 
 
 class PurifierTask(MethodTask, Generic[D]):
@@ -69,22 +51,6 @@ class PurifierTask(MethodTask, Generic[D]):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "defence": self.defence.arguments, "classifier": self.classifier}
-
-    def adversarial(self, batch: Batch, rows: slice, make: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Return adversarial images for some rows of a batch. During a training with a bank, the bank does this.
-
-        A task whose images a bank can store has a method ``frozen_attacks``, which returns its `FrozenAttacks`, or None
-        if it attacks a model that it trains. Each of these attacks has an equal share of the rows, in their order.
-        ``make`` attacks the images at indices into these rows, or all for None. A bank calls it only for some of them.
-        """
-        return make(None)
-
-    def attack_facts(self, attack: TrainingAttack) -> dict[str, Any]:
-        """Return the facts, except the radius, that determine the images of an attack on the frozen classifier."""
-        if attack.eps_warmup:
-            raise ValueError(f"bank needs one radius for all epochs: set eps_warmup to 0, got {attack.eps_warmup:g}")
-        facts = {"classifier": self.classifier, "precision": self.config.precision, "task": self.name}
-        return facts | {name: value for name, value in asdict(attack).items() if name not in ("eps", "eps_warmup")}
 
     def begin(self) -> None:
         # A resumed run has loaded the classifier.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .._validation import Count, Share
+from .._validation import Share
 from ..training import FitConfig
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..data import DataSet
-    from ..training import BankConfig, Task
+    from ..training import Task
     from .recipes import Recipe
 
 
@@ -56,10 +56,6 @@ class Training(ABC):
         from ..training import save_classifier
 
         save_classifier(trained, self.out, images.classes)
-
-    def bank_config(self) -> BankConfig | None:
-        """The settings of the bank of adversarial images; None for a training without a bank."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -131,30 +127,6 @@ class TrainPurifier(OnClassifier):
 
         trained.save(self.out)
         save_classifier(trained.classifier, self.out / "classifier", images.classes)
-
-
-@dataclass(frozen=True)
-class KeepsAttacks(Training):
-    """A training that can save its attacked images in a file, called adversarial bank, and train on them again.
-
-    Args:
-        bank: Save up to this number of attacked versions ("variants") of each image in a file, and train on them again
-            in later epochs instead of attacking. Needs the paper's objective, which attacks only the classifier.
-            Default: attack in every step.
-        bank_refresh: With --bank: share of the adversarial images that are attacked again, to replace the oldest.
-        bank_folder: With --bank: folder of the file, also for later runs. Default: banks in the folder of caches.
-    """
-
-    no_effect: ClassVar = {("without", "bank"): ("bank_refresh", "bank_folder")}
-
-    bank: Count | None = None
-    bank_refresh: Share = 0.05
-    bank_folder: Path | None = None
-
-    def bank_config(self) -> BankConfig | None:
-        from ..training import BankConfig
-
-        return None if self.bank is None else BankConfig(self.bank, self.bank_refresh, self.bank_folder)
 
 
 def saved_start(kind: type, folder: Path, classifier: nn.Module, **options: Any) -> Any:

@@ -41,7 +41,6 @@ class Stream(enum.IntEnum):
     DIFFUSION = 9
     DIFFUSION_TRAINING = 10
     LOTS = 11
-    BANK = 12
     SMOOTHING = 13
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .bank import BankConfig as BankConfig
     from .callbacks import Callback as Callback, TrainingState as TrainingState, summary as summary
     from .classifier import (
         ClassifierTask as ClassifierTask,

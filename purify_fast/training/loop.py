@@ -29,7 +29,6 @@ from .._settings import refuse_divided
 from ..speed.draws import same_draws
 from ..speed.graphs.graphed_loop import StepGraphs
 from ..speed.precision import fast_bfloat16, float32_products, raced_convolutions, whole_float32_by_default
-from .bank import AdversarialBank, BankConfig
 from .callbacks import Callback, ProgressBar, TrainingState
 from .config import FitConfig
 from .distributed import average_, exchanges, from_first, synchronized_batchnorm
@@ -56,7 +55,6 @@ def fit(
     *,
     callbacks: Sequence[Callback] = (),
     validation: tuple[torch.Tensor, torch.Tensor] | None = None,
-    bank: BankConfig | None = None,
 ) -> dict[str, float]:
     """Train ``task``. If ``folder`` holds a checkpoint of the same run, resume from it.
 
@@ -85,9 +83,6 @@ def fit(
         callbacks: further listeners to the training, see `Callback`.
         validation: held-out images and labels, tensors like x and y, in place of the config's validation_share. Every
             process passes all of them.
-        bank: settings of an adversarial bank, for a training that attacks a model which it never changes. The bank
-            stores the adversarial images, and later epochs read them. None attacks in every step. A run can be resumed
-            only with the same variants and refresh.
 
     Returns:
         The last epoch's mean metrics, and those of its validation.
@@ -96,8 +91,7 @@ def fit(
         TypeError: ``task`` is not a `Task`, or the images have a form that cannot be trained on.
         ValueError: images, labels or the loader are unusable, or the model does not accept them; there are fewer images
             than a batch has; the task does not measure the metric of keep_best; the folder has a checkpoint of
-            another run; a bank is given, but the attacked model is trained, or images are cropped at random or come
-            from a loader. With several processes also: they cannot share a batch evenly, they have different data or
+            another run. With several processes also: they cannot share a batch evenly, they have different data or
             settings, or a model in training mode has a BatchNorm that is not synchronized. The model has DTensors as
             weights, or weights on several devices.
         FloatingPointError: the loss or the weights are not finite. The last checkpoint is kept.
@@ -114,8 +108,7 @@ def fit(
         check_groups(optimizer)
     refuse_divided(task.model)
     source, held_out = make_sources(task, x, y, config, validation)
-    stored = None if bank is None else AdversarialBank(source, bank, task)
-    run = Run(task, config, (stored or source, held_out), folder)
+    run = Run(task, config, (source, held_out), folder)
     device = run.source.device
     task.frozen, task.compiles = frozen_parts(task.model), config.compile
     if processes()[1] > 1:
@@ -125,16 +118,11 @@ def fit(
     # emptied at the end of the outermost one only, so it would keep the weights of earlier steps.
     autocast = torch.autocast(device.type, enabled=False, cache_enabled=False)
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad(), autocast:
-        if stored is not None:
-            # The bank serves this training only.
-            vars(task)["adversarial"] = stored.adversarial
-            stack.callback(vars(task).pop, "adversarial")
         stack.enter_context(synchronized_batchnorm(task.model))
         if config.compile and exchanges(task.model):
             raise ValueError("compile must be False: BatchNorms wait for the other processes, got True")
-        # If a folder is locked, all processes raise the error.
-        for place in (folder, run.source.folder):
-            from_first(partial(stack.enter_context, folder_lock(place)))
+        # If the folder is locked, all processes raise the error.
+        from_first(partial(stack.enter_context, folder_lock(folder)))
         run.resume()
         task.begin()
         run.write_log()

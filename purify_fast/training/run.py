@@ -147,7 +147,7 @@ class Run:
         self.source, self.held_out = source, held_out = sources
         self.steps = source.steps
         loop = {name: value for name, value in asdict(config).items() if name not in _NO_FACTS}
-        self.facts = {"data": source.description, **loop, **task.describe(), **source.facts}
+        self.facts = {"data": source.description, **loop, **task.describe()}
         if held_out is not None:
             self.facts["validation"] = held_out.description
         #: The shape of an image; empty until a loader has given a batch.
@@ -316,8 +316,6 @@ class Run:
         """Write the checkpoint."""
         # The processes need not save at the same moment, because only the first writes.
         if self.folder is not None and processes()[0] == 0:
-            # A resumed run does not repeat the steps before the checkpoint, so what they stored must be on the disk.
-            self.source.flush()
             write_tree(self.folder / CHECKPOINT, self.state())
         self.saved_at = time.monotonic()
 
@@ -334,7 +332,6 @@ class Run:
         row["images_per_second"] = round(images_per_second, 1)
         row |= {"seconds": round(self.seconds, 1), "peak_memory": peak_so_far(self.source.device)}
         row |= self.task.graphs.facts if self.task.graphs is not None else {}
-        row |= copy.deepcopy(self.source.counts)
         if self.terms:
             row["acts_from_step"] = self.terms
         self.rows.append(row)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -76,32 +75,15 @@ def seed_draws(seed: int, own: Iterable[Any] = ()) -> None:
             one.seed(number % 2**32)
 
 
-class ImageSource:
-    """A source of images. These attributes are for one that stores adversarial images on the disk.
-
-    Attributes:
-        folder: folder that the run locks.
-        facts: settings that a resumed run must share.
-        counts: what the run's log has about the steps so far.
-        first_batch: a hash of the run's first batch, if only the batches show which images a source has.
-    """
-
-    folder: Path | None = None
-    facts: Mapping[str, Any] = {}
-    counts: Mapping[str, Any] = {}
-    first_batch: str | None = None
-
-    def flush(self) -> None:
-        """Write what is stored to the disk. A power failure loses the rest; a killed process loses nothing."""
-
-
-class InMemory(ImageSource):
+class InMemory:
     """Returns batches of tensors on a device, in an order that depends only on the seed and the epoch.
 
-    ``description`` must be equal for a run to be resumed, within an epoch only if ``reproducible``.
+    ``description`` must be equal for a run to be resumed, within an epoch only if ``reproducible``. ``first_batch`` is
+    a hash of the run's first batch, if only the batches show which images a source has.
     """
 
     reproducible: bool = True
+    first_batch: str | None = None
 
     def __init__(
         self, x: Tensor, y: Tensor, config: FitConfig, device: torch.device, ids: Tensor | None = None, world: int = 1
@@ -139,7 +121,7 @@ def _cut_off(steps: int, config: FitConfig) -> int:
     return wanted
 
 
-class Loader(ImageSource):
+class Loader:
     """Returns batches of a DataLoader or of another iterable, on the model's device.
 
     The global generators are seeded before each epoch and batch, and a loader's own generators before each epoch. So
@@ -147,6 +129,7 @@ class Loader(ImageSource):
     """
 
     reproducible: bool = False
+    first_batch: str | None = None
     # True after the warning of a stream that is too short
     has_warned: bool = False
     # 0 means that the sizes are not known before the batches arrive

@@ -46,7 +46,6 @@ REFUSED = {
     "train carso --recipe cifar": "--recipe must be one of cifar10, cifar100, tiny_imagenet",
     "train carso --recipe cifar10 --init x": "--init has no effect beside --recipe",
     "train carso --official-code": "--official-code has no effect without --recipe",
-    "train carso --bank-refresh 0.5": "--bank-refresh has no effect without --bank",
     "train atop --data {bars} --classifier {fits}": "runs/generator is missing: run `purify-fast train generator`",
     "train arrest --mean 0.5": "--mean has no effect without --classifier-weights",
     f"{ARREST}--layers hiden": "no module 'hiden', its modules are ",

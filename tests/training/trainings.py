@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,7 +13,7 @@ from torch import nn
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.models.layers import BatchNorm1d, BatchNorm2d
 from purify_fast.speed import StepGraphs
-from purify_fast.training import BankConfig, ClassifierConfig, ClassifierTask, FitConfig, fit, loop as loop_module
+from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 from purify_fast.training.distributed import from_first
 
 
@@ -95,20 +93,6 @@ def captured(kind):
     last = fit(task, *small_set(), dataclasses.replace(loop_of(), epochs=3, validation_share=0.25))
     assert (task.graphs.captures > 0) != unable and bool(task.graphs.refusals) == unable
     return {"state": task.model.state_dict(), "last": last, "validated": validated}
-
-
-def banked(folder, banks):
-    """Train with a bank; the weights, and what this process made and read."""
-    opened, kind = [], loop_module.AdversarialBank
-
-    def opening(*arguments):
-        opened.append(kind(*arguments))
-        return opened[-1]
-
-    with mock.patch.object(loop_module, "AdversarialBank", opening):
-        task, config = small_task("published"), FitConfig(16, 32, flip=True)
-        fit(task, *small_set(), config, folder, progress=False, bank=BankConfig(8, 0.2, Path(banks)))
-    return {"state": task.model.state_dict(), **opened[0].counts["bank"]}
 
 
 def batchnorm(layer, shape, first, mean, dtype):

@@ -103,8 +103,7 @@ class _Adjoint(torch.autograd.Function):
         # The adjoint SDE runs backward in time, so each of its steps begins where a step of the SDE ended.
         least = END if schedule.is_continuous else 1 / schedule.steps
         t = torch.cat([t[1:].clamp(min=least), t[-1:] + t[-1] - t[-2]])
-        rows, _ = process.denoising(t)
-        rows, units = rows.to(y), schedule.to_denoiser_units(t[:-1], process.time_units).to(y.device)
+        rows, units = process.denoising(t).to(y), schedule.to_denoiser_units(t[:-1], process.time_units).to(y.device)
         for j in reversed(range(len(rows))):
             word = torch.full_like(seed, j + 1)
             with torch.enable_grad():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from ..._validation import AtLeast0, Count, DelayUnit, Precision, Range, ShareBelow1, check_types
 from ...training import FitConfig
 from ...training.config import TrainingAttack, check_unused
-from ..trainings import FollowsRecipe, KeepsAttacks, Method, TrainPurifier, saved_start
+from ..trainings import FollowsRecipe, Method, TrainPurifier, saved_start
 
 if TYPE_CHECKING:
     from ...data import DataSet
@@ -163,7 +163,7 @@ class TrainGenerator(TrainPurifier):
 
 
 @dataclass(frozen=True)
-class TrainAtop(KeepsAttacks, FollowsRecipe, TrainGenerator):
+class TrainAtop(FollowsRecipe, TrainGenerator):
     """Fine-tune AToP's purifier for a frozen classifier, with the paper's objective or through the pipeline.
 
     An interrupted training continues if the same command is run again.

@@ -28,7 +28,7 @@ from ..._validation import Range, check_counts
 from ...models.layers import LeakyReLU
 from ...ops.philox import philox_key
 from ...training.task import Batch, Metrics, RunLength, Update, cross_entropy_of
-from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
+from ..purifier_task import PurifierTask, noise_of
 from ..recipes import Recipe, read_recipes
 from .defence import Atop
 from .generators import DeepFillGenerator
@@ -188,13 +188,8 @@ class AtopTask(PurifierTask[Atop]):
             return batch.x
         pipeline = config.attack_target == "pipeline"
         model = defence if pipeline else defence.frozen_classifier
-
-        def make(rows: Tensor | None) -> Tensor:
-            one_step = config.attack_method == "fgsm"
-            return config.attack.run(model, batch, graphs=self.graphs, rows=rows, one_step=one_step)
-
         with noise_of(defence, batch) if pipeline else contextlib.nullcontext():
-            return self.adversarial(batch, slice(None), make)
+            return config.attack.run(model, batch, graphs=self.graphs, one_step=config.attack_method == "fgsm")
 
     def passes(self, batch: Batch) -> Passes:
         """Attack, transform and purify a batch, and compute the losses; no cross-entropy while lambda is 0."""
@@ -255,14 +250,6 @@ class AtopTask(PurifierTask[Atop]):
             self.discriminator.requires_grad_(True)
         loss = passes.loss + self.config.gan_weight * deceived
         return loss, {**passes.metrics, "deceived": deceived.detach()}
-
-    def frozen_attacks(self) -> FrozenAttacks | None:
-        config, attack = self.config, self.config.attack
-        if config.attack_target != "classifier" or config.attack_method == "none":
-            return None
-        random = config.attack_method == "pgd" and attack.random_start
-        facts = {**self.attack_facts(attack), "attack_method": config.attack_method}
-        return FrozenAttacks((attack.eps,), (random,), 1.0 if random else 0.0, attack.norm, facts)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config

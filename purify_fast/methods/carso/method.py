@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from ..._validation import AtLeast0, Count, Precision, Range, Share, ShareBelow1, check_types
 from ...training import FitConfig
 from ...training.config import TrainingAttack, check_unused
-from ..trainings import FollowsRecipe, KeepsAttacks, Method, TrainPurifier, saved_start
+from ..trainings import FollowsRecipe, Method, TrainPurifier, saved_start
 
 if TYPE_CHECKING:
     from ...data import DataSet
@@ -100,7 +100,7 @@ _SIZES = ("layers", "cond_dim", "latent_dim", "samples")
 
 
 @dataclass(frozen=True)
-class TrainCarso(KeepsAttacks, FollowsRecipe, TrainPurifier):
+class TrainCarso(FollowsRecipe, TrainPurifier):
     """Train CARSO's purifier on a saved classifier, with the paper's objective or through the pipeline.
 
     An interrupted training continues if the same command is run again.

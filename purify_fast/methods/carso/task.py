@@ -33,7 +33,7 @@ from ...ops.reconstruction_loss import reconstruction_loss
 from ...ops.sample_latent import sample_latent
 from ...training.optimizers import Lookahead
 from ...training.task import Batch, Metrics, RunLength
-from ..purifier_task import FrozenAttacks, PurifierTask, noise_of
+from ..purifier_task import PurifierTask, noise_of
 from .defence import Carso
 from .method import CarsoConfig
 
@@ -153,12 +153,7 @@ class CarsoTask(PurifierTask[Carso]):
         eps = torch.full((half,), float(attack.eps), device=x.device)
         eps[:atom] /= 2
         run = partial(attack.run, self.trained.frozen_classifier, clean, graphs=self.graphs, eps=eps.repeat(2))
-
-        def make(rows: Tensor | None) -> Tensor:
-            slow, fast = (slice(half), slice(half, None)) if rows is None else (rows[rows < half], rows[rows >= half])
-            return torch.cat([run(rows=slow), run(rows=fast, one_step=True)])
-
-        return torch.cat([x[: attacked.start], self.adversarial(batch, attacked, make)])
+        return torch.cat([x[: attacked.start], run(rows=slice(half)), run(rows=slice(half, None), one_step=True)])
 
     def _published(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch with the paper's objective, and the means of its two terms."""
@@ -190,17 +185,6 @@ class CarsoTask(PurifierTask[Carso]):
             distance, reconstruction, accuracy = self.compiled(pipeline_losses)(*inputs)
         metrics = {name: distance.detach(), "reconstruction": reconstruction.detach(), "accuracy": accuracy}
         return distance + config.reconstruction_weight * reconstruction, metrics
-
-    def frozen_attacks(self) -> FrozenAttacks | None:
-        config = self.config
-        if config.attack_target != "classifier" or config.adversarial_fraction == 0:
-            return None
-        # This call refuses a radius that rises from epoch to epoch.
-        facts = self.attack_facts(config.attack)
-        attack = config_in_epoch(config, tuple(self.defence.arguments["std"])).attack
-        # The attacks have the same order as in `balanced_batch`.
-        radii, random = 2 * (attack.eps / 2, attack.eps), (True, True, False, False)
-        return FrozenAttacks(radii, random, config.adversarial_fraction / 2, attack.norm, facts)
 
     def terms(self, length: RunLength) -> dict[str, int]:
         config = self.config

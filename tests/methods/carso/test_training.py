@@ -53,13 +53,6 @@ def test_without_adversarial_examples_only_if_asked():
     assert CarsoTask(made, config).training_step(b)[0].isfinite()
 
 
-def test_a_bank_that_asks_for_every_row_gets_the_balanced_batch():
-    made, b, config = carso(), batch(32), CarsoConfig(attack=TrainingAttack(eps=0.2, steps=3))
-    task, plain = CarsoTask(made, config), CarsoTask(made, config)
-    task.adversarial = lambda batch, rows, make: make(torch.arange(len(batch.x[rows])))
-    assert torch.equal(task.balanced_batch(b, config), plain.balanced_batch(b, config))
-
-
 def test_published_loss_is_reconstruction_plus_weighted_kl():
     made, b = carso(), batch(epoch=0)
     loss, terms = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))).training_step(b)
