@@ -21,14 +21,8 @@ if TYPE_CHECKING:
     from ..judge.searches.fab import FABT as FABT
     from ..judge.searches.model_tests import AttackersHead as AttackersHead
     from ..judge.searches.original_autoattack import OriginalAutoAttack as OriginalAutoAttack
-    from ..judge.searches.search_functions import (
-        StAdv as StAdv,
-        apgd as apgd,
-        fab_t as fab_t,
-        square as square,
-        stadv as stadv,
-    )
     from ..judge.searches.square import Square as Square
+    from ..judge.searches.stadv import StAdv as StAdv
 else:
     _at_once = [name for name, value in globals().items() if callable(value) and name != "lazy_exports"]
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

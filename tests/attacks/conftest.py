@@ -1,10 +1,10 @@
 import pytest
+import search_calls
 import torch
 from small_models import images_and_labels, shuffled_digits
 from torch.nn import functional as F
 
 from purify_fast.attacks import base, fgsm, functions
-from purify_fast.judge.searches import search_functions
 from purify_fast.models.classifiers import SmallCNN
 
 CHOSEN_SEED = base.chosen_seed
@@ -44,5 +44,5 @@ def batch():
 def one_seed(request, monkeypatch):
     """Calls without a seed have the seed 0, except in the tests of these calls."""
     if request.path.name != "test_any_loop.py":
-        for module in (base, functions, search_functions):
+        for module in (base, functions, search_calls):
             monkeypatch.setattr(module, "chosen_seed", lambda seed: 0 if seed is None else CHOSEN_SEED(seed))

@@ -5,10 +5,11 @@ import importlib
 
 import pytest
 import torch
+from search_calls import apgd, square
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import PGD, AttackContext, apgd, fgsm, frozen, pgd, square
+from purify_fast.attacks import PGD, AttackContext, fgsm, frozen, pgd
 
 EPS, ALPHA = 0.05, 0.02
 

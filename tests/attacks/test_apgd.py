@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 from direct import direct
+from search_calls import apgd
 from small_models import accuracy
 from torch.nn import functional as F
 
-from purify_fast.attacks import GradientHealth, JudgeContext, apgd
+from purify_fast.attacks import GradientHealth, JudgeContext
 from purify_fast.attacks.base import Ball
 from purify_fast.judge.searches import engine
 from purify_fast.judge.searches.apgd import checkpoints

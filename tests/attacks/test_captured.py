@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from direct import direct
+from search_calls import apgd, fab_t, square, stadv
 from small_models import images_and_labels
 from torch import Tensor, nn
 
-from purify_fast.attacks import GradientHealth, apgd, fab_t, pgd, square, stadv
+from purify_fast.attacks import GradientHealth, pgd
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.judge.searches import engine
 from purify_fast.models.classifiers import SmallCNN

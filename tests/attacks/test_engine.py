@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from direct import direct
+from search_calls import apgd, fab_t, square
 from small_models import Made, NotCopied, accuracy
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import APGD, FABT, GradientHealth, JudgeContext, Square, apgd, fab_t, square
+from purify_fast.attacks import APGD, FABT, GradientHealth, JudgeContext, Square
 from purify_fast.attacks.base import Ball
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.attacks.objective import Objective

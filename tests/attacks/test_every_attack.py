@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from direct import direct
+from search_calls import apgd, fab_t, square, stadv
 from torch import nn
 
 from purify_fast import attacks
-from purify_fast.attacks import GradientHealth, apgd, fab_t, frozen, pgd, square, stadv
+from purify_fast.attacks import GradientHealth, frozen, pgd
 from purify_fast.models.classifiers import SmallCNN
 
 ORDERS = {"linf": torch.inf, "l2": 2, "l1": 1}

@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from search_calls import apgd, square, stadv
 from small_models import Made, Purifying
 from torch import nn
 
-from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, apgd, pgd, square, stadv
+from purify_fast.attacks import APGD, FABT, FGSM, PGD, OriginalAutoAttack, Square, StAdv, pgd
 from purify_fast.attacks.base import AttackContext, Ball
 from purify_fast.attacks.objective import Objective, margin
 from purify_fast.judge.run.measure import Progress, counted_model

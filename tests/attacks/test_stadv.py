@@ -2,13 +2,13 @@ import importlib
 
 import pytest
 import torch
+from search_calls import stadv
 from small_models import images_and_labels
 from torch import nn
 from torch.nn import functional as F
 
 from purify_fast import data, zoo
-from purify_fast.attacks import stadv
-from purify_fast.judge.searches.search_functions import flow_loss, warp
+from purify_fast.judge.searches.stadv import flow_loss, warp
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ class Flows:
 
     def __init__(self, monkeypatch):
         module = importlib.import_module(
-            "purify_fast.judge.searches.search_functions"
+            "purify_fast.judge.searches.stadv"
         )  # the package's attribute is the function
         self.seen: list[torch.Tensor] = []
         original = module.warp

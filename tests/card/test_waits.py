@@ -13,12 +13,13 @@ from cuda_launches import CudaLaunches
 from denoisers import defence as purifier
 from direct import direct
 from fake_cuda import FakeCuda, RefusedOnCuda
+from search_calls import apgd, fab_t, square, stadv
 from small_models import atop
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 from torch import nn
 
 from purify_fast import frozen_copy
-from purify_fast.attacks import apgd, fab_t, fgsm, frozen, pgd, square, stadv
+from purify_fast.attacks import fgsm, frozen, pgd
 from purify_fast.defences import Defence
 from purify_fast.judge.searches.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process

@@ -4,11 +4,12 @@ import pytest
 import torch
 from direct import direct
 from on_device import DEVICE
+from search_calls import apgd
 from small_models import images_and_labels
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task
 from torch import Tensor, nn
 
-from purify_fast.attacks import apgd, fgsm, pgd
+from purify_fast.attacks import fgsm, pgd
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.models.classifiers import SmallCNN
 from purify_fast.speed import StepGraphs

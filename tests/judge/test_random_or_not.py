@@ -7,11 +7,12 @@ import torch
 from digit_nets import digits, held_out, standard
 from direct import direct
 from evaluating import evaluate
+from search_calls import apgd, fab_t, square, stadv
 from small_models import Made
 from torch import nn
 from torch.nn import functional as F
 
-from purify_fast.attacks import APGD, PGD, AttackersHead, apgd, fab_t, pgd, square, stadv
+from purify_fast.attacks import APGD, PGD, AttackersHead, pgd
 from purify_fast.attacks.shared_draws import differ, drawn_once_per_call
 from purify_fast.defences import NoisyEnsemble
 from purify_fast.methods.atop import Atop

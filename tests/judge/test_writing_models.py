@@ -6,9 +6,10 @@ import torch
 from digit_nets import digits, standard
 from evaluating import evaluate
 from input_gradients import input_gradient
+from search_calls import apgd, fab_t, square, stadv
 from small_models import Made, labelled
 
-from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv, apgd, fab_t, fgsm, pgd, square, stadv
+from purify_fast.attacks import APGD, FABT, PGD, Square, StAdv, fgsm, pgd
 from purify_fast.evaluation import AttackSpec
 
 pytestmark = pytest.mark.usefixtures("trained")

@@ -9,11 +9,12 @@ import torch
 from captures import Rerun, Tape
 from cuda_launches import CudaLaunches
 from direct import direct
+from search_calls import square
 from torch import nn
 
 import purify_fast
 from purify_fast import Atop
-from purify_fast.attacks import pgd, square
+from purify_fast.attacks import pgd
 from purify_fast.methods.atop import SmallGenerator
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.speed import StepGraphs

@@ -23,7 +23,7 @@ from small_runs import (
 from torch import nn
 
 from purify_fast.methods.atop import Atop, AtopConfig, AtopTask, SmallGenerator
-from purify_fast.methods.carso.task import carso_published, carso_v1_published
+from purify_fast.methods.carso.task import carso_published
 from purify_fast.models import build_classifier
 from purify_fast.speed.precision import raced_convolutions
 from purify_fast.training import FitConfig, Lookahead, fit
@@ -147,8 +147,7 @@ def test_convolutions_are_raced_only_where_it_is_asked_for(monkeypatch):
 def test_the_published_rate_ends_near_its_floor_and_serves_short_runs():
     assert carso_published(10**6 - 1, 10**6, 1.0) == pytest.approx(1.25e-4, rel=0.02)
     for epochs in (1, 2, 3, 7, 8, 9):
-        for schedule in (carso_published, carso_v1_published):
-            assert all(0 < schedule(epoch, epochs, 1.0) <= 1 for epoch in range(epochs))
+        assert all(0 < carso_published(epoch, epochs, 1.0) <= 1 for epoch in range(epochs))
 
 
 def test_one_cycle():

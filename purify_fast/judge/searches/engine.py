@@ -492,7 +492,7 @@ BLIND = "runs ended after their first steps, because all of their gradients were
 
 @dataclass(frozen=True, kw_only=True)
 class EngineAttack(InBall):
-    """The options of attacks that search on a fast copy of the model, such as `apgd`, `fab_t` and `square`.
+    """The options of attacks that search on a fast copy of the model, such as `APGD`, `FABT` and `Square`.
 
     A success on the copy is only a claim. The model itself must confirm it in its own precision, and a random model by
     fresh draws. The image then has fallen, and leaves the batch.
