@@ -2,21 +2,9 @@
 
 from dataclasses import fields
 
-from purify_fast.attacks import (
-    APGD,
-    FABT,
-    FGSM,
-    PGD,
-    JudgeContext,
-    Square,
-    StAdv,
-    apgd,
-    fab_t,
-    fgsm,
-    pgd,
-    square,
-    stadv,
-)
+from search_calls import apgd, fab_t, square, stadv
+
+from purify_fast.attacks import APGD, FABT, FGSM, PGD, JudgeContext, Square, StAdv, fgsm, pgd
 
 #: For each function: its class, and the defaults in which it differs from its class.
 CLASSES = {

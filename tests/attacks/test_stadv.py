@@ -30,9 +30,7 @@ class Flows:
     """Remembers what is warped by what."""
 
     def __init__(self, monkeypatch):
-        module = importlib.import_module(
-            "purify_fast.judge.searches.stadv"
-        )  # the package's attribute is the function
+        module = importlib.import_module("purify_fast.judge.searches.stadv")  # the package's attribute is the function
         self.seen: list[torch.Tensor] = []
         original = module.warp
         monkeypatch.setattr(module, "warp", lambda x, flow: self.seen.append(flow.detach()) or original(x, flow))
