@@ -20,7 +20,7 @@ BUILD  := PURIFY_FAST_BUILD=cpu
 PARALLEL = OMP_WAIT_POLICY=PASSIVE OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := $(wildcard csrc/core/* csrc/cpu/*)
 # These are the package's requirements beside PyTorch.
-REQUIRED := numpy pillow safetensors filelock tqdm tyro pyyaml jinja2
+REQUIRED := numpy pillow safetensors filelock tqdm tyro pyyaml jinja2 scipy
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 # These are the oldest supported versions, and the newest numpy with which the interpreter of this Triton works.
 OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.3.5
@@ -180,7 +180,7 @@ $(STAMPS)/cmake: constraints.txt | $(BIN)/python
 
 $(STAMPS)/docs: $(STAMPS)/base
 	@echo "== Sphinx, MyST and the theme, and two packages that the check of the pages imports"
-	$(PIP) $(REQUIRED) scipy pyautoattack sphinx myst-parser furo sphinx-copybutton
+	$(PIP) $(REQUIRED) pyautoattack sphinx myst-parser furo sphinx-copybutton
 	@touch $@
 
 # mypy reads the types of PyTorch and of the other requirements, and runs none of them. So PyTorch's own requirements,

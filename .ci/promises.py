@@ -38,7 +38,7 @@ PROMISES = {
     "zoo": (113, "zoo/*"),
     "commands": (840, "cli/*", "__main__.py"),
     "searches: Auto-PGD, FAB-T, Square, StAdv": (1299, "judge/searches/*"),
-    "AutoAttack's class": (165, "judge/drop_in.py", "autoattack.py"),
+    "AutoAttack's class": (165, "autoattack.py"),
     "lists of attacks, an evaluation's request": (701, "judge/request/*"),
     "an evaluation's run and its rows": (1375, "judge/*", "evaluation/*", "model_state.py"),
     "probes and alarms": (584, "judge/alarms/*", "judge/suspicion.py"),

@@ -14,7 +14,8 @@ def function_of(kind, **usual):
     def call(model, x, y, eps=None, *, seed=None, loss=None, targeted=None, **options):
         chosen = usual.get("loss", "ce") if loss is None else loss
         y, own = goal(x, y, chosen, targeted)
-        names = {field.name for field in fields(kind)}
+        # A direct call has its ball in the context.
+        names = {field.name for field in fields(kind)} - {"eps", "norm"}
         settings = usual | {name: options.pop(name) for name in [*options] if name in names}
         settings |= {"loss": "ce" if callable(chosen) else chosen} if "loss" in names else {}
         context = {"seed": chosen_seed(seed), "loss_function": own, "toward": targeted is not None, **options}

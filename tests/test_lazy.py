@@ -43,7 +43,7 @@ def test_the_settings_of_every_training_come_without_pytorch():
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
         "purify_fast.Carso\nassert 'torch' in sys.modules\n"
         # The drop-in class needs no further import.
-        "assert purify_fast.autoattack.AutoAttack.__module__ == 'purify_fast.judge.drop_in'"
+        "assert purify_fast.autoattack.AutoAttack.__module__ == 'purify_fast.autoattack'"
     )
     run_alone(code)
 

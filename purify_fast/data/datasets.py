@@ -129,7 +129,6 @@ def load_dataset(
     Raises:
         FileNotFoundError: there is no such data set. The message says how to get it.
         OSError: the cache cannot be written.
-        ModuleNotFoundError: ``svhn`` needs scipy, which is not installed.
         ValueError: an argument does not fit the data set, or the content of the files is not allowed.
     """
     name = str(name_or_path)
@@ -295,8 +294,6 @@ def find_official(name: str, root: Path, download: bool, train: bool) -> Path | 
             if not folder.is_dir():
                 raise FileNotFoundError(f"there is no {folder.name}, which torchvision cannot download: {TINY}")
             return folder
-    except ModuleNotFoundError:
-        raise
     # A damaged file may raise any error.
     except Exception as error:
         known = "give download=True (--download), or remove damaged files"

@@ -270,7 +270,7 @@ class _Evaluation:
                 raise ValueError(f"{what} must have the {subject.num_classes} classes of the model, got {classes}")
             # Without a name for the rows of the judged model itself, there is none for rows of others.
             if cache.key({}, subject.model) is not None:
-                cache.register(f"attacks through {type(model).__name__}", model, subject.asked_images(), timed_model)
+                cache.register(f"attacks through {type(model).__name__}", model, subject.asked_images())
 
     def fill(self, about: dict[str, Any]) -> Report:
         """Run the attacks and return the report; all other processes return the report of the first process."""

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
 from purify_fast.attacks.base import Ball, ball_around, normal_in_ball, sample_in_ball
+from purify_fast.attacks.objective import faults
 
 EPS = 0.2
 
@@ -113,7 +114,8 @@ def test_health_counts_and_thresholds(nonfinite, zero, unmoved, reliable):
     g[:nonfinite, 0] = torch.inf
     g[1000 - zero :] = 0
     health = GradientHealth()
-    health.see_gradient(g)
+    bad, still, exempt = faults(g, None).sum(1)
+    health.add(gradients=len(g) - exempt, nonfinite=bad, zero=still)
     start, end = torch.zeros(1000, 1), torch.ones(1000, 1)
     end[:unmoved] = 0
     health.see_move(start, end, torch.ones(1000, dtype=torch.bool))

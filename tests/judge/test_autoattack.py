@@ -14,8 +14,7 @@ import torch
 from small_models import Made, labelled
 
 from purify_fast.attacks import APGD, FABT, Square
-from purify_fast.autoattack import AutoAttack
-from purify_fast.judge.drop_in import RUN
+from purify_fast.autoattack import RUN, AutoAttack
 
 #: Where `make test` puts the last setuptools that has pkg_resources, which RobustBench imports.
 PKG_RESOURCES = Path(sys.prefix) / "setuptools-80"

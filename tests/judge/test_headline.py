@@ -6,7 +6,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from digit_nets import zoo_digits
 from evaluating import evaluate
@@ -19,7 +18,7 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.judge.alarms.signs import Finding
-from purify_fast.judge.estimates import chance_of_at_most, t_quantile
+from purify_fast.judge.estimates import chance_of_at_most
 from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.results.rows import Points, worst_rows
 from purify_fast.judge.show.report import judge_claim
@@ -157,11 +156,6 @@ def test_an_error_is_that_of_other_images_and_other_draws(shared, own, draws):
     assert covered > (0.87 if shared and draws == 5 else 0.93)
     found = np.mean([one.images_share_draws for one in rows])
     assert found > 0.95 if shared else found < 0.03
-
-
-@pytest.mark.parametrize(("level", "freedom"), [(0.975, 4), (0.975, 19.3), (0.99, 4), (0.99, 60)])
-def test_quantiles_of_student(level, freedom):
-    assert t_quantile(level, freedom) == pytest.approx(scipy.stats.t.ppf(level, freedom), rel=3e-3)
 
 
 def test_each_number_of_a_random_model_stands_with_its_rule():

@@ -26,18 +26,17 @@ NOISE = 0.25
 _COMPILED = (".so", ".pyd")
 
 
-def fingerprint(model: Classifier, x: Tensor, asked: Classifier | None = None) -> str | None:
+def fingerprint(model: Classifier, x: Tensor) -> str | None:
     """Hash a model's weights, its answers for clean and noisy images, and the user's source files.
 
     Args:
         model: a frozen model.
         x: a few images ``[B, C, H, W]``, float32, on the device of the model.
-        asked: what is called in place of the model; by default the model itself.
 
     Returns:
         The hash, or None if the same seed gives other answers in a second call.
     """
-    first, second = (_answers(model, model if asked is None else asked, x) for _ in range(2))
+    first, second = (_answers(model, x) for _ in range(2))
     # The answers may have imported further modules, so the sources come after them.
     return text_hash(repr([state_digest(model), first, _sources()])).hexdigest() if first == second else None
 
@@ -61,7 +60,7 @@ def _content(tensor: Tensor) -> str:
         return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def _answers(model: Classifier, asked: Classifier, x: Tensor) -> str:
+def _answers(model: Classifier, x: Tensor) -> str:
     """Hash the logits of images, clean and noisy, and the gradients of a combination of the logits, bit by bit."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     noise *= per_image(torch.linspace(NOISE / len(x), NOISE, len(x), device="cpu"), x).to(x)
@@ -72,11 +71,11 @@ def _answers(model: Classifier, asked: Classifier, x: Tensor) -> str:
             seeded(0)
         for part in torch.cat([x, (x + noise).clamp(0, 1)]).split(SAMPLE):
             with torch.no_grad():
-                answers.append(logits_of(asked, part.clone()))
+                answers.append(logits_of(model, part.clone()))
             # A model that fails only while gradients are recorded can be judged.
             with torch.enable_grad(), contextlib.suppress(Exception):
                 leaf = part.clone().requires_grad_()
-                logits = logits_of(asked, leaf)
+                logits = logits_of(model, leaf)
                 weights = torch.linspace(-1, 1, logits.shape[1], device="cpu").to(logits).expand_as(logits)
                 answers.append(logits.detach())
                 if (gradient := gradient_to(leaf, logits, weights)) is not None:

@@ -171,7 +171,6 @@ class AttackSpec:
         nearest: the number of images in a group. The attack begins with the group of the smallest margins after the
             earlier attacks, and goes on to the next group until a whole group has withstood it. For a random model, it
             ends after the first group. None: all images.
-        published: the publication of this attack, if its rule for a robust image differs; the report then says so.
 
     Raises:
         ValueError: an option that is not allowed.
@@ -186,7 +185,6 @@ class AttackSpec:
     seed: Annotated[int, Range(0)] = 0
     until: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     nearest: Count | None = None
-    published: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
@@ -225,7 +223,7 @@ def lee_kim_2023(eps: float = 8 / 255, *, leave: bool = False) -> AttackSpec:
     check_eps(eps, "linf")
     kind, label = (LeavingPGD, f"{LEE_KIM}, left when 20 draws are wrong") if leave else (PGD, LEE_KIM)
     attack = kind(steps=200, alpha=0.007 * eps / (8 / 255), eot_iter=20, random_start=False, eps=eps, norm="linf")
-    return AttackSpec(attack, label=label, published="Lee & Kim 2023")
+    return AttackSpec(attack, label=label)
 
 
 # -- selects the attacks that a model allows, and names the rows of the report: one row for each attack ----------------

@@ -66,11 +66,11 @@ class RowCache:
         content = [RESULTS_VERSION, machine, self.served, self.revision, settings, marks]
         return text_hash(json.dumps(content, sort_keys=True)).hexdigest()
 
-    def register(self, name: str, model: Classifier, x: Tensor, asked: Classifier | None = None) -> None:
+    def register(self, name: str, model: Classifier, x: Tensor) -> None:
         """Let the rows of a frozen model be cached, named by its `fingerprint`; a warning says if they cannot be."""
         if self.folder is None:
             return
-        self._marks[id(model)] = model, (mark := fingerprint(model, x, asked))
+        self._marks[id(model)] = model, (mark := fingerprint(model, x))
         if mark is None:
             why = "with the same seed, it answers the same images differently"
             logger.warning("out: the rows of %s are not kept, because %s", name, why)

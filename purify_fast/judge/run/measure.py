@@ -603,7 +603,6 @@ def settings_of(spec: AttackSpec, subject: Subject, context: JudgeContext) -> di
         "n_eval": subject.judges,
         "through": None if spec.through is None else type(spec.through).__name__,
         "seed": spec.seed or None,
-        "published": spec.published,
         "until": None if spec.until is None else [spec.until, REVISION],
         "nearest": None if spec.nearest is None else [spec.nearest, NEAREST_REVISION],
     }

@@ -13,16 +13,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..._validation import Count
 from ...attacks.attacked_model import frozen
 from ...attacks.base import AttackContext, AttackResult, InBall, Resolved, ball_around, projected
-from ...attacks.objective import GradientHealth, Objective
 from ...protocols import Classifier
 from .engine import JudgeContext
 from .model_tests import SAMPLE, check_model
@@ -30,8 +27,6 @@ from .model_tests import SAMPLE, check_model
 OriginalVersion = Literal["standard", "rand"]
 #: The authors' values. STEPS: steps of APGD and FAB. DRAWS: draws of the version "rand". QUERIES: queries of Square.
 STEPS, DRAWS, QUERIES = 100, 20, 5000
-#: The attacks of each version.
-ATTACKS = {"standard": ["apgd-ce", "apgd-t", "fab-t", "square"], "rand": ["apgd-ce", "apgd-dlr"]}
 #: The smallest number of classes with which all attacks of a version can run.
 FEWEST_CLASSES = {"standard": 4, "rand": 3}
 
@@ -83,9 +78,6 @@ class OriginalAutoAttack(InBall):
             package += f" {importlib.metadata.version(package)}"
         return f"2, {package}"
 
-    def settings(self, context: AttackContext) -> dict[str, Any]:
-        return super().settings(context) | {"attacks": ATTACKS[self.version]}
-
     def resolved_for(self, context: AttackContext) -> Resolved:
         classes, fewest = context.num_classes, FEWEST_CLASSES[self.version]
         if 0 < classes < fewest:
@@ -112,7 +104,6 @@ class OriginalAutoAttack(InBall):
             with _listening(warnings):
                 how = {"norm": norm.capitalize(), "eps": eps, "seed": context.seed, "device": x.device}
                 adversary = implementation()(target, version=self.version, **how)
-                adversary.attacks_to_run = list(ATTACKS[self.version])
                 adversary.fab.n_target_classes = adversary.apgd_targeted.n_target_classes = min(9, classes - 1)
                 for part in (adversary.apgd, adversary.apgd_targeted):
                     part.n_iter = part.n_iter_orig = steps
@@ -128,12 +119,8 @@ class OriginalAutoAttack(InBall):
             images = result[0] if isinstance(result, tuple) else result
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, images.detach(), ball_around(x, eps, norm))
-            # This is the cross-entropy as the package computes it.
-            objective = Objective(target, partial(F.cross_entropy, reduction="none"), max_forward_batch=size)
-            health = GradientHealth()
-            for images in (x, points) if context.counts_health else ():
-                health.see_gradient(objective.gradient(images, y).image)
-        return AttackResult(points, health if context.counts_health else None, warnings)
+        # How many of its gradients were usable is not counted.
+        return AttackResult(points, warnings=warnings)
 
 
 @contextlib.contextmanager

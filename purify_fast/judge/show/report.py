@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 from ..._files import atomic, check_folder, write_text
 from ..._settings import digest, text_hash
@@ -21,7 +22,7 @@ from ...attacks import frozen
 from ...protocols import Classifier
 from ...speed.precision import whole_float32_by_default
 from ..alarms.signs import Finding
-from ..estimates import REFUTED, Estimate, chance_of_at_most, t_quantile
+from ..estimates import REFUTED, Estimate, chance_of_at_most
 from ..request.deadline import Subject
 from ..request.fingerprint import state_digest
 from ..results.rows import Row
@@ -222,7 +223,7 @@ def judge_claim(claim: float, row: Row, clean: Row | None) -> ClaimTest:
         reason = "the model fails without an attack already, or too many of its predictions name no class"
     elif row.images_share_draws:
         estimate = row.estimate
-        bound = min(1.0, estimate.mean + t_quantile(1 - REFUTED, estimate.freedom) * estimate.error)
+        bound = min(1.0, estimate.mean + float(stdtrit(estimate.freedom, 1 - REFUTED)) * estimate.error)
         refuted = refuted and bound < claim
         if row.n_eval < CLAIM_DRAWS:
             reason = f"images share draws, so the test needs n_eval={CLAIM_DRAWS} predictions of each, got {row.n_eval}"

@@ -241,8 +241,7 @@ def not_asked(findings: Sequence[Finding]) -> list[str]:
 def column_legend(rows: Sequence[Row]) -> list[str]:
     """The paragraphs that explain the table of all rows; a paragraph is left out if it concerns no row."""
     early = dict.fromkeys(row.attack for row in rows if row.may_end_early)
-    published = dict.fromkeys((row.attack, row.n_eval) for row in rows if row.settings.get("published"))
-    return paragraphs("columns.jinja", rows=rows, early=list(early), published=list(published))
+    return paragraphs("columns.jinja", rows=rows, early=list(early))
 
 
 def notes_on_rows(rows: Sequence[Row], headline: Row | None) -> list[str]:
