@@ -3,9 +3,8 @@
 The goals are PGD-10 on a frozen copy, and a training step of ARREST, of CARSO through the pipeline, and of AToP. Each
 has six forms: ours with and without cuDNN's race, which times all algorithms of a convolution; ours compiled by the
 option that a user sets; the expert's (see `benchmarks.speed.pipelines.expert`), also compiled; and plain PyTorch. Ours
-with the race is what `fit` runs by default, once its attack steps are captured. Two more parts make a copy in float32,
-and end a training that fills the card. Every part has a process of its own, so that an error on the card ends one part
-only.
+with the race is what `fit` runs by default, once its attack steps are captured. Another part ends a training that fills
+the card. Every part has a process of its own, so that an error on the card ends one part only.
 """
 
 from __future__ import annotations
@@ -126,31 +125,19 @@ def measure(goal: str, form: str, device: torch.device, quick: bool) -> tuple[di
     return in_use.row(form, device, seen, said, captured=goal == PGD and form in (RACED, UNRACED), **numbers), result
 
 
-def frozen_in_float32(device: torch.device, quick: bool) -> tuple[dict, None]:
-    """Make a frozen copy in float32 while products are in TF32. A warning says that the copy took a simpler form."""
-    network, x = in_use.network("ResNet-18", quick).to(device), random_batch(device, 8, 32, 1).x
-    with float32_products(tf32=True), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        copied: Any = frozen_copy(network, x, dtype=torch.float32)
-    numbers = {"images": len(x), "chosen": copied.about, "folded": copied.folded}
-    row = in_use.row("frozen_copy in float32, TF32 on", device, [], said, captured=False, **numbers)
-    return row | ({"verdict": "failed"} if said else {}), None
-
-
 #: The parts, the most important first.
 PARTS: dict[str, Callable[[torch.device, bool], tuple[dict, Tensor | None]]] = {
     **{f"{goal}, {form}": partial(measure, goal, form) for form in FORMS for goal in (PGD, *PIPELINES)},
-    "frozen_copy in float32": frozen_in_float32,
     "fit on a full card": lambda device, quick: (in_use.full(device, quick), None),
 }
-#: The assumed seconds of the compilations, side by side, and of the parts that have no form.
-COMPILING, OTHERS = 120, {"frozen_copy in float32": 8, "fit on a full card": 40}
+#: The assumed seconds of the compilations, side by side, and of the part that has no form.
+COMPILING, FULL_CARD = 120, 40
 
 
 def plan() -> list[tuple[str, int]]:
     """Return the assumed end of each part of the section, in seconds after its start."""
     seconds = {"all compilations, side by side": COMPILING}
-    seconds |= {part: OTHERS.get(part) or FORMS[part.partition(", ")[2]] for part in PARTS}
+    seconds |= {part: FORMS.get(part.partition(", ")[2], FULL_CARD) for part in PARTS}
     return list(zip(seconds, itertools.accumulate(seconds.values()), strict=True))
 
 
@@ -209,19 +196,3 @@ def row_of(part: str, context: Any, results: dict[str, Tensor]) -> dict:
         distance = float((result - first).norm() / first.norm())
         row |= {"distance": f"{distance:.1e}", "verdict": row["verdict"] if distance <= TOLERANCE else "wrong"}
     return row
-
-
-def profiled(device: torch.device, quick: bool) -> list[dict]:
-    """Return the number and the microseconds of each kernel in a run of PGD-10 in the form `RACED`."""
-    with raced_convolutions("on", device):
-        job = pgd_job(RACED, device, quick)
-        for _ in range(3):
-            job.run()
-        with torch.profiler.profile() as profile:
-            job.run()
-            timing.now(device)
-    return [
-        {"kernel": event.key, "count": event.count, "us": event.self_device_time_total or event.self_cpu_time_total}
-        for event in profile.key_averages()
-        if event.device_type.name.lower() == device.type
-    ]

@@ -3,8 +3,8 @@
 - ``correct`` verifies every kernel, runs the tests that need a GPU, and runs compute-sanitizer. All three run side by
   side. The call ends within 150 seconds.
 - ``goals`` measures what this package promises, beside an expert's code. The call ends within seven minutes.
-- ``measured`` measures speed: the limits of the card, CUDA graphs, kernels against references, forms of PGD and its
-  kernels, evaluations, trainings and loops of users, and pipelines. The call ends within nine minutes.
+- ``measured`` measures speed: the limits of the card, forms of PGD, evaluations, trainings and loops of users,
+  pipelines, and kernels against references. The call ends within nine minutes.
 
 A call consists of sections. Each section has a separate process and a time limit, which includes the start of the
 process and all preparation.

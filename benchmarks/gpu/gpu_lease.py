@@ -2,7 +2,7 @@
 
 The stages run one after the other, and end within 150, 420, 240 and 100 seconds. A section that reaches its limit is
 killed, and the next section begins. Rows are written and packed as soon as they are measured. Where a command may take
-ten minutes at most, name the stages of two commands: ``correct goals`` and ``measured captures``.
+ten minutes at most, name the stages of two commands: ``correct goals`` and ``measured in_use``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from . import goals, gpu_check
 STAGES: dict[str, tuple[str, float, list[str]]] = {
     "correct": ("correct", 150, ["verdicts", "sanitizer", "tests"]),
     "goals": ("goals", 420, ["goals"]),
-    "measured": ("measured", 240, ["limits", "profile", "pgd"]),
-    "captures": ("measured", 100, ["captures", "in_use"]),
+    "measured": ("measured", 240, ["limits", "pgd"]),
+    "in_use": ("measured", 100, ["in_use"]),
 }
 #: The contestants of a race compile side by side, and share the processors.
 COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "3"}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -23,24 +21,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from purify_fast import zoo
-from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.data import load_dataset, to_float
 from purify_fast.evaluation import EvaluateConfig, evaluate
 from purify_fast.models.classifiers import PreActResNet18
 from purify_fast.ops.dispatch import tuning, verify
 from purify_fast.ops.dispatch.registry import Op
-from purify_fast.speed.graphs.graphed_loop import CudaCapture, StepGraphs
 from purify_fast.speed.precision import float32_products
 
 from .. import RESULTS
 from ..robustness import contests
 from ..speed import kernel_times, limits, race, sheets, timing
 from ..speed.pipelines import pgd_forms
-from ..speed.pipelines.carso_inference import classifier
 from ..speed.running import Budget, run_pipelines
 from . import goals, in_use
 
@@ -48,14 +42,12 @@ ROOT = RESULTS.parents[1]
 EVERY_OP = ("-m", "benchmarks.gpu.every_op")
 #: The folder of the tests that pytest runs.
 TESTS = ("tests/gpu",)
-CAPTURE_COST, VERDICTS, STANDARD = "capture_cost.csv", "kernel_verdicts.csv", "standard.csv"
-PGD, IN_USE, GOALS, PROFILE = "pgd.csv", "in_use.csv", "goals.csv", "profile.csv"
+VERDICTS, STANDARD, PGD = "kernel_verdicts.csv", "standard.csv", "pgd.csv"
+IN_USE, GOALS = "in_use.csv", "goals.csv"
 #: The pipelines that are measured, the most important first. The form of AToP in plain PyTorch takes long on a GPU.
 PIPELINES = ("arrest_step", "carso_training", "carso_inference", "diffusion", "atop_finetune")
 #: The number of images that are attacked by `standard`.
 IMAGES = 500
-#: The number of timed runs. The result is their median time.
-RUNS = 20
 #: The largest size of an archive in bytes.
 MOST_BYTES = 16_000_000
 #: The endings of the files in an archive.
@@ -183,72 +175,6 @@ def outcome_of(budget: Budget, summary: str, some: bool, wrong: dict[str, str]) 
     return Outcome(PASSED if some and not errors else FAILED, summary, {"errors": errors}, budget.left_out)
 
 
-@dataclass(frozen=True, eq=False)
-class _SignStep:
-    """A step of an attack: it computes the gradient with respect to the images, and adds the sign of the gradient."""
-
-    model: nn.Module
-
-    def __call__(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.enable_grad():
-            point = state["point"].detach().requires_grad_()
-            loss = F.cross_entropy(self.model(point).float(), state["label"], reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, point)
-        return {"point": (point.detach() + gradient.sign() / 255).clamp(0, 1)}
-
-
-def _one_capture(context: Context, images: int, precision: Any) -> dict:
-    """Measure the time to capture a step, and the time of the step with and without a CUDA graph."""
-    torch.manual_seed(0)
-    device, runs = context.device, 2 if context.rehearsal else RUNS
-    model = (PreActResNet18(width=4).eval() if context.rehearsal else classifier()).to(device)
-    x = torch.rand(images, 3, 32, 32, device=device)
-    source = Copies(x).copy_for(model, precision)
-    step, state = _SignStep(source), {"point": x, "label": torch.arange(images, device=device) % 10}
-    capture, on_gpu = CudaCapture(), device.type == "cuda"
-    graphs = StepGraphs("always", capture=capture)
-
-    def timed(run: Callable[[], object]) -> tuple[float, float]:
-        """The seconds until the host has launched all operators of a function, and until the device has finished."""
-        with capture.aside(device) if on_gpu else contextlib.nullcontext():
-            begin = timing.now(device)
-            run()
-            launched = time.perf_counter()
-            return launched - begin, timing.now(device) - begin
-
-    for _ in range(3):
-        step(state)
-    eager = [timed(lambda: step(state)) for _ in range(runs)]
-    began = timing.now(device)
-    loop = graphs.begin(step, state)
-    captured = timing.now(device) - began
-    replayed = [timed(loop.advance) for _ in range(runs)]
-    on_device = timing.seconds([loop.advance] * runs, device) / runs
-    launching, whole = (statistics.median(column) for column in zip(*eager, strict=True))
-    graph = statistics.median(seconds for _, seconds in replayed)
-    saved = whole - graph
-    times = {"capture": captured, "eager_host": launching, "eager": whole, "graph": graph, "device": on_device}
-    return {
-        "images": images,
-        "precision": precision if source is not model or precision == "float32" else "no copy",
-        "captured": getattr(loop, "captured", None) is not None,
-        **{f"{name}_ms": f"{1e3 * seconds:.3f}" for name, seconds in times.items()},
-        "pays_after": f"{captured / saved:.0f}" if saved > 0 else "never",
-        "refusal": "; ".join(graphs.refusals),
-    }
-
-
-def capture_cost(context: Context) -> Outcome:
-    """Measure the times to launch and run a gradient step, to capture it in a CUDA graph, and to replay the graph."""
-    sizes = (2,) if context.rehearsal else (16, 64, 250)
-    work = {
-        f"{images} images, {precision}": partial(_one_capture, context, images, precision)
-        for precision in ("float32", "bfloat16")
-        for images in sizes
-    }
-    return measured(context, CAPTURE_COST, work)
-
-
 def verdicts(context: Context) -> Outcome:
     """Compare every kernel with its definition in float64. Most of the measured time is compilation."""
 
@@ -332,11 +258,6 @@ def reached_goals(context: Context) -> Outcome:
     goals.compile_all(context)
     work = {part: partial(goals.row_of, part, context, results) for part in goals.PARTS}
     return measured(context, GOALS, work, alike=False)
-
-
-def profile(context: Context) -> Outcome:
-    """Count and time the kernels in a run of PGD-10."""
-    return measured(context, PROFILE, {goals.PGD: partial(goals.profiled, context.device, context.rehearsal)})
 
 
 def measured_limits(context: Context) -> Outcome:
@@ -429,12 +350,9 @@ def times_of_kernels(context: Context) -> Outcome:
 
 
 def raced_pipelines(context: Context) -> Outcome:
-    """Run `python -m benchmarks pipelines`: all cases without the compiled plain forms, then cases with these forms."""
-    for compiled in (False, True):
-        budget = context.budget()
-        run_pipelines(list(PIPELINES), context.device, context.rehearsal, context.out, budget, compiled)
-        if budget.failed:
-            break
+    """Run `python -m benchmarks pipelines` without the compiled plain forms."""
+    budget = context.budget()
+    run_pipelines(list(PIPELINES), context.device, context.rehearsal, context.out, budget)
     rows = sheets.rows_of(context.out / sheets.PIPELINES)
     wrong = {f"{row['pipeline']} {row['case']} {row['contestant']}": row["verdict"] for row in rows}
     wrong = {name: verdict for name, verdict in wrong.items() if verdict in ("wrong", "failed")}
@@ -463,7 +381,7 @@ class Section:
 #: A section of a rehearsal takes up to eight minutes on two free cores, and longer beside other work.
 REHEARSED = 1800
 #: On an NVIDIA H200 with 16 processors, the sections of "correct" took up to 68 s side by side, and those of "measured"
-#: 9, 140 (estimated), 35, 50 (estimated), 115 (estimated), 17 and 110 s.
+#: 9, 140 (estimated), 35, 50 (estimated), 115 (estimated) and 110 s.
 SECTIONS = {
     "verdicts": Section("correct", verdicts, (140, REHEARSED), (VERDICTS,)),
     "sanitizer": Section("correct", sanitizer, (140, REHEARSED)),
@@ -471,11 +389,9 @@ SECTIONS = {
     "goals": Section("goals", reached_goals, (405, REHEARSED), (GOALS,)),
     "limits": Section("measured", measured_limits, (25, REHEARSED)),
     "pgd": Section("measured", forms_of_pgd, (190, REHEARSED), (PGD,)),
-    "profile": Section("measured", profile, (25, REHEARSED), (PROFILE,)),
     "standard": Section("measured", standard, (60, REHEARSED), (STANDARD,)),
     "in_use": Section("measured", used, (70, REHEARSED), (IN_USE,)),
     # This section carries most claims, so the sections after it get what it leaves, or a call of their own (--only).
     "pipelines": Section("measured", raced_pipelines, (400, REHEARSED), (sheets.PIPELINES,)),
-    "captures": Section("measured", capture_cost, (40, REHEARSED), (CAPTURE_COST,)),
     "kernels": Section("measured", times_of_kernels, (300, REHEARSED), (kernel_times.ROWS,)),
 }

@@ -1,4 +1,4 @@
-"""Measure the package as users run it: a whole training, attacks on a frozen copy in a loop, a batch that fills a card.
+"""Measure the package as users run it: whole trainings, also of a batch that fills the card, and attacks in a loop.
 
 Every row tells how many CUDA graphs were replayed. On a GPU, a row without a replay has failed.
 """
@@ -186,5 +186,4 @@ PARTS: dict[str, Callable[[torch.device, bool], dict | list[dict]]] = {
     "fit": training,
     "loop, ResNet-18": lambda device, small: loop(device, small, "ResNet-18"),
     "loop, ViT": lambda device, small: loop(device, small, "ViT"),
-    "full card": full,
 }

@@ -6,11 +6,11 @@ import math
 import statistics
 from pathlib import Path
 
-from ..gpu.gpu_sections import CAPTURE_COST, STANDARD, VERDICTS
+from ..gpu.gpu_sections import PGD, STANDARD
 from ..speed import kernel_times, limits, sheets
 
-#: The name of the file with the forms of an attack by PGD. It has a row for each form.
-PGD = "pgd.csv"
+#: The times of captures, which a finished study measured.
+CAPTURE_COST = "capture_cost.csv"
 #: Two parts of the evaluation: without CUDA graphs, and with graphs where they save time.
 OFF, AUTO = "graphs off", "graphs auto"
 
@@ -18,18 +18,6 @@ OFF, AUTO = "graphs off", "graphs auto"
 def ours(name: str) -> str:
     """Return the name of a compared implementation for a page: that of this package is in bold letters."""
     return f"**purify_fast{name.removeprefix('ours')}**" if name.startswith("ours") else name
-
-
-def verdicts(folder: Path) -> list[str]:
-    """Return the table of wrong kernels, compared with their definitions in float64, or nothing if all are right."""
-    body = []
-    for row in sheets.rows_of(folder / VERDICTS):
-        if row["passed"] == "True":
-            continue
-        error, budget = float(row["error"]), float(row["budget"])
-        share = f"{100 * error / budget:.0f} %" if budget else "-"
-        body.append([row["op"], f"{error:.1e}", f"{budget:.1e}", share, row["case"]])
-    return sheets.table(["op", "error", "allowed", "share", "case"], body) if body else []
 
 
 def captures(folder: Path) -> list[str]:
@@ -115,5 +103,5 @@ def summary(rows: list[dict]) -> str:
 
 def tables(folder: Path) -> dict[str, list[str]]:
     """Return the tables of a GPU's chapter by their names. A table is empty if the GPU's folder has no such results."""
-    every = {VERDICTS: verdicts, CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd}
+    every = {CAPTURE_COST: captures, STANDARD: evaluations, PGD: pgd}
     return {table.__name__: table(folder) if (folder / file).exists() else [] for file, table in every.items()}

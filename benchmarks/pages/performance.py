@@ -122,11 +122,9 @@ def _measurements(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def chapter(folder: Path) -> list[str]:
-    """Return the lines of a device's chapter, or an empty list if its folder has no measurements."""
+    """Return the lines of a device's chapter."""
     rows, races = _measurements(folder)
     timed = sheets.rows_of(folder / kernel_times.ROWS)
-    if not (rows or races or timed):
-        return []
     notes = folder / NOTES
     text = rendered(
         Path(__file__).with_name("chapter.md.jinja"),

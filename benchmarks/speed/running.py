@@ -110,13 +110,10 @@ def run_ops(names: list[str], quick: bool, out: Path) -> None:
     sheets.report(out)
 
 
-def run_pipelines(
-    names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget, compiled: bool = True
-) -> None:
+def run_pipelines(names: list[str], device: torch.device, quick: bool, out: Path, budget: Budget) -> None:
     """Measure pipelines, and write pipelines.csv after every case. Existing rows of other cases are kept.
 
-    Most of the time goes into the compilation of the plain forms. So a run with little time first measures all cases
-    without these forms, and then measures cases again with them.
+    Most of the time goes into the compilation of the plain forms, which a run with a time limit leaves out.
     """
     path = out / sheets.PIPELINES
     kept = sheets.rows_of(path)
@@ -127,11 +124,10 @@ def run_pipelines(
         return (row["pipeline"], row["case"]) == case and threads in (None, str(row["threads"]))
 
     work: list[tuple[str, str, pipelines.Case]] = []
+    limited = budget.seconds < math.inf
     for name in names:
         for label, case in pipelines.registry()[name](quick).items():
-            chosen = {
-                one: it for one, it in case.contestants.items() if compiled or not one.startswith("torch.compile")
-            }
+            chosen = {who: it for who, it in case.contestants.items() if not (limited and "torch.compile" in who)}
             old = [row for row in kept if budget.resume and same(row, name, label) and row["verdict"] != "left out"]
             if not chosen.keys() <= {row["contestant"] for row in old}:
                 work.append((name, label, replace(case, contestants=chosen)))
@@ -140,7 +136,7 @@ def run_pipelines(
         nonlocal kept
         name, label, case = work[index]
         left = budget.ends - time.monotonic()
-        limit = left if compiled else min(left, max(LEAST_SHARE, left / (len(work) - index)))
+        limit = min(left, max(LEAST_SHARE, left / (len(work) - index)))
         fresh = race.race(name, label, case, device, quick, limit)
         budget.left_out += [f"{name} {label}: {r['contestant']}" for r in fresh if r["verdict"] == "left out"]
         old = [row for row in kept if same(row, name, label)]

@@ -35,23 +35,23 @@ def states(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_sections_write_rows_and_keep_them_if_they_are_asked_to(tmp_path, capsys, forking):
-    arguments = ("measured", "--rehearse", "--out", str(tmp_path), "--only", "captures", "limits")
+    arguments = ("measured", "--rehearse", "--out", str(tmp_path), "--only", "standard", "limits")
     assert check(*arguments) == 0
-    assert states(tmp_path) == {"captures": "passed", "limits": "passed"}
+    assert states(tmp_path) == {"standard": "passed", "limits": "passed"}
     assert {row["limit"] for row in sheets.read_csv(tmp_path / limits.FILE)} == {limits.COPY, limits.PRODUCT}
-    assert {row["captured"] for row in sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)} == {"False"}
     said = capsys.readouterr().out
-    assert "| captures | passed |" in said and "| captures | passed |" in (tmp_path / "measured.md").read_text()
+    assert "| standard | passed |" in said and "| standard | passed |" in (tmp_path / "measured.md").read_text()
     with tarfile.open(tmp_path / "measured.tar.xz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {limits.FILE, gpu_sections.CAPTURE_COST, "measured.md", "gpu_check/limits.json"} <= names
+    assert {limits.FILE, gpu_sections.STANDARD, "measured.md", "gpu_check/limits.json"} <= names
     assert "gpu_check/limits.outcome" not in names
-    # a row of which a part is missing is measured, and nothing else
-    rows = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
-    sheets.write_csv(tmp_path / gpu_sections.CAPTURE_COST, rows[1:])
+    # a part that is missing is measured, and nothing else
+    rows = sheets.read_csv(tmp_path / gpu_sections.STANDARD)
+    kept = [row for row in rows if row["part"] == "graphs auto"]
+    sheets.write_csv(tmp_path / gpu_sections.STANDARD, kept)
     assert check(*arguments, "--resume") == 0
-    again = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
-    assert again[:-1] == rows[1:] and again[-1]["part"] == rows[0]["part"]
+    again = sheets.read_csv(tmp_path / gpu_sections.STANDARD)
+    assert again[: len(kept)] == kept and {row["part"] for row in again[len(kept) :]} == {"graphs off"}
 
 
 @pytest.mark.slow
@@ -63,9 +63,9 @@ def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
 
     def endless(context):
         work = {"first": lambda: {"ms": "1"}, "second": lambda: time.sleep(600)}
-        return gpu_sections.measured(context, gpu_sections.CAPTURE_COST, work)
+        return gpu_sections.measured(context, gpu_sections.STANDARD, work)
 
-    sections = {"captures": (bad, 300.0), "limits": (endless, 7.0)}
+    sections = {"pgd": (bad, 300.0), "limits": (endless, 7.0)}
     sections["kernels"] = (lambda _: os._exit(3), 300.0)
     for name, (run, limit) in sections.items():
         monkeypatch.setitem(gpu_sections.SECTIONS, name, gpu_sections.Section("measured", run, (limit, limit)))
@@ -75,7 +75,7 @@ def test_a_section_that_fails_stops_no_other(tmp_path, monkeypatch, forking):
     page = (tmp_path / "measured.md").read_text()
     assert "ValueError: what went wrong" in page and "Traceback" in page
     assert "was killed at its limit of 7 s" in page and "exit status 3" in page
-    (row,) = sheets.read_csv(tmp_path / gpu_sections.CAPTURE_COST)
+    (row,) = sheets.read_csv(tmp_path / gpu_sections.STANDARD)
     assert (row["part"], row["rehearsal"]) == ("first", "True")
 
 
