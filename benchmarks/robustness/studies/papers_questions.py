@@ -47,14 +47,14 @@ class Part:
         columns: the heading of each column. The column "clean" has the accuracy without an attack.
         seeds: the seeds of each line. A model of the zoo has one training.
         lines: for each line, the function that measures it, which gets the setting and the seed.
-        pairs: lines and a column that are compared: the first line minus the second, on the same images.
+        pairs: for two lines, the columns in which they are compared on the same images: the first minus the second.
         across: columns that are compared in each line, in a column of their own: the first minus the second.
     """
 
     columns: dict[str, str]
     seeds: Sequence[int] = (0,)
     lines: dict[str, Callable[[Setting, int], run.Numbers]] = field(default_factory=dict)
-    pairs: list[tuple[str, str, str]] = field(default_factory=list)
+    pairs: dict[tuple[str, str], Sequence[str]] = field(default_factory=dict)
     across: Sequence[tuple[str, str]] = ()
 
     def add(self, line: str, work: Callable[..., run.Numbers], *options: Any) -> None:
@@ -63,7 +63,7 @@ class Part:
 
     def compare(self, line: str, *others: str, columns: Sequence[str] = ("clean", "fast")) -> None:
         """Compare a line with other lines, in some columns."""
-        self.pairs += [(line, other, column) for other in others for column in columns]
+        self.pairs |= dict.fromkeys(((line, other) for other in others), columns)
 
 
 JUDGED, ALONE = {"clean": "clean", "fast": "`fast`"}, "PGD on the classifier alone"
@@ -167,8 +167,8 @@ def _text(values: np.ndarray, share: bool, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if values.shape[1] > 1 else "")
 
 
-def _difference(first: tuple[list[Row], str], second: tuple[list[Row], str]) -> list[str]:
-    """Return the cells of a comparison: the paired difference, and that of each training if there are several."""
+def _difference(first: tuple[list[Row], str], second: tuple[list[Row], str]) -> str:
+    """Return a paired difference, and in brackets that of each training if there are several."""
     both = sorted({row["seed"] for row in first[0]} & {row["seed"] for row in second[0]})
     pair = [([row for row in rows if row["seed"] in both], column) for rows, column in (first, second)]
     share = _is_share(pair[0][0][0]["numbers"][first[1]])
@@ -177,7 +177,7 @@ def _difference(first: tuple[list[Row], str], second: tuple[list[Row], str]) -> 
         # Predictions of two models have no draws in common.
         own, other = own.mean(0, keepdims=True), other.mean(0, keepdims=True)
     each = ", ".join(f"{(100 if share else 1) * mean:+.1f}" for mean in (own - other).mean(1))
-    return [_text(own - other, share, "+"), str(own.shape[1]), each if len(both) > 1 else "one"]
+    return _text(own - other, share, "+") + (f" ({each})" if len(both) > 1 else "")
 
 
 def table(part: str, results: Path) -> list[str]:
@@ -199,16 +199,17 @@ def table(part: str, results: Path) -> list[str]:
             doubt = any(column in row["numbers"].get("unreliable", ()) for row in own)
             text = _text(outcomes(own, column), _is_share(own[0]["numbers"][column]))
             cells.append(f"{text} (unreliable)" if doubt else text)
-        cells += [_difference((own, a), (own, b))[0] for a, b in chosen.across]
+        cells += [_difference((own, a), (own, b)) for a, b in chosen.across]
         body.append([*cells, str(len(own)), str(outcomes(own, next(iter(chosen.columns))).shape[1])])
     apart = [f"{chosen.columns[a]} minus {chosen.columns[b]}" for a, b in chosen.across]
     lines = markdown_table(["model", *chosen.columns.values(), *apart, "trainings", "images"], body)
-    compared = [
-        [f"`{a}` minus `{b}`", chosen.columns[column], *_difference((by_line[a], column), (by_line[b], column))]
-        for a, b, column in chosen.pairs
-        if a in by_line and b in by_line
-    ]
-    head = ["compared", "column", "difference", "images", "in each training"]
+    pairs = {pair: columns for pair, columns in chosen.pairs.items() if by_line.keys() >= set(pair)}
+    shown = [column for column in chosen.columns if any(column in columns for columns in pairs.values())]
+    compared = []
+    for (a, b), columns in pairs.items():
+        cells = (_difference((by_line[a], at), (by_line[b], at)) if at in columns else "-" for at in shown)
+        compared.append([f"`{a}` minus `{b}`", *cells])
+    head = ["difference", *(chosen.columns[column] for column in shown)]
     return [*lines, "", *markdown_table(head, compared)] if compared else lines
 
 
