@@ -15,7 +15,7 @@ from purify_fast.evaluation import Row
 from ..kept import rows_of
 from ..robustness import answer, contests
 from ..robustness.broken import run_broken
-from ..robustness.merged import FILE, percent, read_rows
+from ..robustness.merged import FILE, read_rows
 from ..robustness.truth import run_truth as truth
 from ..speed import sheets
 from ..speed.sheets import PIPELINES, ROWS, fastest, read_csv
@@ -204,15 +204,13 @@ def judges_sentences(results: Path) -> list[str]:
 
 
 def diffusion_sentence(results: Path) -> list[str]:
-    """Return the line about DiffPure in README's table of attacks, which is empty if the study has not run.
+    """Return the line about DiffPure in the table of attacks.
 
     Args:
         results: folder of the committed results.
     """
     name = "digits-diffpure"
-    exact, authors = (diffusion_rows(results, group).get(name) for group in ("exact", "authors"))
-    if not exact or not authors:
-        return []
+    exact, authors = (diffusion_rows(results, group)[name] for group in ("exact", "authors"))
     most = max(([int(bit) for bit in attack["robust"]] for attack in authors["rows"]), key=statistics.fmean)
     # AutoAttack was too slow for more than the first images.
     count, draws = len(most), diffusion_draws(exact, "attacked")[:, : len(most)]
@@ -318,7 +316,9 @@ def draw_claim(results: Path, axes: Any) -> None:
     ]
     titles, models = zip(*bars, strict=True)
     rows = [_row(results, model, WORST) for model in models]
-    texts = [f"{percent(row)} %" + ("" if row.reliable else "\nunreliable: no gradients") for row in rows]
+    numbers = (f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f} %" for row in rows)
+    doubts = ("" if row.reliable else "\nunreliable: no gradients" for row in rows)
+    texts = [number + doubt for number, doubt in zip(numbers, doubts, strict=True)]
     # The best is green: a reader takes green for the best, whoever made it.
     best = max(row.accuracy for row in rows if row.reliable)
     colors = [OURS if row.accuracy == best else PLAIN for row in rows]

@@ -334,17 +334,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m benchmarks evaluation``."""
     options.add_names(parser, CONTESTS, what="contests to run, which take days")
     parser.add_argument("--data", type=Path, help="folder with cifar10.npz and mnist.npz, or with the official files")
-    images = "largest number of images of a contest; default: all images"
-    parser.add_argument("--images", type=int, help=images)
     options.add_out(parser, "/studies")
 
 
 def main(chosen: argparse.Namespace) -> str:
     """Run contests, and return their table. Finished runs are not repeated."""
-    usual = QUICK if chosen.quick else Amount()
-    amount = replace(usual, images=chosen.images or usual.images)
-    # Write the results of a trial to another folder, so that they do not replace results that took days.
-    out = options.out_of(chosen, chosen.quick or chosen.images is not None, "studies")
+    amount = QUICK if chosen.quick else Amount()
+    out = options.out_of(chosen, chosen.quick, "studies")
 
     def key(row: Row) -> tuple[int, int]:
         return list(CONTESTS).index(row["contest"]), list(CONTESTANTS).index(row["contestant"])

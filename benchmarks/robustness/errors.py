@@ -135,13 +135,10 @@ def key(row: dict[str, Any]) -> tuple[int, int, int]:
 
 def table(results: Path) -> list[str]:
     """The lines of benchmarks/results/studies/errors.md."""
-    path = results / "studies" / ROWS
-    if not path.is_file():
-        raise FileNotFoundError(path)
     head = ["model", "votes", "predictions", "true, %", "spread", "printed / spread"]
     head += ["95 % intervals that cover", "true claims refuted"]
     body = []
-    for row in sorted(kept.rows_of(path), key=key):
+    for row in sorted(kept.rows_of(results / "studies" / ROWS), key=key):
         counts = [row["kind"], str(row["votes"]), str(row["judges"])]
         spread = [f"{100 * row['true']:.1f}", f"{100 * row['spread']:.1f}", f"{row['printed'] / row['spread']:.2f}"]
         refuted = f"{row['refuted']} of {row['tested']}" if row["tested"] else "not tested"

@@ -12,12 +12,6 @@ from purify_fast.judge.show.report import FORMAT
 FILE = "report.json"
 
 
-def percent(row: Row) -> str:
-    """A row's accuracy and its standard error, if it has one, in percent."""
-    error = "" if row.images_share_draws else f" ± {100 * row.standard_error:.1f}"
-    return f"{100 * row.accuracy:.1f}{error}"
-
-
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of a file."""
     content = json.loads(path.read_text())

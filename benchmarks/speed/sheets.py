@@ -140,11 +140,9 @@ def fewest_threads(rows: list[dict]) -> list[dict]:
     return [row for row in rows if int(row["threads"]) == least[row["pipeline"], row["case"]]]
 
 
-def fastest(
-    rows: Iterable[Mapping[str, str]], kind: str, column: str = "contestant", value: str = "ms"
-) -> float | None:
+def fastest(rows: Iterable[Mapping[str, str]], kind: str, column: str = "contestant") -> float | None:
     """Return the milliseconds of the fastest form of a kind, or None if no such form has a time."""
-    return min((float(row[value]) for row in rows if row[column].startswith(kind) and row[value]), default=None)
+    return min((float(row["ms"]) for row in rows if row[column].startswith(kind) and row["ms"]), default=None)
 
 
 def times_the_expert(row: Mapping[str, str], group: list[dict]) -> str:

@@ -113,8 +113,6 @@ def markdown(results: Sequence[Row]) -> list[str]:
     every = {name: each for name, each in every.items() if {ADAPTIVE, STANDARD, OFFICIAL} & each.keys()}
     broken = {name: each for name, each in every.items() if ENTRIES[name].paper}
     head = ["images", "clean, %", "adaptive, %", *ATTACKERS]
-    if not every:
-        return ["There are no results yet. Run `python -m benchmarks broken`."]
     body = []
     for name, each in broken.items():
         entry, said = ENTRIES[name], verdicts(each)
