@@ -1,4 +1,4 @@
-"""Make the picture and the tables of README from the committed results. `fill` writes the tables into README."""
+"""Make the pictures of README, and sentences and tables about attacks and speed, from the committed results."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def claim(results: Path) -> list[str]:
 
 
 def contests_sentence(results: Path) -> list[str]:
-    """Return the line in README's table of attacks that compares the default protocol with AutoAttack.
+    """Return the line in the table of attacks that compares the default protocol with AutoAttack.
 
     Args:
         results: folder of the committed results.
@@ -194,7 +194,7 @@ def contests_sentence(results: Path) -> list[str]:
 
 
 def judges_sentences(results: Path) -> list[str]:
-    """Return README's table of attacks: the protocols, compared with AutoAttack, adaptive attacks and exact answers.
+    """Return the table of attacks: the protocols, compared with AutoAttack, adaptive attacks and exact answers.
 
     Args:
         results: folder of the committed results.
@@ -223,7 +223,7 @@ def diffusion_sentence(results: Path) -> list[str]:
 
 
 def broken_sentence(results: Path) -> list[str]:
-    """Return the line about broken defences in README's table of attacks.
+    """Return the line about broken defences in the table of attacks.
 
     Args:
         results: folder of the committed results.

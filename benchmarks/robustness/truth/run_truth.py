@@ -170,7 +170,7 @@ def table(results: Path) -> list[str]:
 
 
 def front(results: Path) -> list[str]:
-    """Return the lines of README's table about the adversarial examples that each contestant misses."""
+    """Return the lines of that table about the adversarial examples that each contestant misses."""
     found = read(results / "cpu")
     exact, hidden = (scores(found, names) for names in (NETWORKS, HIDDEN))
     if not all([*exact.values(), *hidden.values()]):
