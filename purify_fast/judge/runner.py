@@ -312,7 +312,7 @@ class _Evaluation:
             # Otherwise other processes or earlier runs have made a part of the passes.
             counts = f"{passes.forwards / n:,.0f} forward passes and {passes.gradients / n:,.0f} gradients per image"
             report.about["passes"] = counts
-        report.about["seconds"] = f"{measure.progress.seconds:.1f}"
+        report.about["seconds"] = f"{time.monotonic() - measure.progress.began:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         shards.end(report.to_json)
         return report

@@ -322,7 +322,12 @@ class Certificates:
         return np.min([np.full(len(self.draws), np.inf), *fell], axis=0)
 
     def _numbers(self, radius: float) -> tuple[int, int, int]:
-        """The numbers of images that are certified, that are so for all images together, and that are not refuted."""
+        """The numbers of images that are certified, that are so for all images together, and that are not refuted.
+
+        Each certificate may be wrong, so a few of many are. Except with a probability of at most `alpha`, they are at
+        most as many as `most_wrong` says, at all radii at the same time. These are subtracted for all images together.
+        Nothing is said about images that are not here.
+        """
         good = int(self.certified(radius).sum())
         return good, max(0, good - most_wrong(len(self.draws), self.alpha)), int((self._fell() > radius).sum())
 
@@ -334,15 +339,6 @@ class Certificates:
         low, _, high = self._numbers(radius)
         return low / len(self.draws), high / len(self.draws)
 
-    def at_least(self, radius: float) -> float:
-        """A lower bound, in [0, 1], for the share of these images that are robust, for all images together.
-
-        Robust: the smoothed classifier predicts the label in the whole ball. Each certificate may be wrong, so a few of
-        many are. Except with a probability of at most `alpha`, they are at most as many as `most_wrong` says,
-        at all radii at the same time, and these are subtracted. Nothing is said about images that are not here.
-        """
-        return self._numbers(radius)[1] / len(self.draws)
-
     def contradictions(self, radius: float) -> NDArray[np.int64]:
         """The places of images that are certified and refuted at a radius up to this one: one of both is wrong."""
         return np.flatnonzero(self._fell() <= np.minimum(self._held(), radius))
@@ -350,7 +346,7 @@ class Certificates:
     def sentence(self, radius: float, together: bool = False) -> str:
         """The robust accuracy at a radius in words, such as ``between 41.0 and 47.0 %``, rounded outwards.
 
-        ``together``: the bound of `at_least`.
+        ``together``: the bound for all images together.
         """
         n, (low, sure, high) = len(self.draws), self._numbers(radius)
         # Whole numbers are divided exactly. The last zero of two decimals is left out.

@@ -64,11 +64,6 @@ class Progress:
         self.began = self.row_began = time.monotonic()
         self.last_line = self.began + min(FIRST_LINE, LINE_EVERY) - LINE_EVERY
 
-    @property
-    def seconds(self) -> float:
-        """The time since this object was made."""
-        return time.monotonic() - self.began
-
     @contextlib.contextmanager
     def row(self, label: str, images: int | None = None) -> Iterator[None]:
         """A context in which passes are counted for a row, which attacks a number of images."""
@@ -104,9 +99,9 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line with the time since the evaluation began."""
-        self.last_line = time.monotonic()
+        self.last_line = now = time.monotonic()
         if self.shown:
-            print(f"{self.name}: {text} ({tqdm.format_interval(self.seconds)})", file=sys.stderr, flush=True)
+            print(f"{self.name}: {text} ({tqdm.format_interval(now - self.began)})", file=sys.stderr, flush=True)
 
 
 class CountedModel(nn.Module):

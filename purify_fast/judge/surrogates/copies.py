@@ -273,8 +273,11 @@ def blocking(model: Classifier, inside: Sequence[tuple[str, nn.Module]], x: Tens
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module not in calls and _takes_images(args) and _like(output, args[0]) and _within(output, args[0]):
-            calls[module] = args, kwargs
+        if module not in calls and _takes_images(args) and _like(output, args[0]):
+            least, most = args[0].aminmax()
+            slack = OUTSIDE * (most - least)
+            if bool((output.amin() >= least - slack) & (output.amax() <= most + slack)):
+                calls[module] = args, kwargs
 
     # A user's model may raise any error on inputs for which it was not written.
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack, torch.no_grad():
@@ -294,13 +297,6 @@ def _takes_images(args: tuple[Any, ...]) -> bool:
 
 def _like(output: Any, x: Tensor) -> bool:
     return isinstance(output, Tensor) and output.is_floating_point() and output.shape == x.shape
-
-
-def _within(output: Tensor, x: Tensor) -> bool:
-    """Return True if an output is within the range of its input, widened by `OUTSIDE`."""
-    least, most = x.aminmax()
-    slack = OUTSIDE * (most - least)
-    return bool((output.amin() >= least - slack) & (output.amax() <= most + slack))
 
 
 def _blocks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
