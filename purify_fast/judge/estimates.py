@@ -22,7 +22,7 @@ REFUTED = 0.01
 #: significance.
 SHARED = 0.01
 #: SciPy's bounds have at most this relative error.
-EXACT = 1e-10
+EXACT = 1e-13
 
 
 class Estimate(NamedTuple):

@@ -627,7 +627,7 @@ def test_nothing_is_told_about_a_radius_that_was_not_asked():
     """An attack may refute at a larger radius. That is no question about certificates."""
     right = np.array([1000, 0])
     some = Certificates(right, np.full(2, 1000), 0.5, (0.25,), 0.001, refuted={0.5: right == 0})
-    for ask in (some.certified, some.decisions, some.between, some.at_least, some.sentence):
+    for ask in (some.certified, some.decisions, some.between, some.sentence):
         with pytest.raises(ValueError, match=r"radius must be at most 0.25, the largest that certify got, got 0.5"):
             ask(0.5)
     for radius in (0.5, 0.1):
