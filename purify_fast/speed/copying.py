@@ -41,20 +41,14 @@ def _inside(kind: Any) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def is_open(kind: Any) -> bool:
-    """Return True if `held_by` lists all that the objects of a class hold, such as none for numbers and functions."""
-    if kind in SIMPLE or issubclass(kind, (np.generic, enum.Enum, *SHARED)):
+def is_plain(kind: Any) -> bool:
+    """Return True if `held_by` lists all that the objects of a class hold, and PyTorch or Python alone copies them."""
+    if kind in SIMPLE or kind in _CONTAINERS or issubclass(kind, (np.generic, enum.Enum, *SHARED)):
         return True
     # An object of C, or with slots, may hold what no attribute shows.
     in_python = all(base is object or base.__flags__ & _OF_PYTHON for base in kind.__mro__)
-    return kind in _CONTAINERS or (_inside(kind) == _ATTRIBUTES and in_python and not slots(kind))
-
-
-@functools.lru_cache(maxsize=4096)
-def is_plain(kind: Any) -> bool:
-    """Return True if `is_open`, and PyTorch or Python alone decides how objects of the class are copied."""
-    if _inside(kind) != _ATTRIBUTES:
-        return is_open(kind)
+    if _inside(kind) != _ATTRIBUTES or not in_python or slots(kind):
+        return False
     base: Any = nn.Module if issubclass(kind, nn.Module) else object
     # Objects of this package leave out only what belongs to a call. Layers of PyTorch complete the state of those that
     # were saved by earlier versions.
@@ -62,7 +56,7 @@ def is_plain(kind: Any) -> bool:
     methods = [
         getattr(kind, name, None) for name in COPYING if getattr(kind, name, None) is not getattr(base, name, None)
     ]
-    return is_open(kind) and all(str(getattr(method, "__module__", "")).startswith(known) for method in methods)
+    return all(str(getattr(method, "__module__", "")).startswith(known) for method in methods)
 
 
 @functools.lru_cache(maxsize=4096)
