@@ -169,7 +169,7 @@ def on_usual_stream(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
-# -- capture the steps of an attack as CUDA graphs, and replay them ----------------------------------------------------
+# -- capture functions as CUDA graphs ----------------------------------------------------------------------------------
 
 
 class CudaCapture:
@@ -268,7 +268,7 @@ def _own_workspaces(device: torch.device) -> Iterator[None]:
         torch._C._cuda_clearCublasWorkspaces()
 
 
-# -- capture the steps of an attack as CUDA graphs, and replay them ----------------------------------------------------
+# -- the graphs of a training or an evaluation -------------------------------------------------------------------------
 
 logger = logging.getLogger("purify_fast")
 
@@ -459,10 +459,6 @@ class StepGraphs:
         """The number of captures so far (``captured``), and the reasons for refusals, if any (``not_captured``)."""
         return {"captured": self.captures, **({"not_captured": list(self.refusals)} if self.refusals else {})}
 
-    def log(self, what: str, seconds: float, size: int) -> None:
-        """Log a capture, with its time in seconds and its memory in bytes."""
-        logger.info("%s is captured as a CUDA graph, in %.1f s and %d MB", what, seconds, size >> 20)
-
     def _make(self, function: StepFunction, state: State, base: Hashable, objects: list[Any]) -> Captured | None:
         """Capture a step, which depends on ``objects``. If this fails, record the reason, and return None."""
         device = next(iter(state.values())).device
@@ -502,7 +498,8 @@ class StepGraphs:
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         self.captures += 1
-        self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
+        seconds, megabytes, name = time.perf_counter() - begin, reserved(device) - size >> 20, _name(function.model)
+        logger.info("an attack step of %s is captured as a CUDA graph, in %.1f s and %d MB", name, seconds, megabytes)
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given])
 
 
