@@ -172,7 +172,7 @@ def check_parts(model: nn.Module) -> None:
             raise TypeError(
                 f"model must not have a forward that was bound to an instance, as {where} has: its copy would run the "
                 "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
-                "Lightning Fabric model.module"
+                "Lightning Fabric model.module, and for a part that torch.compile has made its _orig_mod"
             )
     if any(is_frozen_copy(one) and one._followed._model is model for one in held_by(model)[1]):
         raise TypeError("model must not contain a frozen copy of itself in an attribute, list or dict: keep it outside")

@@ -115,9 +115,11 @@ class Values:
         self._computed = [(target, source) for target, source in found.values() if callable(source)]
         self._pairs = [(target, source) for target, source in found.values() if not callable(source)]
         known = [*self._pairs, *((weight, source) for weight, source, _ in self._folds)]
-        # A value that is not rounded at once would have other bits than in a new copy.
+        # A value that is not rounded at once would have other bits than in a new copy. PyTorch refuses to write into a
+        # tensor whose elements share memory, such as an expanded buffer.
         self.possible = only_registered(*(model for _, model, _ in copies)) and all(
-            source is not None and source.dtype in (torch.float32, target.dtype) for target, source in known
+            source is not None and source.dtype in (torch.float32, target.dtype) and 0 not in target.stride()
+            for target, source in known
         )
 
     def fit(self, watch: Snapshot) -> bool:
