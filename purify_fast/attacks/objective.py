@@ -93,6 +93,11 @@ class GradientHealth:
         for name, amount in amounts.items():
             self.counts[name] = self.counts.get(name, 0) + amount
 
+    def see_gradient(self, grad: Tensor, fooled: Tensor | None = None) -> None:
+        """Count the gradients [B, ...] of one step; zeros at the images ``fooled`` are left out."""
+        nonfinite, zero, exempt = faults(grad, fooled).sum(1)
+        self.add(gradients=len(grad) - exempt, nonfinite=nonfinite, zero=zero)
+
     def see_move(self, start: Tensor, end: Tensor, correct: Tensor) -> None:
         """Count the images where ``correct``, bool [B], is True, and those of them whose point did not move."""
         still = (start == end).flatten(1).all(1)

@@ -240,10 +240,9 @@ class _Evaluation:
             probes = config.protocol is not None if config.probes is None else config.probes
             self.before = subject.batch_limit.within(lambda: Before(subject)) if probes else None
             context = _context(config, subject, self.ball)
-            first = shards.rank == 0
-            cache = RowCache(self.out if first else None, kernels_now(device), self.revision)
+            cache = RowCache(self.out if shards.rank == 0 else None, kernels_now(device), self.revision)
             cache.register(name, model, subject.asked_images())
-            shown = Progress(name, self.progress and first, deadline=subject.deadline)
+            shown = Progress(name, self.progress and shards.rank == 0, deadline=subject.deadline)
             self.measure = Measure(subject, context, name, cache, progress=shown, shards=shards)
             return self.fill({"random": subject.is_random, "precision": report.about.get("precision"), **judging})
 
@@ -310,8 +309,8 @@ class _Evaluation:
         passes, n = measure.progress.images + subject.passes, len(subject.y)
         if shards.world == 1 and not measure.cache.used:
             # Otherwise other processes or earlier runs have made a part of the passes.
-            counts = f"{passes.forwards / n:,.0f} forward passes and {passes.gradients / n:,.0f} gradients per image"
-            report.about["passes"] = counts
+            gradients = f"{passes.gradients / n:,.0f} gradients per image"
+            report.about["passes"] = f"{passes.forwards / n:,.0f} forward passes and {gradients}"
         report.about["seconds"] = f"{time.monotonic() - measure.progress.began:.1f}"
         report.about["peak_memory"] = f"{peak_so_far(subject.device) / 1e9:.2f} GB"
         shards.end(report.to_json)

@@ -15,6 +15,8 @@ from purify_fast import attacks
 from purify_fast.attacks import (
     PGD,
     GradientHealth,
+    JudgeContext,
+    OriginalAutoAttack,
     attacked_model,
     fgsm,
     frozen,
@@ -151,10 +153,15 @@ def test_an_attack_on_a_sure_model_finds_what_it_finds_in_float64(name, margin):
         assert (blind == (found - x).sign()).float().mean() < 0.9
 
 
-def test_a_sure_model_has_gradients_of_the_margin_and_of_the_cross_entropy():
-    """The usual formula of the cross-entropy has none."""
+def test_gradients_of_the_packages_autoattack_are_counted_by_its_own_formula():
+    """AutoAttack's own cross-entropy has no gradient on a model that is sure, so its result stays unreliable."""
+    pytest.importorskip("pyautoattack")
     x = 0.5 + 0.01 * torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     y, model = torch.zeros(5, dtype=torch.int64), Sure(150.0)
+    for batch_size in (None, 2):
+        context = JudgeContext(eps=0.02, num_classes=4, batch_size=batch_size)
+        health = OriginalAutoAttack(steps=2, n_queries=2).search(model, x, y, context).health
+        assert health.zero == 1 and not health.reliable, batch_size
     own = GradientHealth()
     with frozen(model):
         direct(apgd, model, x, y, eps=0.02, steps=2, health=own)

@@ -120,13 +120,6 @@ class Evidence:
         """The attacks that used the model's own gradients and counted them."""
         return [row for row in self.attacks() if row.health is not None and row.own_gradients]
 
-    @property
-    def nothing_left(self) -> bool:
-        """Return True if every image has fallen to an attack or to a probe, on a random model in at least one draw."""
-        fallen = [] if self.probes is None else self.probes.fallen()
-        whole = (row for row in worst_rows(self.rows) if row.attack == "worst")
-        return any(not np.delete(row.robust, fallen).any() for row in whole)
-
     def blind(self) -> str:
         """The reason why the model's gradients could not lead to a success; empty if none is known."""
         counted = self.with_counted_gradients()
@@ -216,7 +209,10 @@ def findings(evidence: Evidence) -> list[Finding]:
             named = replace(finding, alarm=alarm.name, advice=advice)
             every.append(replace(named, of_answers=alarm.of_answers, prominent=alarm.prominent))
     doubts = [finding for finding in every if finding.verdict == "unreliable"]
-    if not evidence.nothing_left or any(finding.of_answers for finding in doubts):
+    # An image has fallen to an attack or to a probe, on a random model in at least one draw.
+    fallen = [] if evidence.probes is None else evidence.probes.fallen()
+    worst = [row.robust for row in worst_rows(evidence.rows) if row.attack == "worst"]
+    if any(finding.of_answers for finding in doubts) or all(np.delete(robust, fallen).any() for robust in worst):
         return every
     draws = any(row.n_eval > 1 for row in evidence.attacks())
     remark = f"; but no image is left that {'is right in all draws' if draws else 'could fall'}"

@@ -316,7 +316,7 @@ def short(eps: float) -> str:
     return f"{levels:.0f}/255" if math.isclose(levels, round(levels), rel_tol=1e-5) else f"{eps:.3g}"
 
 
-# -- attack lists ------------------------------------------------------------------------------------------------------
+# -- the attacks of a model itself -------------------------------------------------------------------------------------
 
 #: The names that a model may give in place of an `AttackSpec`, because what trains does not import what judges.
 MAKERS: dict[Any, Callable[..., AttackSpec]] = {"AttackSpec": AttackSpec, "lee_kim_2023": lee_kim_2023}
@@ -419,9 +419,8 @@ def _standard(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
 
 
 def _rand(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:
-    losses: tuple[ApgdLoss, ...] = ("ce", "dlr")
-    predictions = -(-RAND_DRAWS // subject.votes)
-    return [_left(APGD(loss=loss, eot_iter=predictions, give_up=True)) for loss in losses]
+    attack = APGD(loss="ce", eot_iter=-(-RAND_DRAWS // subject.votes), give_up=True)
+    return [_left(attack), _left(replace(attack, loss="dlr"))]
 
 
 def _strong(subject: Subject, ball: ThreatModel) -> list[AttackSpec]:

@@ -6,20 +6,22 @@ The package also replaces Python's trace function, which this module restores.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import io
 import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..._validation import Count
 from ...attacks.attacked_model import frozen
 from ...attacks.base import AttackContext, AttackResult, InBall, Resolved, ball_around, projected
+from ...attacks.objective import GradientHealth, Objective
 from ...protocols import Classifier
 from .engine import JudgeContext
 from .model_tests import SAMPLE, check_model
@@ -67,8 +69,7 @@ class OriginalAutoAttack(InBall):
         return f"AutoAttack {self.version}{steps}{queries}"
 
     def draws(self, context: AttackContext) -> int:
-        differ = context.draws_differ and self.version == "rand"
-        return (self.eot_iter or DRAWS) if differ else 1
+        return (self.eot_iter or DRAWS) if context.draws_differ and self.version == "rand" else 1
 
     def revision(self) -> str:
         """The version of this class, and the installed package with its version."""
@@ -119,8 +120,12 @@ class OriginalAutoAttack(InBall):
             images = result[0] if isinstance(result, tuple) else result
             # Because of rounding, AutoAttack's points may lie slightly outside of the ball.
             points = projected(x, images.detach(), ball_around(x, eps, norm))
-        # How many of its gradients were usable is not counted.
-        return AttackResult(points, warnings=warnings)
+            # The package gives no gradients. These are of its cross-entropy, where it began and where it ended.
+            objective = Objective(target, partial(F.cross_entropy, reduction="none"), max_forward_batch=size)
+            health = GradientHealth()
+            for images in (x, points):
+                health.see_gradient(objective.gradient(images, y).image)
+        return AttackResult(points, health, warnings)
 
 
 @contextlib.contextmanager
