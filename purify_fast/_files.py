@@ -48,8 +48,8 @@ def what_is(folder: str | Path) -> str:
         return "does not exist"
     if not place.is_dir():
         return "is a file"
-    found = (text for name, text in KINDS.items() if (place / name).exists())
-    return next(found, "holds no file of a training or an evaluation").format(place)
+    texts = (text for name, text in KINDS.items() if (place / name).exists())
+    return next(texts, "holds no file of a training or an evaluation").format(place)
 
 
 def usable_device(name: str) -> str:
@@ -65,14 +65,14 @@ def usable_device(name: str) -> str:
     return name
 
 
-def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
+def check_shapes(what: str, shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
     """Raise an error if tensors are missing, unknown or have a wrong shape."""
-    missing = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
-    unknown = [f"{name} is unknown" for name in sorted(shapes.keys() - wanted.keys())]
+    missing = [f"{name} is missing" for name in sorted(expected.keys() - shapes.keys())]
+    unknown = [f"{name} is unknown" for name in sorted(shapes.keys() - expected.keys())]
     other = [
-        f"{name} is {list(shapes[name])}, must be {list(wanted[name])}"
-        for name in sorted(wanted.keys() & shapes.keys())
-        if tuple(shapes[name]) != tuple(wanted[name])
+        f"{name} is {list(shapes[name])}, must be {list(expected[name])}"
+        for name in sorted(expected.keys() & shapes.keys())
+        if tuple(shapes[name]) != tuple(expected[name])
     ]
     first = [problem for problems in (missing, unknown, other) for problem in problems[:3]]
     if first:

@@ -35,11 +35,11 @@ def left_out(kind: type) -> frozenset[str]:
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model, like `nn.Module.modules` in less time."""
-    parts, known = [model], {id(model)}
+    parts, seen = [model], {id(model)}
     for part in parts:
         for child in part._modules.values():
-            if child is not None and id(child) not in known:
-                known.add(id(child))
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
                 parts.append(child)
     return parts
 
@@ -66,28 +66,28 @@ def hold(name: str, objects: Iterable[Any]) -> list[list[Any]]:
 
     Blocks in several threads may overlap. One that ends before a later one leaves its values for the later to restore.
     """
-    known = _HELD[name]
+    held = _HELD[name]
     with _LOCK:
-        saved = [[one, getattr(one, name)] for one in objects]
+        saved = [[item, getattr(item, name)] for item in objects]
         for entry in saved:
-            known.setdefault(id(entry[0]), []).append(entry)
+            held.setdefault(id(entry[0]), []).append(entry)
     return saved
 
 
 def release(name: str, saved: list[list[Any]]) -> None:
     """Restore the values that `hold` has returned."""
-    known = _HELD[name]
+    held = _HELD[name]
     with _LOCK:
         for entry in saved:
-            one, value = entry
-            later = known[id(one)]
+            item, value = entry
+            later = held[id(item)]
             if later[-1] is entry:
                 later.pop()
-                if getattr(one, name) != value:
-                    setattr(one, name, value)
+                if getattr(item, name) != value:
+                    setattr(item, name, value)
             else:
                 at = next(at for at, other in enumerate(later) if other is entry)
                 del later[at]
                 later[at][1] = value
             if not later:
-                del known[id(one)]
+                del held[id(item)]

@@ -60,12 +60,12 @@ def text_hash(text: str = "") -> hashlib.blake2b:
 
 def digest(*tensors: Tensor) -> str:
     """A hash of the dtypes, shapes and contents of tensors."""
-    whole = text_hash()
+    joined = text_hash()
     for tensor in tensors:
         content = text_hash(f"{tensor.dtype} {list(tensor.shape)}")
         content.update(_bytes(tensor))
-        whole.update(content.hexdigest().encode())
-    return whole.hexdigest()
+        joined.update(content.hexdigest().encode())
+    return joined.hexdigest()
 
 
 def weights_fingerprint(module: nn.Module) -> str:

@@ -30,7 +30,7 @@ def per_sample(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 
 #: The dtypes of tensors that ops compute with.
 FLOATING = torch.float16, torch.bfloat16, torch.float32, torch.float64
-_ALLOWED = ", ".join(str(one).removeprefix("torch.") for one in FLOATING)
+_ALLOWED = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 
 
 def check_one_device(**tensors: Tensor) -> None:

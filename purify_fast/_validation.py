@@ -91,10 +91,10 @@ def check_number(name: str, value: Any) -> None:
 
 def read_norm(norm: str, allowed: Sequence[str] = get_args(Norm)) -> Norm:
     """Convert the name of a norm to this package's spelling, such as ``linf``."""
-    known = norm.lower().replace("-", "").replace("_", "") if isinstance(norm, str) else norm
-    if known not in allowed:
+    name = norm.lower().replace("-", "").replace("_", "") if isinstance(norm, str) else norm
+    if name not in allowed:
         raise ValueError(f"norm must be one of {', '.join(allowed)}, got {norm!r} (upper case too, as in Linf)")
-    return cast(Norm, known)
+    return cast(Norm, name)
 
 
 def check_literal(name: str, value: Any, literal: Any) -> None:
@@ -121,7 +121,7 @@ def check_types(config: Any) -> None:
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) in (Union, UnionType):
-        others = [one for one in get_args(kind) if one is not type(None)]
+        others = [item for item in get_args(kind) if item is not type(None)]
         # A field with several types is not checked. An optional field is checked unless its value is None.
         if (value is None and type(None) in get_args(kind)) or len(others) > 1:
             return
@@ -140,8 +140,8 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         kinds = get_args(kind)
         if kinds[-1] is not Ellipsis and len(value) != len(kinds):
             raise ValueError(f"{name} must have {len(kinds)} values, got {value!r}")
-        for one in value:
-            _check_type(f"each of {name}", one, kinds[0])
+        for item in value:
+            _check_type(f"each of {name}", item, kinds[0])
     elif is_dataclass(kind):
         if not isinstance(value, kind):  # type: ignore[arg-type]
             raise ValueError(f"{name} must be an object of {kind.__name__}, got {value!r}")  # type: ignore[union-attr]

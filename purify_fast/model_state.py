@@ -60,9 +60,9 @@ def _is_outside(file: str) -> bool:
 def hidden_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Find modules in the attributes of a model, or in lists, tuples and dicts there, that PyTorch does not know."""
     parts = dict(model.named_modules())
-    known = set(map(id, parts.values()))
-    found = [(path, *item) for path, whole in parts.items() for item in _modules(attributes(whole))]
-    return [(f"{path}.{name}".lstrip("."), part) for path, name, part in found if id(part) not in known]
+    registered = set(map(id, parts.values()))
+    modules = [(path, *item) for path, owner in parts.items() for item in _modules(attributes(owner))]
+    return [(f"{path}.{name}".lstrip("."), part) for path, name, part in modules if id(part) not in registered]
 
 
 def used_modules(function: Any) -> list[tuple[str, nn.Module]]:
@@ -73,11 +73,11 @@ def used_modules(function: Any) -> list[tuple[str, nn.Module]]:
     if isinstance(function, nn.Module):
         parts = {id(part): getattr(part, "forward", None) for part in function.modules()}
         functions = {getattr(forward, "__func__", forward) for forward in parts.values()}
-        found = [one for forward in functions if isinstance(forward, FunctionType) for one in used_modules(forward)]
-        return [(name, one) for name, one in found if id(one) not in parts]
+        modules = [item for forward in functions if isinstance(forward, FunctionType) for item in used_modules(forward)]
+        return [(name, item) for name, item in modules if id(item) not in parts]
     if isinstance(function, functools.partial):
-        given = [*function.keywords.items(), ("args", function.args)]
-        return [*_modules(given), *used_modules(function.func)]
+        bound = [*function.keywords.items(), ("args", function.args)]
+        return [*_modules(bound), *used_modules(function.func)]
     if isinstance(function, MethodType):
         return list(_modules([("self", function.__self__)])) or used_modules(function.__self__)
     if not isinstance(function, FunctionType):
@@ -140,9 +140,9 @@ class _Description:
             self.tensors.append(value)
             return (value.data_ptr(), value.shape, value.dtype, value.device)
         if isinstance(value, nn.Module):
-            if (known := getattr(kind, "known_identity", lambda part: None)(value)) is not None:
-                self.objects.append(known)
-                return (id(known), *(part.training for part in value.modules()))
+            if (identity := getattr(kind, "known_identity", lambda part: None)(value)) is not None:
+                self.objects.append(identity)
+                return (id(identity), *(part.training for part in value.modules()))
             held = [item for group in ("_parameters", "_buffers", "_modules") for item in vars(value)[group].items()]
             hooks = [("a hook", hook) for group in _HOOKS for hook in getattr(value, group).values()]
             inside = [(name, self.of(part)) for name, part in (*held, *hooks, *attributes(value))]

@@ -58,7 +58,7 @@ def check_images(
         return
     if isinstance(clip_min, Tensor) or isinstance(clip_max, Tensor):
         # Each pixel has its own range, so the images are moved and scaled into [0, 1].
-        low, high = (torch.as_tensor(one, device=x.device) for one in (clip_min, clip_max))
+        low, high = (torch.as_tensor(bound, device=x.device) for bound in (clip_min, clip_max))
         if not bool((high > low).all()):
             raise ValueError(f"clip_max must be above clip_min, got a smallest width of {float((high - low).min()):g}")
         x, clip_min, clip_max = (x - low) / (high - low), 0.0, 1.0
@@ -125,12 +125,12 @@ ONE_HOT = (
 def checked_logits(logits: object, images: int) -> Tensor:
     """Return a model's output, ``[B, classes]``, if it may be logits by its type and shape, which takes no time."""
     if not isinstance(logits, Tensor):
-        wanted = "the model must return a torch.Tensor of logits [B, classes]"
-        raise TypeError(f"{wanted}, got {type(logits).__name__}: give a module whose forward returns the logits in it")
+        needs = "the model must return a torch.Tensor of logits [B, classes]"
+        raise TypeError(f"{needs}, got {type(logits).__name__}: give a module whose forward returns the logits in it")
     good = logits.dim() == 2 and logits.shape[0] == images and logits.shape[1] > 1 and logits.is_floating_point()
     if not good:
-        wanted = "floating-point logits [B, classes] of at least two classes for every batch size B"
-        raise ValueError(f"the model must return {wanted}, got {logits.dtype} {list(logits.shape)} for B = {images}")
+        needs = "floating-point logits [B, classes] of at least two classes for every batch size B"
+        raise ValueError(f"the model must return {needs}, got {logits.dtype} {list(logits.shape)} for B = {images}")
     return logits
 
 
@@ -175,16 +175,16 @@ def frozen(model: Classifier, *, keep_mode: bool = False) -> Iterator[None]:
         from ..model_state import hidden_modules
 
         hidden = [module for _, module in hidden_modules(model)]
-    parts += [part for whole in hidden for part in modules_of(whole)]
-    weights = [one for part in parts for one in part._parameters.values() if one is not None]
+    parts += [part for network in hidden for part in modules_of(network)]
+    weights = [tensor for part in parts for tensor in part._parameters.values() if tensor is not None]
     # The flag of a tensor that was made in inference mode could not be restored.
     weights = [weight for weight in weights if not weight.is_inference()]
     modes, flags = hold("training", [] if keep_mode else parts), hold("requires_grad", weights)
     try:
         if not keep_mode and any([part.training for part in parts]):
             # A BatchNorm in training mode would give other numbers, and nothing would tell of it.
-            for whole in (model, *hidden):
-                whole.eval()
+            for network in (model, *hidden):
+                network.eval()
         for weight in weights:
             if weight.requires_grad:
                 weight.requires_grad_(False)
@@ -228,10 +228,10 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, images: int | None =
         raise
     if writes is not None and x._version != writes:
         raise WritesToItsInput
-    wanted = x.shape[0] if images is None else images
+    rows = x.shape[0] if images is None else images
     shape = logits.shape if type(logits) is Tensor else ()
-    if len(shape) != 2 or shape[0] != wanted or shape[1] < 2 or not logits.dtype.is_floating_point:
-        logits = checked_logits(logits, wanted)
+    if len(shape) != 2 or shape[0] != rows or shape[1] < 2 or not logits.dtype.is_floating_point:
+        logits = checked_logits(logits, rows)
     if (labels := first_output.get()) is not None:
         first_output.set(None)
         _check_first(logits, *labels)

@@ -80,8 +80,8 @@ class BpdaModel(nn.Module):
             purified = self.purify(x).detach()
         several = purified.dim() == x.dim() + 1
         if (purified[:, 0] if several else purified).shape != x.shape:
-            wanted = f"images of the shape of x, {list(x.shape)}, or K draws of each, [B, K, ...]"
-            raise ValueError(f"purify must return {wanted}, got {list(purified.shape)}")
+            needs = f"images of the shape of x, {list(x.shape)}, or K draws of each, [B, K, ...]"
+            raise ValueError(f"purify must return {needs}, got {list(purified.shape)}")
         # The value of `change` is zero, and its gradient with respect to x is 1.
         change = (x - x.detach()).to(purified.dtype)
         if not several:

@@ -72,8 +72,8 @@ def checkpointed_steps(
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n}")
     check_keep(keep)
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
-    if not wanted or torch.compiler.is_compiling():
+    needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
+    if not needed or torch.compiler.is_compiling():
         for i in range(n):
             x = step(x, i)
         return x
@@ -153,11 +153,11 @@ class _Repeated(torch.autograd.Function):
             raise RuntimeError(f"{fault}: {advice}")
         if not result.requires_grad and not needed[0]:
             return (None,) * (3 + len(needed))
-        wanted = [tensor for tensor, need in zip([leaf, *parameters], needed, strict=True) if need]
-        found = iter(torch.autograd.grad(result, wanted, grad, allow_unused=True))
-        gradients = [next(found) if need else None for need in needed]
+        inputs = [tensor for tensor, need in zip([leaf, *parameters], needed, strict=True) if need]
+        parts = iter(torch.autograd.grad(result, inputs, grad, allow_unused=True))
+        gradients = [next(parts) if need else None for need in needed]
         if differs.is_cuda:
-            gradients = [None if one is None else one.masked_fill(differs, torch.nan) for one in gradients]
+            gradients = [None if part is None else part.masked_fill(differs, torch.nan) for part in gradients]
         return None, None, None, *gradients
 
 

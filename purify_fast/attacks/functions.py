@@ -39,11 +39,11 @@ class LeavingPGD(PGD):
     def climb(
         self, objective: Objective, ball: Ball, state: State, health: GradientHealth | None, *, steps: int, part: range
     ) -> State:
-        begin = whole = state
+        begin = full = state
         # For each tensor, the dimension that has an entry per image. A tensor without dimensions belongs to all images.
         dims = {name: int(name == "best_score") for name, value in begin.items() if value.dim()}
         index = torch.arange(len(begin["y"]), device=begin["y"].device)
-        with keeping(lambda: whole["best"]):
+        with keeping(lambda: full["best"]):
             for first in part[:: self.look_every]:
                 now = range(first, min(first + self.look_every, part.stop))
                 with eager_steps():
@@ -51,7 +51,7 @@ class LeavingPGD(PGD):
                     state = super().climb(objective, ball.take(index), state, health, steps=steps, part=now)
                 # Drop the values that `PGD.climb` has added, such as the radii. The next call adds them again.
                 state = {name: state[name] for name in begin}
-                whole = state | {name: whole[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
+                full = state | {name: full[name].index_copy(dim, index, state[name]) for name, dim in dims.items()}
                 stay = (state["best_score"][0] < 1).nonzero()[:, 0]
                 if health is not None:
                     # `Search.result` counts a gradient for every image and step. Subtract the remaining gradients of
@@ -61,7 +61,7 @@ class LeavingPGD(PGD):
                     break
                 index = index[stay]
                 state |= {name: state[name].index_select(dim, stay) for name, dim in dims.items()}
-        return whole
+        return full
 
 
 # -- the attacks of a training loop as functions -----------------------------------------------------------------------

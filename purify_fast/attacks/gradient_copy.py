@@ -51,30 +51,30 @@ class Copies:
         """The model from which an attack takes its gradients: the copy of a model, or this model itself."""
         if supports(model, "around"):
             return self._copy_inside(model, precision)
-        made: Any
-        _, made = self._kept.get((id(model), precision), (None, None))
-        if made is None or (made is not model and not made.follows(model)):
+        copied: Any
+        _, copied = self._kept.get((id(model), precision), (None, None))
+        if copied is None or (copied is not model and not copied.follows(model)):
             dtype = gradient_dtype(model, self.x, precision)
-            made = copy_or_model(model, self.x, dtype) if dtype and isinstance(model, nn.Module) else model
-        if made is not model:
-            self.dtypes.add(made.compute_dtype)
-        return cast(Classifier, remember(self._kept, (id(model), precision), (model, made), KEPT)[1])
+            copied = copy_or_model(model, self.x, dtype) if dtype and isinstance(model, nn.Module) else model
+        if copied is not model:
+            self.dtypes.add(copied.compute_dtype)
+        return cast(Classifier, remember(self._kept, (id(model), precision), (model, copied), KEPT)[1])
 
     def _copy_inside(self, wrapper: Any, precision: GradientPrecision) -> Classifier:
         """A wrapper around the copy of the model inside ``wrapper``; ``wrapper`` itself if there is no copy."""
         copied: list[Classifier] = []
 
         def replace(inner: Classifier) -> Classifier:
-            made = self.copy_for(inner, precision)
-            copied.extend([made] if made is not inner else [])
-            return made
+            fast = self.copy_for(inner, precision)
+            copied.extend([fast] if fast is not inner else [])
+            return fast
 
         around = wrapper.around(replace)
         if not copied:
             return cast(Classifier, wrapper)
-        known = self._wrappers.get(id(wrapper))
-        if known is None or known[0] is not wrapper or known[1] is not copied[0]:
+        entry = self._wrappers.get(id(wrapper))
+        if entry is None or entry[0] is not wrapper or entry[1] is not copied[0]:
             # A wrapper that counts images does not change the logits, and a comparison would add to its count.
             counts = not isinstance(wrapper, nn.Module) or supports(wrapper, CountsImages)
-            known = wrapper, copied[0], around if counts or same_answers(around, wrapper, self.x) else wrapper
-        return cast(Classifier, remember(self._wrappers, id(wrapper), known, WRAPPERS)[2])
+            entry = wrapper, copied[0], around if counts or same_answers(around, wrapper, self.x) else wrapper
+        return cast(Classifier, remember(self._wrappers, id(wrapper), entry, WRAPPERS)[2])

@@ -253,8 +253,8 @@ class Objective:
             # The mean over one image is its loss.
             losses = losses.reshape(1)
         if losses.shape != logits.shape[:1]:
-            wanted = f"the loss must be a value for each image, [B] = [{len(logits)}]"
-            raise ValueError(f'{wanted}, got {list(losses.shape)}: give reduction="none"')
+            needs = f"the loss must be a value for each image, [B] = [{len(logits)}]"
+            raise ValueError(f'{needs}, got {list(losses.shape)}: give reduction="none"')
         return losses
 
     # -- several draws, and parts of a batch --------------------------------------------------------------------------

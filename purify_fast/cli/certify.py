@@ -127,9 +127,9 @@ class Certify(ModelCommand):
         certificates.notes.extend([f"sigma {sigma} is from {source}", *notes])
         command = shlex.join(["purify-fast", *self.typed])
         certificates.about.update(dataset=data.name, command=command, processor=processor_of(data.y_test.device))
-        asked = "of sigma {sigma}, radii {radii}"
-        now = asked.format(sigma=certificates.sigma, radii=list(certificates.radii))
-        before = replaced(out / "certificates.json", lambda old: asked.format_map(old), now)
+        facts = "of sigma {sigma}, radii {radii}"
+        now = facts.format(sigma=certificates.sigma, radii=list(certificates.radii))
+        before = replaced(out / "certificates.json", lambda old: facts.format_map(old), now)
         if first:
             # An interruption of the attacks leaves the report on the certificates.
             certificates.save(out)

@@ -255,13 +255,13 @@ def cli(kind: Any, arguments: list[str], example: str = "", **options: Any) -> A
     except SystemExit as end:
         # The texts of the options say what happens without them. Several whole numbers are written as INT ...
         text = re.sub(r"\s+\(default:\s*(None)?\)", "", printed.getvalue())
-        text = re.sub(r"\{?\[(\w+) \[\w+ \.\.\.\]\]\}?", lambda found: f"{found[1]} ...".ljust(len(found[0])), text)
-        text = re.sub(r"\{None\}\|(\w+( \.\.\.)?)", lambda found: found[1].ljust(len(found[0])), text)
+        text = re.sub(r"\{?\[(\w+) \[\w+ \.\.\.\]\]\}?", lambda match: f"{match[1]} ...".ljust(len(match[0])), text)
+        text = re.sub(r"\{None\}\|(\w+( \.\.\.)?)", lambda match: match[1].ljust(len(match[0])), text)
         if end.code:
             # The parts between lines of dashes are a title, the error, and what is near.
             parts = [" ".join(part.split()) for part in re.split(r"^ *-{9,} *$", text, flags=re.M)]
             error = parts[min(1, len(parts) - 1)]
-            error = re.sub(r"^Error parsing (?:(--\S+):|\S+:) ", lambda found: f"{found[1] or ''} ".lstrip(), error)
+            error = re.sub(r"^Error parsing (?:(--\S+):|\S+:) ", lambda match: f"{match[1] or ''} ".lstrip(), error)
             error = error.replace("invalid literal for int() with base 10:", "must be a whole number, got")
             optional = re.search(
                 r"no type matching (.*?) +could be instantiated from (.*?)\. Got (.*: (must be .*)|)", error

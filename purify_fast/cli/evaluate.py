@@ -151,8 +151,8 @@ def refuse_other_images(model: nn.Module, images: DataSet, what: str, folder: Pa
         raise ValueError(f"images of {images.name} are {own}, but {what} was trained on {other} (--data, --size)")
     if images.num_classes > classes:
         raise ValueError(f"images have {images.num_classes} classes, but {what} has only {classes}")
-    known = getattr(getattr(model, "classifier", model), "classes", None)
-    for label, (own, other) in enumerate(zip(known or (), images.classes or (), strict=False)):
+    names = getattr(getattr(model, "classifier", model), "classes", None)
+    for label, (own, other) in enumerate(zip(names or (), images.classes or (), strict=False)):
         if same_name(own) != same_name(other):
             raise ValueError(f"label {label} of the classes is {own!r} for {what}, but {other!r} in {images.name}")
 
@@ -406,8 +406,8 @@ class Check(Command):
 
         if self.report is None:
             raise ValueError("REPORT must be given: the folder of a report, or of the run that was evaluated")
-        places = [one for one in (self.report / EVALUATION, self.report) if one.is_dir()] or [self.report]
-        folder = next((one for one in places if (one / REPORT).is_file()), None)
+        places = [place for place in (self.report / EVALUATION, self.report) if place.is_dir()] or [self.report]
+        folder = next((place for place in places if (place / REPORT).is_file()), None)
         if folder is None:
             raise FileNotFoundError(f"{places[0]} contains no {REPORT}: it {what_is(places[0])}")
         run = folder / RUN_FILE

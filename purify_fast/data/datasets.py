@@ -241,18 +241,18 @@ def _checked(arrays: dict[str, np.ndarray], num_classes: int | None) -> tuple[di
     return tensors, _number_of_classes(classes, num_classes)
 
 
-def _number_of_classes(present: int, given: int | None) -> int:
-    if given is not None and given < present:
-        raise ValueError(f"num_classes is {given}, but the labels go up to {present - 1}: pass at least {present}")
-    return present if given is None else given
+def _number_of_classes(present: int, count: int | None) -> int:
+    if count is not None and count < present:
+        raise ValueError(f"num_classes is {count}, but the labels go up to {present - 1}: pass at least {present}")
+    return present if count is None else count
 
 
 def _images(name: str, array: np.ndarray) -> np.ndarray:
     """Convert images to contiguous uint8 ``[N, C, H, W]``."""
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or 0 in array.shape:
-        wanted = f"{name} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with at least one image"
+        needs = f"{name} must be uint8 [N, H, W], [N, H, W, C] or [N, C, H, W] with at least one image"
         advice = "for images in [0, 1], save (255 * x).round().astype('uint8')"
-        raise ValueError(f"{wanted}, got {array.dtype} {list(array.shape)}: {advice}")
+        raise ValueError(f"{needs}, got {array.dtype} {list(array.shape)}: {advice}")
     if array.ndim == 3:
         return np.ascontiguousarray(array[:, None])
     first, last = array.shape[1] in (1, 3), array.shape[3] in (1, 3)
@@ -296,8 +296,8 @@ def find_official(name: str, root: Path, download: bool, train: bool) -> Path | 
             return folder
     # A damaged file may raise any error.
     except Exception as error:
-        known = "give download=True (--download), or remove damaged files"
-        advice = known if name in READERS else "download it yourself"
+        usual = "give download=True (--download), or remove damaged files"
+        advice = usual if name in READERS else "download it yourself"
         looked = f"{npz.absolute()} (x_train, y_train, x_test, y_test), and for the official files in {root.absolute()}"
         how = f"as torchvision lays them out: {str(error) or repr(error)}"
         raise FileNotFoundError(f"no data set {name!r}: {advice}. Looked for {looked} {how}") from error
@@ -346,8 +346,8 @@ def read_folder(
 ) -> tuple[dict[str, Tensor], list[str], str]:
     """Read the arrays of a data set from an image folder, the names of the classes, and that of the held-out folder."""
     # Folders of one name in different places have different caches.
-    whole = folder.resolve()
-    named = f"{whole.name}-{text_hash(str(whole)).hexdigest()[:8]}"
+    resolved = folder.resolve()
+    named = f"{resolved.name}-{text_hash(str(resolved)).hexdigest()[:8]}"
     root = folder / CACHE if cache is None else Path(cache) / named
     held_out = _held_out(folder)
     splits, classes = _listed(folder, held_out, train)
@@ -399,8 +399,8 @@ def _held_out(folder: Path) -> Path:
             lacks += f" (move its folders {', '.join(own[:3])} ... into train/, and some images of each into test/)"
         raise FileNotFoundError(f"{folder} is not an image folder: it lacks {lacks}. It must contain {FORM}")
     # The images in test/ of tiny-imagenet-200, and of many competitions, have no labels, or a folder "unknown".
-    known = classes_in(folder / "train") if (folder / "train").is_dir() else None
-    labelled = [part for part in present if (own := classes_in(part)) and (known is None or {*own} <= {*known})]
+    names = classes_in(folder / "train") if (folder / "train").is_dir() else None
+    labelled = [part for part in present if (own := classes_in(part)) and (names is None or {*own} <= {*names})]
     return folder / "val" if (folder / "val" / ANNOTATIONS).is_file() else (labelled or present)[0]
 
 
@@ -495,7 +495,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 def _decoded(place: Path, part: str, files: Sequence[Path], size: tuple[int, int], *, resize: bool) -> Tensor:
     """Open the decoded images of a part of the data set. Decode them if the folder ``place`` does not have them."""
-    whole = place / f"x_{part}-{_source(files)[:16]}.npy"
+    cached = place / f"x_{part}-{_source(files)[:16]}.npy"
     try:
         place.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place).close()
@@ -505,13 +505,13 @@ def _decoded(place: Path, part: str, files: Sequence[Path], size: tuple[int, int
     # The process that has the lock writes the file, and the others wait for it.
     with FileLock(place / ".lock"):
         with contextlib.suppress(OSError, EOFError, ValueError):
-            return _mapped(whole)
+            return _mapped(cached)
         # Remove the arrays of an earlier cache, and the temporary files of killed processes.
         for old in place.glob(f"*x_{part}-*.npy"):
             old.unlink()
-        with atomic(whole) as temporary:
+        with atomic(cached) as temporary:
             write_images(files, size, temporary, resize=resize)
-        return _mapped(whole)
+        return _mapped(cached)
 
 
 def _mapped(path: Path) -> Tensor:
@@ -530,8 +530,8 @@ def write_images(files: Sequence[Path], size: tuple[int, int], out: Path, *, res
         image = read_image(path, size if resize else None)
         if image.shape != shape[1:]:
             advice = "give image_size=(H, W), on the command line --size H W"
-            got, wanted = (" x ".join(map(str, sides[1:])) for sides in (image.shape, shape[1:]))
-            raise ValueError(f"{path} has {got} pixels, but others have {wanted}: {advice}")
+            got, other = (" x ".join(map(str, sides[1:])) for sides in (image.shape, shape[1:]))
+            raise ValueError(f"{path} has {got} pixels, but others have {other}: {advice}")
         return image.numpy().data
 
     # Write from front to back: a full disk ends a write with an OSError, but a memory map with SIGBUS.

@@ -208,7 +208,7 @@ class Defence(StochasticDefence):
     def _read_outside(self) -> None:
         self.prepare_replay()
 
-    def _follow(self, given: object = None) -> None:
+    def _follow(self, hook: object = None) -> None:
         """Call `prepare_replay`; it is also a hook before the forward pass. A compiled graph ends here."""
         if not torch.compiler.is_compiling():
             self.prepare_replay()
@@ -219,14 +219,14 @@ class Defence(StochasticDefence):
         self.prepare_replay()
         return super().__getstate__()  # type: ignore[no-untyped-call]
 
-    def state_dict(self, *given: Any, **options: Any) -> Any:
+    def state_dict(self, *args: Any, **options: Any) -> Any:
         self.prepare_replay()
-        return super().state_dict(*given, **options)
+        return super().state_dict(*args, **options)
 
-    def _load_from_state_dict(self, *given: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         if self._followed is not None:
             self._followed.refuse_state()
-        super()._load_from_state_dict(*given)
+        super()._load_from_state_dict(*args)
 
     # -- modes --------------------------------------------------------------------------------------------------------
 

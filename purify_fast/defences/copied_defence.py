@@ -58,12 +58,12 @@ class _Reader(nn.Module):
 
     def __init__(self, defence: Any, classifier: InferenceCopy):
         super().__init__()
-        made = copy.deepcopy(defence.representation, memo_of(defence.classifier.modules()))
-        made.model.requires_grad_(False).eval()
-        set_modes(made.model, classifier._kept)
+        copied = copy.deepcopy(defence.representation, memo_of(defence.classifier.modules()))
+        copied.model.requires_grad_(False).eval()
+        set_modes(copied.model, classifier._kept)
         how = {"plain": classifier.plain, "channels_last": classifier.uses_channels_last}
-        self.prepared = prepare_for_inference(made.model, classifier.image_shape, classifier.dtype, **how)
-        self.representation, self.model, self.training = made, made.model, False
+        self.prepared = prepare_for_inference(copied.model, classifier.image_shape, classifier.dtype, **how)
+        self.representation, self.model, self.training = copied, copied.model, False
 
 
 @torch.inference_mode(False)
@@ -84,7 +84,7 @@ def make_frozen_copy(
     # The classifier and what reads its representation are copied below.
     kept = [defence.classifier, *([] if defence.representation is None else [defence.representation])]
     inside = set(defence.classifier.modules())
-    memo = {id(one): one for one in kept} | memo_of(part for part in defence.modules() if part not in inside)
+    memo = {id(item): item for item in kept} | memo_of(part for part in defence.modules() if part not in inside)
     other: Any = deep_copy(defence, memo)
     other = other.computing_in(dtype, compile=compile, plain=plain, kept=followed.kept)
     other.training = False
@@ -166,12 +166,12 @@ class FollowedDefence(Followed):
         """Take the parts of a new copy, and let a copy have its tensors; it may be the new copy itself."""
         defence: Any = self._model
         self.parts = {name: part for name, part in fresh._modules.items() if part is not None}
-        held = {name: one for name, one in vars(fresh).items() if isinstance(one, Tensor) and name != "_noise_ids"}
+        held = {name: item for name, item in vars(fresh).items() if isinstance(item, Tensor) and name != "_noise_ids"}
         vars(copied).update(held)
         # An attribute has no source whose values could be written.
         more: list[tuple[Tensor, Any]] = [(value, None) for value in held.values()]
-        mine, theirs = ({**one._parameters, **one._buffers} for one in (copied, defence))
-        pairs = [(one, theirs[name]) for name, one in mine.items() if one is not None and name != "_noise_seed"]
+        own, theirs = ({**item._parameters, **item._buffers} for item in (copied, defence))
+        pairs = [(item, theirs[name]) for name, item in own.items() if item is not None and name != "_noise_seed"]
         copy_all(pairs)
         more += pairs
         copies: list[Any] = [(fresh.classifier.classifier, defence.classifier, fresh.classifier.prepared.pairs)]

@@ -68,14 +68,14 @@ class Estimate(NamedTuple):
         return cls(float(mean), math.sqrt(max(0.0, total) / (n * k)), free, bool(draws > limit * residual))
 
 
-def lower_bounds(look: Numbers, alpha: float) -> Floats:
+def lower_bounds(counts: Numbers, alpha: float) -> Floats:
     """The lower Clopper-Pearson bounds: the largest p at which so many right draws have the probability ``alpha``.
 
     Each is right for a number of draws that was fixed before, except with the probability ``alpha``, and is rounded
-    down. ``look`` has right draws and draws, ``[..., 2]``. Without right draws, a bound is 0.
+    down. ``counts`` has right draws and draws, ``[..., 2]``. Without right draws, a bound is 0.
     """
-    right, draws = np.moveaxis(np.maximum(look, 1).astype(np.float64), -1, 0)
-    return np.where(look[..., 0] > 0, special.betaincinv(right, draws - right + 1, alpha) * (1 - EXACT), 0.0)
+    right, draws = np.moveaxis(np.maximum(counts, 1).astype(np.float64), -1, 0)
+    return np.where(counts[..., 0] > 0, special.betaincinv(right, draws - right + 1, alpha) * (1 - EXACT), 0.0)
 
 
 def exact_interval(right: int, count: int) -> tuple[float, float]:

@@ -39,11 +39,11 @@ class PurifierTask(MethodTask, Generic[D]):
         folds = of_float32 and (self.compiles or matrix_weights(self.defence.classifier) >= FEWEST_WEIGHTS)
         if not folds and self.dtype != torch.bfloat16:
             return self.defence
-        made = self.defence.computing_in(self.dtype)
+        defence = self.defence.computing_in(self.dtype)
         if self.compiles:
-            copied: Any = made.classifier
+            copied: Any = defence.classifier
             copied.compile_steps(at_once=True)
-        return made
+        return defence
 
     @property
     def result(self) -> D:

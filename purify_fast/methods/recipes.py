@@ -162,7 +162,7 @@ def recipe(name: str, method: str | None = None) -> Any:
         method: name of the method, if ``name`` is the name of the system only.
     """
     start = "" if method is None else f"{method}/"
-    recipes = {known.removeprefix(start): made for known, made in all_recipes().items() if known.startswith(start)}
+    recipes = {full.removeprefix(start): system for full, system in all_recipes().items() if full.startswith(start)}
     if (key := name.removeprefix(start)) not in recipes:
         raise ValueError(f"recipe must be one of {', '.join(recipes)}, got {name!r}")
     return recipes[key]

@@ -21,17 +21,17 @@ def description(module: nn.Module, kinds: Mapping[str, type[nn.Module]]) -> dict
 
 
 def rebuilt(
-    facts: Mapping[str, Any], given: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: object
+    facts: Mapping[str, Any], module: nn.Module | None, kinds: Mapping[str, type[nn.Module]], folder: object
 ) -> nn.Module:
-    """Make the module of a saved `description`, or return the user's ``given`` module, if it has that description."""
-    if given is None:
+    """Make the module of a saved `description`, or return the user's ``module``, if it has that description."""
+    if module is None:
         if facts["kind"] not in kinds:
             raise ValueError(f"purifier must be given: {folder} holds the weights of a {facts['kind']} of your own")
         return kinds[facts["kind"]](**facts["arguments"])
-    found = description(given, kinds)
-    if found["kind"] != facts["kind"] or found["arguments"] not in (None, facts["arguments"]):
-        raise ValueError(f"purifier must fit the saved weights: {folder} holds {dict(facts)}, got {found}")
-    return given
+    own = description(module, kinds)
+    if own["kind"] != facts["kind"] or own["arguments"] not in (None, facts["arguments"]):
+        raise ValueError(f"purifier must fit the saved weights: {folder} holds {dict(facts)}, got {own}")
+    return module
 
 
 def save_defence(defence: Defence, folder: str | Path) -> None:

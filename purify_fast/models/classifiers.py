@@ -297,8 +297,8 @@ class ForeignClassifier(nn.Module):
 
             if in_channels not in (1, 3):
                 raise ValueError(f"images must have 1 or 3 channels for {spec}, got {in_channels}")
-            if name not in (known := models.list_models()):
-                raise ValueError(f"torchvision has no model {name!r}{_nearest(name, known)}")
+            if name not in (names := models.list_models()):
+                raise ValueError(f"torchvision has no model {name!r}{_nearest(name, names)}")
             self.model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
         elif library == "timm":
             timm = importlib.import_module("timm")
@@ -320,9 +320,9 @@ class ForeignClassifier(nn.Module):
         return self.model(self.normalize(x if self.repeated == 1 else x.expand(-1, self.repeated, -1, -1)))
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _nearest(name: str, names: Sequence[str]) -> str:
     """The end of a sentence that names the known names nearest to a name; empty if none is near."""
-    near = difflib.get_close_matches(name, known, 3)
+    near = difflib.get_close_matches(name, names, 3)
     return f", the nearest are {', '.join(near)}" if near else ""
 
 
@@ -362,17 +362,17 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, *, only
     The names may have a prefix, such as "model.", and counts of BatchNorm's batches may be missing. Tensors without the
     prefix are refused, unless ``only_model`` is True or the prefix is that of an average, as "model_ema.".
     """
-    own, given = model.state_dict(), _short_names(state)
+    own, short = model.state_dict(), _short_names(state)
     names = _short_names(own)
     first = next(iter(names), "")
-    prefixes = {name.removesuffix(first) for name in given if name.endswith(first)}
-    whole = [p for p in prefixes if all(p + name in given or name.endswith(COUNT) for name in names)]
-    prefix = min(whole, key=lambda prefix: (not _is_average(prefix), len(prefix)), default="")
+    prefixes = {name.removesuffix(first) for name in short if name.endswith(first)}
+    complete = [p for p in prefixes if all(p + name in short or name.endswith(COUNT) for name in names)]
+    prefix = min(complete, key=lambda prefix: (not _is_average(prefix), len(prefix)), default="")
     rest = not (only_model or _is_average(prefix))
-    found = {n.removeprefix(prefix): state[full] for n, full in given.items() if rest or n.startswith(prefix)}
-    found = {name: own[full] for name, full in names.items() if name.endswith(COUNT)} | found
-    check_shapes(what, {n: v.shape for n, v in found.items()}, {n: own[full].shape for n, full in names.items()})
-    model.load_state_dict(own | {full: found[name] for name, full in names.items()})
+    values = {n.removeprefix(prefix): state[full] for n, full in short.items() if rest or n.startswith(prefix)}
+    values = {name: own[full] for name, full in names.items() if name.endswith(COUNT)} | values
+    check_shapes(what, {n: v.shape for n, v in values.items()}, {n: own[full].shape for n, full in names.items()})
+    model.load_state_dict(own | {full: values[name] for name, full in names.items()})
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -148,8 +148,8 @@ class Representation:
             output, version = outputs[0]
             if not isinstance(output, Tensor) or output.dim() not in (2, 3, 4) or output.shape[0] != 2:
                 got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                wanted = f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]"
-                raise ValueError(f"{wanted}; for B = 2 it is {got}")
+                needs = f"layers: the output of {name!r} must be [B, C, H, W], [B, T, D] or [B, F]"
+                raise ValueError(f"{needs}; for B = 2 it is {got}")
             self.overwritten[index] = output._version != version
             self.shapes.append(tuple(output.shape[1:]))
         for index, name in enumerate(layers):
@@ -245,9 +245,9 @@ class Synchronized(nn.modules.batchnorm._BatchNorm):
 @functools.cache
 def synchronized(kind: type[nn.Module]) -> type[nn.Module] | None:
     """A class of the same name that takes the statistics of all processes; None for an unknown forward pass."""
-    known = vars(nn.modules.batchnorm._BatchNorm)["forward"]
+    usual = vars(nn.modules.batchnorm._BatchNorm)["forward"]
     of_timm = (kind.__module__.partition(".")[0], kind.__name__) == ("timm", "BatchNormAct2d")
-    if not of_timm and kind.forward is not known:
+    if not of_timm and kind.forward is not usual:
         return None
     # A copy for attacks folds the BatchNorms of torch and those of this package.
     own = {"__module__": kind.__module__ if of_timm else __name__, "activates": of_timm}
@@ -272,9 +272,9 @@ def check_sizes(num_classes: int, **counts: int) -> None:
 def normalization(mean: Statistic, std: Statistic, channels: int) -> dict[str, list[float]]:
     """Convert the mean and standard deviation of the images to lists, which can be saved in files."""
     statistics = {}
-    for name, given in {"mean": mean, "std": std}.items():
+    for name, statistic in {"mean": mean, "std": std}.items():
         # torch.as_tensor would lose the numbers if the modules are made on the meta device.
-        numbers = np.ravel(given.tolist() if isinstance(given, Tensor) else given)
+        numbers = np.ravel(statistic.tolist() if isinstance(statistic, Tensor) else statistic)
         statistics[name] = [float(number) for number in numbers]
         if len(numbers) not in (1, channels):
             raise ValueError(f"{name} needs 1 or {channels} numbers, got {len(numbers)}")
@@ -391,7 +391,7 @@ class AveragedModel(swa_utils.AveragedModel):
         self.decay, self.warm_up = decay, warm_up
         without_recorders(self.module).requires_grad_(False)
         # A small step would be lost in the few digits of half precision.
-        self.module._apply(lambda one: one.float() if one.dtype in HALF else one)
+        self.module._apply(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)
         # The average begins with the model's weights. The count stays on the host, also with another default device.
         self.n_averaged = torch.ones((), dtype=torch.int64, device="cpu")
 
@@ -404,7 +404,7 @@ class AveragedModel(swa_utils.AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move the averages towards the weights of ``model``, and copy its integer buffers."""
-        averages, values = ([*one.parameters(), *one.buffers()] for one in (self.module, model))
+        averages, values = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
         pairs = list(zip(averages, values, strict=True))
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
         others = [pair for pair in pairs if not pair[0].is_floating_point()]

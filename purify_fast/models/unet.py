@@ -145,8 +145,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         patch, sides = self.patch, x.shape[2:]
         if x.dim() != 4 or x.shape[1] != self.channels or any(side % patch or side < 3 * patch for side in sides):
-            wanted = f"[B, {self.channels}, H, W], with H and W multiples of {patch} and at least {3 * patch}"
-            raise ValueError(f"x must be {wanted}, got {list(x.shape)}")
+            needs = f"[B, {self.channels}, H, W], with H and W multiples of {patch} and at least {3 * patch}"
+            raise ValueError(f"x must be {needs}, got {list(x.shape)}")
         blocks = (self.down1, self.down2, self.down3, self.middle, self.up2, self.up1)
         with without_autocast(x.device):
             # If all times are the same number in memory, as after `Tensor.expand`, embed this number only once.

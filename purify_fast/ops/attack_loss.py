@@ -182,8 +182,8 @@ def attack_loss(
     check_floating(logits=logits)
     targeted = kind.endswith("_targeted")
     if targeted != (targets is not None):
-        wanted = "given" if targeted else "None"
-        raise ValueError(f"targets must be {wanted} for kind={kind!r}, got {'None' if targets is None else 'a tensor'}")
+        needs = "given" if targeted else "None"
+        raise ValueError(f"targets must be {needs} for kind={kind!r}, got {'None' if targets is None else 'a tensor'}")
     least = FEWEST_CLASSES.get(kind, 2)
     if logits.dim() != 2 or logits.shape[1] < least:
         raise ValueError(f"logits must be [B, C] with C of at least {least} for {kind!r}, got {list(logits.shape)}")

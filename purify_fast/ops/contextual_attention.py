@@ -148,7 +148,7 @@ BACKWARD = define_backward(
 )
 
 
-_between = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
+_between = differentiable(OP.handle, lambda *args: BACKWARD(*args), _saved, constants=1)
 
 
 def _inverse_norms(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -238,10 +238,10 @@ def contextual_attention(features: Tensor, valid: Tensor, scale: float = 10.0) -
 
     last, gradient, pairs = last_channels(features), needs_gradient(features), batch * (height * width) ** 2
     plain = OP.uses_reference(features.device, pairs)
-    whole = may_save(features) and not plain
+    saves = may_save(features) and not plain
     with without_autocast(features.device):
         # The kernels of the whole function are used where the op's kernels would be used, forward and backward.
-        if whole and not (gradient and BACKWARD.uses_reference(features.device, pairs)):
+        if saves and not (gradient and BACKWARD.uses_reference(features.device, pairs)):
             return (_whole if gradient else _attend)(features, valid, float(scale), last)[0]
         # The shape of the grid is [B, C, h, a, w, b]. The indices a and b are those of F_ab.
         grid = features.unflatten(3, (width, 2)).unflatten(2, (height, 2))

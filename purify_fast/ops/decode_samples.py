@@ -122,7 +122,7 @@ def _positive(signs: Tensor, geometry: tiles.Geometry) -> list[Tensor]:
         (part.unflatten(1, (h, w, -1, 1)) >> shifts) & 1
         for part, (h, w, _) in zip(parts, geometry.inputs(), strict=True)
     ]
-    return [one.flatten(3)[..., :c].permute(0, 3, 1, 2) > 0 for one, c in zip(bits, channels, strict=False)]
+    return [flags.flatten(3)[..., :c].permute(0, 3, 1, 2) > 0 for flags, c in zip(bits, channels, strict=False)]
 
 
 def images(logits: Tensor, squash: bool, channels_last: bool, dtype: torch.dtype) -> Tensor:
@@ -256,7 +256,7 @@ BACKWARD = define_backward(
 )
 
 
-_decode = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
+_decode = differentiable(OP.handle, lambda *args: BACKWARD(*args), _saved, constants=1)
 
 
 def decode_prior(
@@ -319,8 +319,8 @@ def decode_prior(
         raise ValueError(f"samples must be at least 1, and slope finite and at least 0, got {samples} and {slope}")
     plain, kept = OP.uses_reference(condition.device, condition.numel()), needs_gradient(condition)
     # The backward multiplies by image * (1 - image), but bfloat16 rounds an image above 0.998 to 1.
-    wanted = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
-    settings = geometry.numbers(), samples, float(slope), squash, channels_last, wanted, kept and not plain
+    output = real if squash and condition.requires_grad and torch.is_grad_enabled() else dtype
+    settings = geometry.numbers(), samples, float(slope), squash, channels_last, output, kept and not plain
     kernel = _decode if kept else OP.handle
     call = reference if plain else kernel
     with without_autocast(condition.device):

@@ -45,16 +45,16 @@ def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, step: Ten
     """Return normal numbers in x's shape and dtype."""
     index, numel = draws * STEPS + step, math.prod(x.shape[1:])
     normals = DISTRIBUTIONS.index("normal")
-    made = drawn(seed, sample_ids, index[:, None], numel, stream=Stream.DIFFUSION, distribution=normals)
-    return made.view(x.shape).to(x.dtype)
+    noise = drawn(seed, sample_ids, index[:, None], numel, stream=Stream.DIFFUSION, distribution=normals)
+    return noise.view(x.shape).to(x.dtype)
 
 
 def _parts(x: Tensor, prediction: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return P x + Q m, v or None, and the coefficients in shapes that broadcast to x, all in x's dtype."""
     channels, numbers = x.shape[1], [per_image(number, x) for number in coefficients.unbind(-1)]
-    whole = prediction.to(x.dtype)
-    v = whole[:, channels:] if prediction.shape[1] > channels else None
-    return numbers[0] * x + numbers[1] * whole[:, :channels], v, numbers
+    output = prediction.to(x.dtype)
+    v = output[:, channels:] if prediction.shape[1] > channels else None
+    return numbers[0] * x + numbers[1] * output[:, :channels], v, numbers
 
 
 def _deviation(v: Tensor | None, s: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -153,9 +153,9 @@ BACKWARD = define_backward(
 )
 
 
-def _backward(grad: Tensor, x: Tensor, prediction: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    which = variant(prediction.shape[1] > x.shape[1], given[-1])
-    return BACKWARD(grad, x, prediction, *given, variant=which)
+def _backward(grad: Tensor, x: Tensor, prediction: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    which = variant(prediction.shape[1] > x.shape[1], args[-1])
+    return BACKWARD(grad, x, prediction, *args, variant=which)
 
 
 _diffusion_step = differentiable(OP.handle, _backward)
@@ -168,8 +168,8 @@ def _check(x: Tensor, prediction: Tensor, coefficients: Tensor) -> None:
         raise ValueError(f"x must be float32 or float64 [B, C, ...], got {x.dtype} {list(x.shape)}")
     batch, channels, *rest = x.shape
     if prediction.shape not in (x.shape, (batch, 2 * channels, *rest)):
-        wanted = f"[B, C, ...] = {list(x.shape)} or [B, 2C, ...]"
-        raise ValueError(f"prediction must be {wanted}, got {list(prediction.shape)}")
+        needs = f"[B, C, ...] = {list(x.shape)} or [B, 2C, ...]"
+        raise ValueError(f"prediction must be {needs}, got {list(prediction.shape)}")
     dtypes = DTYPES if x.dtype == torch.float32 else (torch.float64,)
     if prediction.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

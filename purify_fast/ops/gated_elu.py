@@ -54,7 +54,7 @@ BACKWARD = define_backward(
 )
 
 
-_gated_elu = differentiable(OP.handle, lambda *given: BACKWARD(*given))
+_gated_elu = differentiable(OP.handle, lambda *args: BACKWARD(*args))
 
 
 def gated_elu(features: Tensor) -> Tensor:

@@ -81,10 +81,10 @@ def _share(slope: Tensor, gain: Tensor, gap: Tensor) -> Tensor:
     ordered, order = slope.sort(1, descending=True)
     count = (gain.gather(1, order).cumsum(1) < gap).sum(1, keepdim=True)
     least = ordered.gather(1, count.clamp(max=slope.shape[1] - 1))
-    whole, edge = slope > least, slope == least
-    missing, there = gap - (gain * whole).sum(1, keepdim=True), (gain * edge).sum(1, keepdim=True)
+    full, edge = slope > least, slope == least
+    missing, there = gap - (gain * full).sum(1, keepdim=True), (gain * edge).sum(1, keepdim=True)
     part = torch.where(there > 0, missing / there, 0.0).clamp(0, 1)
-    return torch.where(whole, 1.0, torch.where(edge, part, 0.0))
+    return torch.where(full, 1.0, torch.where(edge, part, 0.0))
 
 
 #: By norm and shape; for the values see `Example.gpu`.

@@ -121,7 +121,7 @@ def step_arguments(
     clean, grad = uniform(seed, *shape), normal(seed + 100, *shape)
     grad[uniform(seed + 200, *shape) < 0.1] = 0
     x, previous = ((clean + 0.2 * (uniform(seed + i, *shape) - 0.5)).clamp(0, 1) for i in (300, 400))
-    images = [laid_out(one.to(dtype), layout) for one in (x, grad, clean, *([previous] if momentum else []))]
+    images = [laid_out(image.to(dtype), layout) for image in (x, grad, clean, *([previous] if momentum else []))]
     radii = [torch.linspace(low, high, ROWS).to(wide_dtype(dtype)) for low, high in ((0.01, 0.4), (0.02, 1.0))]
     index = NORMS.index(norm)
     return *images, *radii, *([0.75] if momentum else []), index, 0.1, 0.9, *([] if momentum else [DENSITY])
@@ -185,12 +185,12 @@ def _of_pixels(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1
 
 
-def _pixelwise_step(images: tuple[Tensor, Tensor, Tensor], norm: Norm, **given: float | Tensor) -> Tensor:
+def _pixelwise_step(images: tuple[Tensor, Tensor, Tensor], norm: Norm, **numbers: float | Tensor) -> Tensor:
     """A step in "linf" with a radius, a length or a range of its own for each channel or pixel."""
     if norm != "linf":
         raise ValueError(f"norm must be linf with a radius, a step or a range for each channel or pixel, got {norm}")
     x, grad, x_nat = images
-    alpha, eps, lo, hi = (broadcastable(name, value, x) for name, value in given.items())
+    alpha, eps, lo, hi = (broadcastable(name, value, x) for name, value in numbers.items())
     wide = torch.promote_types(x.dtype, torch.float32)
     signs = torch.where(grad.isfinite(), grad.sign(), 0)
     center, moved = x_nat.to(wide), x.to(wide) + alpha * signs.to(wide)

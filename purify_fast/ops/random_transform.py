@@ -149,7 +149,7 @@ BACKWARD = define_backward(
 )
 
 
-_random_transform = differentiable(OP.handle, lambda *given: BACKWARD(*given), _saved, constants=1)
+_random_transform = differentiable(OP.handle, lambda *args: BACKWARD(*args), _saved, constants=1)
 
 
 def random_transform(

@@ -51,7 +51,7 @@ SAVING = cpu_kernel("reconstruction_loss_keeping", "(Tensor logits, Tensor targe
 
 
 _with_saved = differentiable(SAVING, SCALED_ROWS, lambda inputs, outputs: (outputs[1], inputs[0].dtype), constants=1)
-_reconstruction_loss = differentiable(OP.handle, lambda *given: BACKWARD(*given))
+_reconstruction_loss = differentiable(OP.handle, lambda *args: BACKWARD(*args))
 
 
 #: A call with a gradient on a CPU uses the kernel from this number of elements on (docs/ops.md).

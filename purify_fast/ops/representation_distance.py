@@ -176,8 +176,8 @@ def _check(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> N
     for u, v in zip(student, teacher, strict=True):
         if u.shape != v.shape or u.dim() < 2 or u.shape[0] != student[0].shape[0]:
             got = f"{list(u.shape)}, {list(v.shape)}"
-            wanted = "equal shapes [B, ...], and all layers the same B"
-            raise ValueError(f"student and teacher must have {wanted}, got {got}")
+            needs = "equal shapes [B, ...], and all layers the same B"
+            raise ValueError(f"student and teacher must have {needs}, got {got}")
         check_floating(student=u, teacher=v, first=student[0])
 
 

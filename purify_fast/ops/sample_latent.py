@@ -79,7 +79,7 @@ FROM_SAVED = cpu_kernel(
 
 
 _with_saved = differentiable(SAVING, FROM_SAVED, lambda inputs, outputs: (*inputs[:2], outputs[2]), constants=1)
-_sample_latent = differentiable(OP.handle, lambda *given: BACKWARD(*given))
+_sample_latent = differentiable(OP.handle, lambda *args: BACKWARD(*args))
 
 
 def sample_latent(

@@ -54,7 +54,7 @@ def from_border(place: Tensor, edge: int | Tensor, size: int) -> Tensor:
 def window(place: Tensor, edge: int | Tensor, height: int, width: int) -> Tensor:
     """Return the mask of a random window, bool ``[..., 1, height, width]``, for its place ``[..., 2]`` in [0, 1)."""
     rows, columns = from_border(place[..., 0], edge, height), from_border(place[..., 1], edge, width)
-    lines, across = ((one >= 0) & (one < edge) for one in (rows, columns))
+    lines, across = ((line >= 0) & (line < edge) for line in (rows, columns))
     # The masks are combined as bytes, because CPU code for bytes is vectorized and code for booleans is not.
     both = lines.view(torch.uint8)[..., None, :, None] & across.view(torch.uint8)[..., None, None, :]
     return both.view(torch.bool)
@@ -80,15 +80,15 @@ def _moved_mass(offset: Tensor, radius: Tensor, numbers: Tensor, pattern: Tensor
         return part.abs().pow(power).sum((-2, -1), keepdim=True)
 
     sizes = edge, height, width
-    one, two = window(numbers[..., :2], *sizes), window(numbers[..., 2:4], *sizes)
-    old = torch.where(one, offset, 0.0)
+    first, two = window(numbers[..., :2], *sizes), window(numbers[..., 2:4], *sizes)
+    old = torch.where(first, offset, 0.0)
     length = mass(old).pow(1 / power)
-    shape = torch.where(one, _placed(pattern, numbers, *sizes).to(offset.dtype), 0.0)
+    shape = torch.where(first, _placed(pattern, numbers, *sizes).to(offset.dtype), 0.0)
     new = shape * signs(numbers[..., PLACES:]).to(offset.dtype)[..., None, None] + old / (TINY + length)
     new = new / (TINY + mass(new).pow(1 / power))
     unused = (radius.pow(power) - mass(offset).sum(1, keepdim=True)).clamp_min(0)
-    size = (unused / channels + mass(torch.where(one | two, offset, 0.0))).pow(1 / power)
-    return torch.where(one, new * size, torch.where(two, 0.0, offset))
+    size = (unused / channels + mass(torch.where(first | two, offset, 0.0))).pow(1 / power)
+    return torch.where(first, new * size, torch.where(two, 0.0, offset))
 
 
 def reference(

@@ -25,9 +25,9 @@ def _owned(owners: Tensor, passes: int, height: int, width: int) -> Tensor:
 
 def reference(images: Tensor, owners: Tensor, passes: int) -> Tensor:
     """Compute the op in plain PyTorch: [S * B, C, H, W]. ``passes`` is N."""
-    each = images.unflatten(0, (owners.shape[0] * owners.shape[1], passes))
+    grouped = images.unflatten(0, (owners.shape[0] * owners.shape[1], passes))
     # All terms except one are 0, so the sum is exact. A compiler fuses it into one loop, also in the backward.
-    out = torch.where(_owned(owners, passes, *images.shape[2:]), each, 0).sum(1)
+    out = torch.where(_owned(owners, passes, *images.shape[2:]), grouped, 0).sum(1)
     return out.contiguous(memory_format=memory_format(last_channels(images)))
 
 

@@ -64,9 +64,9 @@ def nearly_as_exact(got: Tensor, written: Tensor, exact: Tensor, before: Tensor)
     if not torch.allclose(got[~finite], written[~finite], equal_nan=True):
         return False
     start = before[finite].double().nan_to_num(0.0, 0.0, 0.0)
-    made, usual, ideal = (one[finite].double() - start for one in (got, written, exact))
+    fast, usual, ideal = (part[finite].double() - start for part in (got, written, exact))
     if written.dim() < 2:
-        far, near = ((one - ideal).abs().mean() for one in (made, usual)) if len(ideal) else (start.sum(), start.sum())
+        far, near = ((out - ideal).abs().mean() for out in (fast, usual)) if len(ideal) else (start.sum(), start.sum())
         return bool(far <= near + BFLOAT16 * (ideal + start).abs().amax()) if len(ideal) else True
-    far, near = (torch.dot(one, ideal) / (one.norm() * ideal.norm()) for one in (made, usual))
-    return bool(far >= near - AS_EXACT) if bool(ideal.any()) else not bool(made.any())
+    far, near = (torch.dot(part, ideal) / (part.norm() * ideal.norm()) for part in (fast, usual))
+    return bool(far >= near - AS_EXACT) if bool(ideal.any()) else not bool(fast.any())

@@ -52,11 +52,11 @@ def is_plain(kind: Any) -> bool:
     base: Any = nn.Module if issubclass(kind, nn.Module) else object
     # Objects of this package leave out only what belongs to a call. Layers of PyTorch complete the state of those that
     # were saved by earlier versions.
-    known = "torch.nn." if base is nn.Module else "purify_fast."
+    owner = "torch.nn." if base is nn.Module else "purify_fast."
     methods = [
         getattr(kind, name, None) for name in COPYING if getattr(kind, name, None) is not getattr(base, name, None)
     ]
-    return all(str(getattr(method, "__module__", "")).startswith(known) for method in methods)
+    return all(str(getattr(method, "__module__", "")).startswith(owner) for method in methods)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,41 +67,41 @@ def _without(kind: Any) -> dict[str, None]:
 
 def held_by(*roots: Any) -> tuple[list[str], list[Any]]:
     """List all that objects hold: the names of attributes, and all objects, those inside others after them."""
-    names, found, seen = list[str](), list(roots), set[int]()
+    names, items, seen = list[str](), list(roots), set[int]()
     # This loop runs for each reading, so it must be fast.
-    for one in found:
-        kind: Any = type(one)
+    for item in items:
+        kind: Any = type(item)
         inside = _inside(kind)
-        if inside == _LEAF or (inside != _ATTRIBUTES and not one) or id(one) in seen:
+        if inside == _LEAF or (inside != _ATTRIBUTES and not item) or id(item) in seen:
             continue
-        seen.add(id(one))
+        seen.add(id(item))
         if inside == _ATTRIBUTES:
-            state = vars(one) | _without(kind)
+            state = vars(item) | _without(kind)
             names += state
-            found.append(kind)
-            found += state.values()
+            items.append(kind)
+            items += state.values()
             continue
-        found += one
+        items += item
         if inside == _ITEMS:
-            found += one.values()
+            items += item.values()
         # A subclass of a container may have attributes, too.
-        found.append(getattr(one, "__dict__", None))
-    return names, found
+        items.append(getattr(item, "__dict__", None))
+    return names, items
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(item: Any, other: Any) -> bool:
     """Return True if two objects at the same place are one, or are equal numbers or texts, or equally long containers.
 
     1, True and 1.0 are different.
     """
-    kind: Any = type(one)
-    if one is other or kind is not type(other):
-        return one is other
-    return repr(one) == repr(other) if kind in SIMPLE else kind in _CONTAINERS and len(one) == len(other)
+    kind: Any = type(item)
+    if item is other or kind is not type(other):
+        return item is other
+    return repr(item) == repr(other) if kind in SIMPLE else kind in _CONTAINERS and len(item) == len(other)
 
 
-def _layout(one: Tensor) -> tuple[Any, ...]:
-    return one.data_ptr(), one.shape, one.stride(), one.dtype
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class Snapshot(Watch):
@@ -110,8 +110,8 @@ class Snapshot(Watch):
     def __init__(self, *roots: nn.Module):
         super().__init__(*roots)
         self._names, self.held = held_by(*roots)
-        self._all = [one for one in self.held if isinstance(one, Tensor)]
-        self._kept = [one.detach() for one in self._all]
+        self._all = [item for item in self.held if isinstance(item, Tensor)]
+        self._kept = [item.detach() for item in self._all]
         self._layouts = list(map(_layout, self._all))
 
     def same(self) -> bool:
@@ -143,17 +143,17 @@ def memo_of(parts: Iterable[nn.Module]) -> dict[int, Any]:
     Tensors that share memory are left to `copy.deepcopy`.
     """
     held, parts = dict[int, Tensor](), list(parts)
-    memo: dict[int, Any] = {id(one): one for one in own_generators(parts)}
+    memo: dict[int, Any] = {id(item): item for item in own_generators(parts)}
     for part in parts:
         for value in itertools.chain(part._parameters.values(), part._buffers.values(), vars(part).values()):
             if type(value) in PLAIN and value.layout == torch.strided:
                 held[id(value)] = value
     memories = Counter(value.untyped_storage().data_ptr() for value in held.values() if value.numel())
-    alone = [one for one in held.values() if not one.is_leaf or memories[one.untyped_storage().data_ptr()] == 1]
-    new = [torch.empty_like(one) for one in alone]
+    alone = [item for item in held.values() if not item.is_leaf or memories[item.untyped_storage().data_ptr()] == 1]
+    new = [torch.empty_like(item) for item in alone]
     copy_all(zip(new, alone, strict=True))
-    for old, made in zip(alone, new, strict=True):
-        memo[id(old)] = nn.Parameter(made, old.requires_grad) if isinstance(old, nn.Parameter) else made
+    for old, copied in zip(alone, new, strict=True):
+        memo[id(old)] = nn.Parameter(copied, old.requires_grad) if isinstance(old, nn.Parameter) else copied
     return memo
 
 
@@ -183,15 +183,15 @@ def only_registered(*models: nn.Module) -> bool:
     registered = {id(tensor) for model in models for _, tensor in tensors_of(model)}
     held: list[Any] = held_by(*models)[1]
     # A copy has the present modes of the noise, which `held_by` leaves out.
-    parts: list[Any] = [one for one in held if isinstance(one, nn.Module)]
+    parts: list[Any] = [item for item in held if isinstance(item, nn.Module)]
     odd = any(computes_in_modes(part) or getattr(part, "noise_modes", ()) for part in parts)
     return not odd and all(
-        id(one) in registered if isinstance(one, Tensor) else is_plain(one.__class__) for one in held
+        id(item) in registered if isinstance(item, Tensor) else is_plain(item.__class__) for item in held
     )
 
 
 def freeze(copied: nn.Module) -> nn.Module:
     """Put a copied model into evaluation mode, in place, without gradients of its weights; hidden networks too."""
-    for whole in (copied, *(module for _, module in hidden_modules(copied))):
-        whole.requires_grad_(False).eval()
+    for network in (copied, *(module for _, module in hidden_modules(copied))):
+        network.requires_grad_(False).eval()
     return copied

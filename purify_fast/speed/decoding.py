@@ -133,8 +133,8 @@ def _in_order(decoder: nn.Module) -> list[Any]:
     slopes = {_slope(layer) for layer in layers} - {None}
     if PATTERN.fullmatch("".join(map(_letter, layers))) is None or len(slopes) != 1:
         names = ", ".join(type(layer).__name__ for layer in layers)
-        wanted = "Linear, Unflatten, and square ConvTranspose2d with the same activation between them"
-        raise ValueError(f"decoder must have {wanted}, got {names}: use decode_samples, which runs any decoder")
+        needs = "Linear, Unflatten, and square ConvTranspose2d with the same activation between them"
+        raise ValueError(f"decoder must have {needs}, got {names}: use decode_samples, which runs any decoder")
     return layers
 
 

@@ -34,8 +34,8 @@ def same_draws(model: nn.Module | None = None, device: torch.device | None = Non
     The block gets a function that tells whether any numbers were drawn so far. It waits for a GPU.
     """
     model = nn.Module() if model is None else model
-    devices = {one.device for one in model.parameters()} | ({device} if device is not None else set())
-    indices = {torch.cuda.current_device() if one.index is None else one.index for one in devices if one.type == "cuda"}
+    devices = {weight.device for weight in model.parameters()} | ({device} if device is not None else set())
+    indices = {torch.cuda.current_device() if gpu.index is None else gpu.index for gpu in devices if gpu.type == "cuda"}
     on_devices = [torch.cuda.default_generators[index] for index in sorted(indices)]
     # The modules of NumPy and Python read and set the states of their global generators.
     generators = [torch.default_generator, *on_devices, np.random, random, *own_generators(model.modules())]
@@ -57,14 +57,14 @@ def _equal(a: Any, b: Any) -> bool:
     return same if isinstance(same, bool) else bool(same.all())
 
 
-def _access(one: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+def _access(source: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     """Return the functions that read and write the state of a generator."""
-    if isinstance(one, np.random.Generator):
-        bits: Any = one.bit_generator
+    if isinstance(source, np.random.Generator):
+        bits: Any = source.bit_generator
         return partial(getattr, bits, "state"), partial(setattr, bits, "state")
-    if one is random or isinstance(one, random.Random):
-        return one.getstate, one.setstate
-    return one.get_state, one.set_state
+    if source is random or isinstance(source, random.Random):
+        return source.getstate, source.setstate
+    return source.get_state, source.set_state
 
 
 def host_generators(device: torch.device) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ def images_only(*models: nn.Module) -> Iterator[None]:
     before. Computations in the block give no gradients of weights later.
     """
     # The flag of a tensor that was made in inference mode could not be restored.
-    weights = [one for model in models for one in model.parameters() if not one.is_inference()]
+    weights = [tensor for model in models for tensor in model.parameters() if not tensor.is_inference()]
     saved = hold("requires_grad", weights)
     try:
         for weight in weights:
@@ -161,8 +161,8 @@ def check_parts(model: nn.Module) -> None:
     for at, part in model.named_modules():
         where = f"{at or 'the model itself'} ({type(part).__name__})"
         if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            given = f"model.{at}".rstrip(".")
-            text = f"give {given}.module, and run one process per GPU"
+            part_name = f"model.{at}".rstrip(".")
+            text = f"give {part_name}.module, and run one process per GPU"
             raise TypeError(f"model must not be or contain an nn.{type(part).__name__}: {text}")
         if part is not model and supports(part, "make_frozen_copy"):
             raise TypeError(f"model must not contain a defence, got {where}: copy the defence itself")
@@ -174,10 +174,10 @@ def check_parts(model: nn.Module) -> None:
                 "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
                 "Lightning Fabric model.module, and for a part that torch.compile has made its _orig_mod"
             )
-    if any(is_frozen_copy(one) and one._followed._model is model for one in held_by(model)[1]):
+    if any(is_frozen_copy(item) and item._followed._model is model for item in held_by(model)[1]):
         raise TypeError("model must not contain a frozen copy of itself in an attribute, list or dict: keep it outside")
-    held = [(f"{at}.{n}".lstrip("."), one) for at, part in model.named_modules() for n, one in vars(part).items()]
-    for at, tensor in (*tensors_of(model), *((name, one) for name, one in held if isinstance(one, Tensor))):
+    held = [(f"{at}.{n}".lstrip("."), item) for at, part in model.named_modules() for n, item in vars(part).items()]
+    for at, tensor in (*tensors_of(model), *((name, item) for name, item in held if isinstance(item, Tensor))):
         if tensor.layout != torch.strided:
             raise TypeError(f"model must have dense tensors, got {tensor.layout} in {at}: call {at}.to_dense()")
 
@@ -191,9 +191,9 @@ def _uncounted(model: nn.Module, watch: Snapshot) -> str:
             return f"{type(part).__name__} ({name or 'the model'}) computes in train() or eval()"
     if hidden := hidden_modules(model):
         return f"{hidden[0][0]} is no registered part"
-    known = {id(one) for _, one in tensors_of(model)}
-    known |= {id(value) for part in model.modules() for value in vars(part).values()}
-    if any(isinstance(one, Tensor) and id(one) not in known for one in watch.held):
+    ids = {id(item) for _, item in tensors_of(model)}
+    ids |= {id(value) for part in model.modules() for value in vars(part).values()}
+    if any(isinstance(item, Tensor) and id(item) not in ids for item in watch.held):
         return "a tensor lies in a list, a dict or an object"
     return ""
 
@@ -201,7 +201,7 @@ def _uncounted(model: nn.Module, watch: Snapshot) -> str:
 def _layout(model: nn.Module) -> list[tuple[str, Any, int]]:
     """The names and shapes of a model's tensors, each with the number of its first place, and the classes of parts."""
     first = dict[int, int]()
-    tensors = [(name, one.shape, first.setdefault(id(one), len(first))) for name, one in tensors_of(model)]
+    tensors = [(name, item.shape, first.setdefault(id(item), len(first))) for name, item in tensors_of(model)]
     return [*tensors, *((name, type(part).__qualname__, 0) for name, part in model.named_modules())]
 
 
@@ -243,13 +243,13 @@ def frozen_copy(model: nn.Module, x: Tensor, *, dtype: Dtype = "auto", compile: 
 
     if not getattr(model, "noise_is_fresh", True) or getattr(model, "_noise_ids", None) is not None:
         raise ValueError("model must draw fresh noise: make its copy outside of fixed_noise, deterministic, noise_ids")
-    made, same = _compared(model, x, dtype, compile=compile)
+    copied, same = _compared(model, x, dtype, compile=compile)
     if not same:
         text = f"{type(model).__name__} and its plain copy give other logits for the same images and random numbers"
         warnings.warn(f"{text}, so the copy could not be compared with it", RuntimeWarning, stacklevel=2)
     # A race of cuDNN's algorithms takes a second for each batch size, and changes the last bits in the middle of a run.
-    made._followed.graphs = StepGraphs(cudnn_benchmark="off")  # type: ignore[union-attr]
-    return made
+    copied._followed.graphs = StepGraphs(cudnn_benchmark="off")  # type: ignore[union-attr]
+    return copied
 
 
 class Form(NamedTuple):
@@ -290,16 +290,16 @@ def _compared(
         for form, following in zip(forms, [*forms[1:], None], strict=True):
             try:
                 with _not_run(model):
-                    made = made_in(form, model, x, compile)
+                    copied = made_in(form, model, x, compile)
                     # The compiler would compile again after this block, because of its hook.
-                    with eager(made):
-                        got = _answers(made, x.float())
-                got = _answers(made, x.float()) if compile else got
+                    with eager(copied):
+                        got = _answers(copied, x.float())
+                got = _answers(copied, x.float()) if compile else got
                 if _agree(got, want, form.dtype) and _folds_rightly(model, x, form):
                     # A call may have filled caches or moved counters of the copy.
                     with same_draws(model):
-                        made.update()
-                    return made, True
+                        copied.update()
+                    return copied, True
                 reason = "it gives other logits or gradients than the model"
             except CallsTheModel:
                 raise
@@ -314,7 +314,7 @@ def _compared(
                 text = f"the frozen copy of {name} in {form.dtype} is not used: {reason}. It is made {simpler} instead"
                 cure = "" if form.dtype == torch.float32 else "; dtype=torch.float32 asks for float32 at once"
                 warnings.warn(text + cure, RuntimeWarning, stacklevel=4)
-    return made, False
+    return copied, False
 
 
 def made_in(form: Form, model: Any, x: Tensor, compile: bool = False) -> Any:
@@ -373,7 +373,7 @@ def _not_run(model: nn.Module) -> Iterator[None]:
     names = {id(part): name or "the model itself" for name, part in model.named_modules()}
     watch, thread = Watch(model), threading.get_ident()
 
-    def refuse(module: nn.Module, *given: Any) -> None:
+    def refuse(module: nn.Module, *args: Any) -> None:
         if id(module) in names and threading.get_ident() == thread:
             raise CallsTheModel(
                 f"model must not be called by its own copy, but the copy runs {names[id(module)]} "
@@ -476,13 +476,13 @@ class FrozenCopy(InferenceCopy):
             return False
         return True
 
-    def state_dict(self, *given: Any, **options: Any) -> Any:
+    def state_dict(self, *args: Any, **options: Any) -> Any:
         self.prepare_replay()
-        return super().state_dict(*given, **options)
+        return super().state_dict(*args, **options)
 
-    def _load_from_state_dict(self, *given: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         self._followed.refuse_state()
-        super()._load_from_state_dict(*given)
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> Any:
         self.prepare_replay()
@@ -543,7 +543,7 @@ def _answers(model: Any, x: Tensor) -> _Answers:
         weight = torch.linspace(-1, 1, logits.numel(), device=logits.device).sin_().view_as(logits)
         total = (logits * weight).sum()
         gradient = torch.autograd.grad(total, leaf, materialize_grads=True)[0] if total.requires_grad else 0 * leaf
-        return _Answers(*(one.detach().float() for one in (logits, gradient, purified, predicted)))
+        return _Answers(*(part.detach().float() for part in (logits, gradient, purified, predicted)))
 
 
 def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
@@ -551,13 +551,13 @@ def _agree(got: _Answers, want: _Answers, dtype: torch.dtype) -> bool:
     if got.logits.shape != logits.shape or not bool((got.purified - want.purified).abs().mean() <= BFLOAT16):
         return False
     strength = FLOAT32 if dtype == torch.float32 else BFLOAT16
-    for mine, theirs in ((got.logits, logits), (got.predicted, want.predicted)):
+    for own, theirs in ((got.logits, logits), (got.predicted, want.predicted)):
         if theirs.dim() == 2 and theirs.shape[1] > 1:
-            same = same_logits(mine, theirs) if dtype == torch.bfloat16 else not apart(mine, theirs, strength).any()
+            same = same_logits(own, theirs) if dtype == torch.bfloat16 else not apart(own, theirs, strength).any()
         else:
             # Classes may be masked by infinite logits.
             allowed = strength * float(theirs.nan_to_num(0.0, 0.0, 0.0).abs().max())
-            same = torch.allclose(mine, theirs, rtol=0.0, atol=allowed, equal_nan=True)
+            same = torch.allclose(own, theirs, rtol=0.0, atol=allowed, equal_nan=True)
         if not same:
             return False
     return same_direction(got.gradient, want.gradient, strength)
@@ -582,23 +582,23 @@ def same_logits(got: Tensor, want: Tensor) -> bool:
     return bool(((its_own - behind).abs() <= allowed).all())
 
 
-def same_answers(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
+def same_answers(model: nn.Module, other: nn.Module, x: Tensor) -> bool:
     """Return True if two models give the same logits and image gradients up to the rounding of bfloat16."""
-    with torch.inference_mode(False), torch.enable_grad(), images_only(one, other):
-        return _agree(_answers(one, x.clone()), _answers(other, x.clone()), torch.bfloat16)
+    with torch.inference_mode(False), torch.enable_grad(), images_only(model, other):
+        return _agree(_answers(model, x.clone()), _answers(other, x.clone()), torch.bfloat16)
 
 
 def copy_or_model(model: nn.Module, x: Tensor, dtype: Dtype, *, fine: bool = True) -> nn.Module:
     """Make a `frozen_copy` for attacks, or return the model itself, with a warning that says why it has no copy."""
     try:
-        made, same = _compared(model, x, dtype, fine=fine)
+        copied, same = _compared(model, x, dtype, fine=fine)
         reason = "it gives other logits than its plain copy"
     except Exception as error:
         # A user's module may raise any error when it is copied or called. The attack shows an error of the model.
-        made, same = model, False
+        copied, same = model, False
         reason = in_one_line(error)
     if same:
-        return made
+        return copied
     text = f"{type(model).__name__} is attacked itself, because it has no frozen copy: {reason}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
     return model
@@ -628,14 +628,14 @@ class AttackedCopy:
         """Return the copy, for images like ``x``, or the model itself. ``compile``: whether attacks compile steps."""
         if self.dtype == torch.float32 and not compile and matrix_weights(self.model) < FEWEST_WEIGHTS:
             return self.model
-        made = self._chosen(x)
+        copied = self._chosen(x)
         # The copy of a defence has its copied classifier.
-        inside = next((part for part in made.modules() if isinstance(part, InferenceCopy)), None)
+        inside = next((part for part in copied.modules() if isinstance(part, InferenceCopy)), None)
         if inside is not None and not compile:
             inside.steps = None
         elif inside is not None and inside.steps is None:
             inside.compile_steps(at_once=True)
-        return made
+        return copied
 
     def _chosen(self, x: Tensor) -> nn.Module:
         if self._made is not None and (self._made is self.model or self._made._followed.fits()):
@@ -649,6 +649,6 @@ class AttackedCopy:
         elif self.decision == "model":
             self._made = self.model
         else:
-            dtype = next(one for one in DTYPES if str(one) == self.decision[0])
+            dtype = next(kind for kind in DTYPES if str(kind) == self.decision[0])
             self._made = made_in(Form(dtype, self.decision[1]), self.model, x)
         return cast(nn.Module, self._made)

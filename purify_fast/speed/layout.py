@@ -81,10 +81,10 @@ def to_format(model: nn.Module, memory_format: torch.memory_format) -> None:
 def convert(layers: Sequence[nn.Module], **how: Any) -> None:
     """Convert the parameters of layers to another dtype or memory format, in place; shared ones stay shared."""
     new = dict[int, nn.Parameter]()
-    for old in {one: None for layer in layers for one in layer._parameters.values() if one is not None}:
+    for old in {weight: None for layer in layers for weight in layer._parameters.values() if weight is not None}:
         if old.dim() == 4 or "memory_format" not in how:
-            made = torch.empty_like(old, **how)
-            if (made.dtype, made.stride()) != (old.dtype, old.stride()):
-                new[id(old)] = nn.Parameter(made.copy_(old.detach()), old.requires_grad)
+            fresh = torch.empty_like(old, **how)
+            if (fresh.dtype, fresh.stride()) != (old.dtype, old.stride()):
+                new[id(old)] = nn.Parameter(fresh.copy_(old.detach()), old.requires_grad)
     for layer in layers:
-        layer._parameters |= {name: new.get(id(one), one) for name, one in layer._parameters.items()}
+        layer._parameters |= {name: new.get(id(weight), weight) for name, weight in layer._parameters.items()}

@@ -98,13 +98,13 @@ class BatchLimit:
         self.images: int | None = None
         self.most, self.device = most, device
 
-    def at_most(self, wanted: int) -> int:
-        """The smaller of ``wanted`` and the limit."""
-        return wanted if self.images is None else min(wanted, self.images)
+    def at_most(self, count: int) -> int:
+        """The smaller of ``count`` and the limit."""
+        return count if self.images is None else min(count, self.images)
 
-    def limit(self, wanted: int | None) -> int | None:
+    def limit(self, count: int | None) -> int | None:
         """The smaller of another limit and this limit; None means no limit."""
-        return self.images if wanted is None else self.at_most(wanted)
+        return self.images if count is None else self.at_most(count)
 
     def within(self, work: Callable[[], Result]) -> Result:
         """Call a function. If memory runs out, halve the number of images, down to 1, and call it again."""

@@ -22,7 +22,7 @@ class _Steps:
     counted = False
 
 
-def _stepped(*given: Any) -> None:
+def _stepped(*args: Any) -> None:
     _Steps.count += 1
 
 
@@ -43,14 +43,14 @@ class Watch:
         named = [(vars(part), name) for part in parts for name in vars(part)]
         self._named = [(held, name) for held, name in named if isinstance(held[name], Tensor)]
         #: The objects are kept alive, because a new object may get the id of one that is gone.
-        registered = [one for held in self._groups for one in held.values()]
+        registered = [item for held in self._groups for item in held.values()]
         self._objects = [*registered, *(held[name] for held, name in self._named)]
-        self._tensors = [one for one in self._objects if isinstance(one, Tensor)]
+        self._tensors = [item for item in self._objects if isinstance(item, Tensor)]
         # A tensor that was made in inference mode has no count.
-        self._counted = [one for one in self._tensors if not one.is_inference()]
+        self._counted = [item for item in self._tensors if not item.is_inference()]
         self.has_uncounted = len(self._counted) < len(self._tensors)
         #: The memory is kept alive too, because ``.data`` may be given other memory at the same address.
-        self._memory = [one.detach() for one in self._tensors]
+        self._memory = [item.detach() for item in self._tensors]
         self.note()
 
     def note(self) -> None:
@@ -64,7 +64,7 @@ class Watch:
     def swapped(self) -> bool:
         """Return True if a parameter is another one than at first, as in a call of ``torch.func.functional_call``."""
         at_first = set(map(id, self._tensors))
-        return any(id(one) not in at_first for root in self.roots for one in root.parameters())
+        return any(id(weight) not in at_first for root in self.roots for weight in root.parameters())
 
     def _now(self) -> list[int]:
         # Every call of a frozen copy runs this function, so its loops are those of C.
@@ -101,7 +101,7 @@ def matrix_weights(model: nn.Module) -> int:
     The attribute ``weight`` is not read, because a parametrized layer would compute it, and may count this or draw.
     """
     layers = [part for part in model.modules() if isinstance(part, (nn.modules.conv._ConvNd, nn.Linear))]
-    return sum(one.numel() for layer in layers for _, one in tensors_of(layer) if one.dim() > 1)
+    return sum(weight.numel() for layer in layers for _, weight in tensors_of(layer) if weight.dim() > 1)
 
 
 @torch.no_grad()

@@ -62,4 +62,4 @@ def seed_generators(loader: Any, seed: int, epoch: int) -> None:
                 seen.add(id(value))
                 seed = (seed + 1) % 2**32
         inside = [getattr(part, name, None) for name in INSIDE]
-        waiting += [one for each in inside for one in (each if isinstance(each, (list, tuple)) else [each])]
+        waiting += [item for held in inside for item in (held if isinstance(held, (list, tuple)) else [held])]

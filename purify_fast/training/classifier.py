@@ -183,8 +183,8 @@ def load_classifier(folder: str | Path) -> nn.Module:
     facts, state = read_model(folder)
     kind = facts["kind"]
     if kind not in _KINDS:
-        known = f"a classifier of a known kind: {', '.join(_KINDS)}"
-        raise ValueError(f"{folder} holds a {kind!r}{written_by(facts)}, not {known}")
+        needs = f"a classifier of a known kind: {', '.join(_KINDS)}"
+        raise ValueError(f"{folder} holds a {kind!r}{written_by(facts)}, not {needs}")
     with rebuilding(folder, facts):
         model = _KINDS[kind](**facts["arguments"])
         model.load_state_dict(state)

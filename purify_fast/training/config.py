@@ -69,8 +69,8 @@ class TrainingAttack:
             object.__setattr__(self, "norm", norm)
         check_types(self)
         if self.norm == "linf" and not self.eps <= 1:
-            wanted = "eps must be at most 1 for linf, in image units"
-            raise ValueError(f"{wanted}, got {self.eps}: is {self.eps:g}/255 meant?")
+            needs = "eps must be at most 1 for linf, in image units"
+            raise ValueError(f"{needs}, got {self.eps}: is {self.eps:g}/255 meant?")
         if (alpha := self.step_size(self.eps)) * self.steps < self.eps * (1 - 1e-6):
             raise ValueError(f"alpha must be at least eps / steps = {self.eps / self.steps:.4g}, got {alpha:.4g}")
         if self.start_std is not None and not self.random_start:
@@ -146,10 +146,10 @@ class TrainingAttack:
         return self.relative_alpha * eps / self.steps if self.alpha is None else self.alpha
 
 
-def check_unused(given: Any, default: Any, names: Sequence[str], needs: str) -> None:
+def check_unused(config: Any, default: Any, names: Sequence[str], needs: str) -> None:
     """Raise ValueError if a setting differs from its default, although it has no effect without ``needs``."""
     for name in names:
-        if (value := getattr(given, name)) != getattr(default, name):
+        if (value := getattr(config, name)) != getattr(default, name):
             raise ValueError(f"{name} needs {needs}, got {name}={value!r}")
 
 

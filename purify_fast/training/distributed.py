@@ -81,40 +81,40 @@ def synchronized_batchnorm(model: nn.Module) -> Iterator[None]:
     BatchNorm in training mode that remains over one process raises a ValueError.
     """
     changed = list[tuple[nn.Module, type, type]]()
-    for name, one in model.named_modules() if processes()[1] > 1 else ():
-        if isinstance(one, nn.modules.batchnorm._BatchNorm) and not isinstance(one, OVER_ALL):
-            kind: Any = type(one)
+    for name, part in model.named_modules() if processes()[1] > 1 else ():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(part, OVER_ALL):
+            kind: Any = type(part)
             # A training may put it into training mode later.
-            learns = one.training or any(weight.requires_grad for weight in one.parameters())
-            usual = one.affine and one.track_running_stats and one.momentum is not None
+            learns = part.training or any(weight.requires_grad for weight in part.parameters())
+            usual = part.affine and part.track_running_stats and part.momentum is not None
             other = synchronized(kind) if usual else None
-            if other is None and one.training:
+            if other is None and part.training:
                 text = f"the model's module {name} is a {kind.__name__}, a BatchNorm over one process"
                 raise ValueError(f"{text}, which cannot be converted: use torch.nn.SyncBatchNorm")
             if other is not None and learns:
-                changed.append((one, kind, other))
+                changed.append((part, kind, other))
     if changed:
         logger.info("%d BatchNorms take the statistics of all processes during the training", len(changed))
     try:
-        for one, _, other in changed:
-            one.__class__ = other
+        for part, _, other in changed:
+            part.__class__ = other
         yield
     finally:
-        for one, kind, _ in changed:
-            one.__class__ = kind
+        for part, kind, _ in changed:
+            part.__class__ = kind
 
 
 def exchanges(model: nn.Module) -> bool:
     """Return True if a forward pass of a model waits for the other processes."""
-    return processes()[1] > 1 and any(isinstance(one, OVER_ALL) and one.training for one in model.modules())
+    return processes()[1] > 1 and any(isinstance(part, OVER_ALL) and part.training for part in model.modules())
 
 
 @contextlib.contextmanager
 def torchrun_group() -> Iterator[None]:
     """Within the block, the process group of torchrun's environment exists."""
-    whole, rank, world = next(rendezvous("env://"))
+    shared, rank, world = next(rendezvous("env://"))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    store, port = _own_store(whole, rank, world)
+    store, port = _own_store(shared, rank, world)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience())
     with contextlib.ExitStack() as silence:
@@ -125,23 +125,23 @@ def torchrun_group() -> Iterator[None]:
         yield
     # This may last hours, while the first process evaluates. dist.barrier would give up after half an hour.
     if rank == 0:
-        whole.set(f"purify_fast done {port}", "yes")
+        shared.set(f"purify_fast done {port}", "yes")
     else:
-        whole.wait([f"purify_fast done {port}"], timedelta(days=7))
+        shared.wait([f"purify_fast done {port}"], timedelta(days=7))
     dist.destroy_process_group()
 
 
-def _own_store(whole: Store, rank: int, world: int) -> tuple[Store, int]:
+def _own_store(shared: Store, rank: int, world: int) -> tuple[Store, int]:
     """Return a store that the first process opens for this start, and its port."""
     # torchrun's store survives restarts, with the addresses of processes that are gone. Their ports refuse connections.
     host, key, until = os.environ["MASTER_ADDR"], "purify_fast port", time.monotonic() + patience().total_seconds()
     if rank == 0:
         own = TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=patience())
-        whole.set(key, str(own.port))
+        shared.set(key, str(own.port))
         return own, own.port
     while True:
-        whole.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.001)))
-        port = int(whole.get(key))
+        shared.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.001)))
+        port = int(shared.get(key))
         try:
             own = TCPStore(host, port, world, wait_for_workers=False, timeout=timedelta(seconds=2))
         except dist.DistError:

@@ -102,7 +102,7 @@ def fit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a purify_fast.training.Task, got {type(task).__name__}")
     folder = None if folder is None else Path(folder)
-    if not any(weight.requires_grad for one in task.optimizers.values() for weight in weights_of(one)):
+    if not any(weight.requires_grad for item in task.optimizers.values() for weight in weights_of(item)):
         raise ValueError("task must have a weight to train, but no weight of its optimizers needs a gradient")
     for optimizer in task.optimizers.values():
         check_groups(optimizer)
@@ -211,7 +211,7 @@ def train_step(task: Task, batch: Batch, accumulate: int = 1) -> Metrics:
     try:
         for name, measured in gradients(task, batch, accumulate):
             optimizer = task.optimizers[name]
-            average_([*(one.grad for one in weights_of(optimizer) if one.grad is not None), *measured.values()])
+            average_([*(p.grad for p in weights_of(optimizer) if p.grad is not None), *measured.values()])
             if task.max_gradient is not None:
                 torch.nn.utils.clip_grad_norm_(weights_of(optimizer), task.max_gradient)
             step_of(optimizer)
@@ -257,13 +257,13 @@ def gradients(task: Task, batch: Batch, accumulate: int = 1) -> Iterator[tuple[s
 
 def parts_of(batch: Batch, number: int) -> list[Batch]:
     """Return a batch in parts of nearly equal size, or alone if it is to have one part."""
-    found, first = list[Batch](), 0
-    split = (one.tensor_split(number) for one in (batch.x, batch.y, batch.sample_ids))
+    parts, first = list[Batch](), 0
+    split = (item.tensor_split(number) for item in (batch.x, batch.y, batch.sample_ids))
     for x, y, ids in zip(*split, strict=True):
         if len(x):
-            found.append(replace(batch, x=x, y=y, sample_ids=ids, first=first))
+            parts.append(replace(batch, x=x, y=y, sample_ids=ids, first=first))
             first += len(x)
-    return found
+    return parts
 
 
 @contextlib.contextmanager

@@ -22,10 +22,10 @@ def weights_of(optimizer: Optimizer) -> list[Tensor]:
 
 def within(optimizer: Optimizer) -> list[Optimizer]:
     """Return an optimizer and those that it holds in its attributes, from the outside to the inside."""
-    found = [optimizer]
-    for one in found:
-        found += [other for other in vars(one).values() if isinstance(other, Optimizer) and other not in found]
-    return found
+    held = [optimizer]
+    for outer in held:
+        held += [inner for inner in vars(outer).values() if isinstance(inner, Optimizer) and inner not in held]
+    return held
 
 
 def check_groups(optimizer: Optimizer) -> None:
@@ -33,10 +33,10 @@ def check_groups(optimizer: Optimizer) -> None:
 
     The learning rates that are written into the outer groups would not reach the weights.
     """
-    known = set(map(id, optimizer.param_groups))
-    for one in within(optimizer):
-        if not known.issuperset(map(id, one.param_groups)):
-            outer, inner = type(optimizer).__name__, type(one).__name__
+    groups = set(map(id, optimizer.param_groups))
+    for item in within(optimizer):
+        if not groups.issuperset(map(id, item.param_groups)):
+            outer, inner = type(optimizer).__name__, type(item).__name__
             raise ValueError(f"optimizer {outer} must share its param_groups with the {inner} that it holds")
 
 
@@ -86,27 +86,27 @@ def state_of(optimizer: Optimizer) -> Any:
     """Return the state of an optimizer, with those of the optimizers that it holds."""
     # PyTorch's own method leaves them out.
     leaves_out = type(optimizer).state_dict is Optimizer.state_dict
-    states = [one.state_dict() for one in (within(optimizer) if leaves_out else [optimizer])]
+    states = [item.state_dict() for item in (within(optimizer) if leaves_out else [optimizer])]
     return states if len(states) > 1 else states[0]
 
 
 def load_state(optimizer: Optimizer, state: Any) -> None:
     """Load a state of `state_of`. The groups stay the same objects, because optimizers around others share them."""
-    before = [(one, one.param_groups) for one in within(optimizer)]
-    for (one, _), own in zip(before, state if isinstance(state, list) else [state], strict=False):
-        one.load_state_dict(own)
-    for one, groups in before:
-        for group, loaded in zip(groups, one.param_groups, strict=True):
+    before = [(item, item.param_groups) for item in within(optimizer)]
+    for (item, _), own in zip(before, state if isinstance(state, list) else [state], strict=False):
+        item.load_state_dict(own)
+    for item, groups in before:
+        for group, loaded in zip(groups, item.param_groups, strict=True):
             group.update(loaded)
-        one.param_groups = groups
+        item.param_groups = groups
 
 
 def set_modes(optimizers: Iterable[Optimizer], training: bool) -> None:
     """Call ``train()`` or ``eval()`` of optimizers that have them, because the weights to predict with are others."""
     name = "train" if training else "eval"
-    for one in (inner for outer in optimizers for inner in within(outer)):
-        if supports(one, name):
-            getattr(one, name)()
+    for item in (inner for outer in optimizers for inner in within(outer)):
+        if supports(item, name):
+            getattr(item, name)()
 
 
 class Lookahead(Optimizer):
@@ -163,5 +163,5 @@ class Lookahead(Optimizer):
         """Restore a state that `state_dict` returned."""
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups, self.steps = self.inner.param_groups, state_dict["steps"]
-        for mine, saved in zip(self._slow, state_dict["slow"], strict=True):
-            mine.copy_(saved)
+        for slow, saved in zip(self._slow, state_dict["slow"], strict=True):
+            slow.copy_(saved)

@@ -165,7 +165,7 @@ class Run:
 
     def generators(self) -> list[Any]:
         """Return the random generators that the model or an object in it holds, and those of the task."""
-        held = [one for one in held_by(self.task.model)[1] if isinstance(one, GENERATORS)]
+        held = [item for item in held_by(self.task.model)[1] if isinstance(item, GENERATORS)]
         return [*held, *own_generators([self.task])]
 
     @property
@@ -233,9 +233,9 @@ class Run:
         """Describe what the network computes: a hash of its parts, and its answer for two fixed images of a shape."""
         # An address in memory is no part of the network.
         task, text = self.task, re.sub(r" at 0x[0-9a-f]+", "", repr(self.task.model))
-        known: dict[str, Any] = {"parts": text_hash(text).hexdigest(), "shape": shape, "answer": None}
+        facts: dict[str, Any] = {"parts": text_hash(text).hexdigest(), "shape": shape, "answer": None}
         if not shape:
-            return known
+            return facts
         images = torch.linspace(0, 1, 2 * math.prod(shape), device="cpu").view(2, *shape).to(self.source.device)
         try:
             answers, copied = [], with_copied_model(task)
@@ -245,9 +245,9 @@ class Run:
                     answers.append(copied.answer(images).float().flatten(1)[:, :64])
         except Exception:
             # A user's network may refuse these images, or have no answer. The training does not need it.
-            return known
+            return facts
         # A network that draws from elsewhere has no answer to compare.
-        return known if differ(*answers) else {**known, "answer": answers[0]}
+        return facts if differ(*answers) else {**facts, "answer": answers[0]}
 
     def _compare(self, before: dict[str, Any]) -> None:
         if processes()[0] > 0:
@@ -352,11 +352,11 @@ class Run:
         model.eval()
         # The graphs of the training may have left no memory for a validation.
         if graphs is None or world > 1:
-            found = self._measured()
+            measured = self._measured()
         else:
-            found = graphs.retry_without_graphs(self._measured, self.source.device)
+            measured = graphs.retry_without_graphs(self._measured, self.source.device)
         # The host waits for the device only here.
-        parts = [[(count, {name: float(value) for name, value in part.items()}) for count, part in found]] * world
+        parts = [[(count, {name: float(value) for name, value in part.items()}) for count, part in measured]] * world
         if world > 1:
             dist.all_gather_object(parts, parts[0])
         # All processes add the same numbers in the order of the batches: they must agree on the best.
@@ -372,14 +372,14 @@ class Run:
     def _measured(self) -> list[tuple[int, Metrics]]:
         """Return the number of images and the metrics of each batch of this process's held-out images."""
         assert self.held_out is not None
-        found = list[tuple[int, Metrics]]()
+        batches = list[tuple[int, Metrics]]()
         for raw in self.held_out.epoch(0, *processes()):
             # Every validation has the same draws and the attack of the last epoch.
             seed = step_seed(self.config.seed, 2**31)
             seed_draws(seed, self.own)
             measured = self.task.validate(self.batch(raw, self.total - 1, seed, augment=False))
-            found.append((len(raw[0]), measured))
-        return found
+            batches.append((len(raw[0]), measured))
+        return batches
 
     def _keep_best(self, means: dict[str, float]) -> None:
         """Keep the model's present weights if the means over the held-out images are the best so far."""
@@ -404,16 +404,16 @@ def with_copied_model(task: Task) -> Task:
     return other
 
 
-def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
     """Describe the differences between the facts of two runs, in a text that is empty if there are none."""
     # JSON turns a checkpoint's tuples into lists.
-    return "; ".join(_different(*(json.loads(json.dumps(facts)) for facts in (saved, wanted))))
+    return "; ".join(_different(*(json.loads(json.dumps(facts)) for facts in (saved, current))))
 
 
-def _different(saved: Any, wanted: Any, name: str = "") -> Iterator[str]:
+def _different(saved: Any, current: Any, name: str = "") -> Iterator[str]:
     """Yield the differences of two JSON values, such as ``defence.samples: 8, now 4``."""
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in sorted(saved.keys() | wanted.keys()):
-            yield from _different(saved.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    elif saved != wanted:
-        yield f"{name}: {saved!r}, now {wanted!r}"
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in sorted(saved.keys() | current.keys()):
+            yield from _different(saved.get(key), current.get(key), f"{name}.{key}" if name else key)
+    elif saved != current:
+        yield f"{name}: {saved!r}, now {current!r}"

@@ -66,13 +66,13 @@ def seed_draws(seed: int, own: Iterable[Any] = ()) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-    for number, one in enumerate(own, seed + 1):
-        if isinstance(one, torch.Generator):
-            one.manual_seed(number)
-        elif isinstance(one, np.random.Generator):
-            one.bit_generator.state = type(one.bit_generator)(number).state
+    for number, source in enumerate(own, seed + 1):
+        if isinstance(source, torch.Generator):
+            source.manual_seed(number)
+        elif isinstance(source, np.random.Generator):
+            source.bit_generator.state = type(source.bit_generator)(number).state
         else:
-            one.seed(number % 2**32)
+            source.seed(number % 2**32)
 
 
 class InMemory:
@@ -115,10 +115,10 @@ class InMemory:
 
 def _cut_off(steps: int, config: FitConfig) -> int:
     """Return the steps of an epoch; raise ValueError if ``steps_per_epoch`` is above ``steps``, the steps of a pass."""
-    wanted = steps if config.steps_per_epoch is None else config.steps_per_epoch
-    if wanted > steps:
-        raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {wanted}")
-    return wanted
+    count = steps if config.steps_per_epoch is None else config.steps_per_epoch
+    if count > steps:
+        raise ValueError(f"steps_per_epoch must be at most {steps}, the steps of a pass over the images, got {count}")
+    return count
 
 
 class Loader:
@@ -160,21 +160,21 @@ class Loader:
             iter(x)
         seed_generators(x, step_seed(self.seed, epoch * self.steps), epoch)
         seed_draws(step_seed(self.seed, epoch * self.steps))
-        given, seen = iter(x), 0
+        batches, seen = iter(x), 0
         for k in range(self.steps):
             seed_draws(step_seed(self.seed, epoch * self.steps + k))
-            if (batch := next(given, None)) is None:
+            if (batch := next(batches, None)) is None:
                 if not self.has_warned:
                     text = "x gave %d batches in place of %d in epoch %d: it begins again. Set steps_per_epoch to that"
                     logger.warning(text, k, self.steps, epoch)
                 self.has_warned = True
-                given = iter(x)
-                if (batch := next(given, None)) is None:
+                batches = iter(x)
+                if (batch := next(batches, None)) is None:
                     raise ValueError(f"x must give batches in every epoch, but gave none in epoch {epoch}")
             name = f"batch {k} of x"
             images, labels, indices = read_batch(batch, name)
-            known = isinstance(indices, (Tensor, np.ndarray)) and indices.shape == (len(images),)
-            ids = torch.as_tensor(indices).long() if known else torch.arange(seen, seen + len(images), device="cpu")
+            usable = isinstance(indices, (Tensor, np.ndarray)) and indices.shape == (len(images),)
+            ids = torch.as_tensor(indices).long() if usable else torch.arange(seen, seen + len(images), device="cpu")
             seen += len(images)
             _check(images, labels, f"the images of {name}", f"the labels of {name}", floats=True)
             if epoch == k == 0:
@@ -189,16 +189,16 @@ class Loader:
                 images = images.clamp(0, 1)
             yield images, labels, ids
 
-    def begins_with(self, wanted: str | None) -> bool:
-        """Return False if the first batch of a run is another one than that of the hash ``wanted``."""
-        found = list[str | None]()
+    def begins_with(self, first: str | None) -> bool:
+        """Return False if the first batch of a run has another hash than ``first``."""
+        firsts = list[str | None]()
         with same_draws():
-            while wanted is not None and len(found) < 2 and wanted not in found:
+            while first is not None and len(firsts) < 2 and first not in firsts:
                 next(self.epoch(0, 0))
-                found.append(self.first_batch)
-        self.first_batch = wanted
+                firsts.append(self.first_batch)
+        self.first_batch = first
         # A loader whose draws cannot be seeded never gives a batch twice, so it cannot be compared.
-        return wanted is None or wanted in found or found[0] != found[1]
+        return first is None or first in firsts or firsts[0] != firsts[1]
 
 
 Source: TypeAlias = InMemory | Loader

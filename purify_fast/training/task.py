@@ -191,13 +191,13 @@ class Task:
             return function
         # A copy of the task has methods of its own, so the functions of methods are compiled.
         own, bound = getattr(function, "__func__", function), getattr(function, "__self__", None)
-        known = vars(self).setdefault("_compiled", {})
-        if own not in known:
+        programs = vars(self).setdefault("_compiled", {})
+        if own not in programs:
             # Its import is slow.
             from ..speed.graphs.compiled_step import compiled
 
-            known[own] = compiled(own, dynamic=False)
-        return cast(Function, known[own] if bound is None else partial(known[own], bound))
+            programs[own] = compiled(own, dynamic=False)
+        return cast(Function, programs[own] if bound is None else partial(programs[own], bound))
 
     @property
     def result(self) -> nn.Module:
@@ -298,10 +298,10 @@ def frozen_parts(model: nn.Module) -> list[nn.Module]:
     part without any weights, such as a dropout, unless the module around it is in training mode.
     """
     frozen = dict[nn.Module, None]()
-    for whole in model.modules():
-        for part in whole.children():
+    for owner in model.modules():
+        for part in owner.children():
             weights = list(part.parameters())
-            if not any(weight.requires_grad for weight in weights) and (weights or whole.training):
+            if not any(weight.requires_grad for weight in weights) and (weights or owner.training):
                 frozen |= dict.fromkeys(inner for inner in part.modules() if not inner.training)
     return list(frozen)
 
@@ -332,21 +332,21 @@ def check_classifier(
             copied.train(training)
             images = torch.zeros((2, *shape), device=device)
             try:
-                known = count_classes(partial(copied, images), shape, 2)
+                count = count_classes(partial(copied, images), shape, 2)
             except ValueError as error:
                 raise ValueError(f"the model in training mode: {error}" if training else str(error)) from error
             if images._version > 0:
                 raise WritesToItsInput
         output = copied(images)
-    check_labels(classes, known)
+    check_labels(classes, count)
     if mistake := not_logits(output):
         logger.warning("the model %s. The loss of the training takes logits, so it will be wrong", mistake)
 
 
-def check_labels(classes: int, known: int) -> None:
-    """Raise ValueError if ``classes``, the largest label plus one, exceeds ``known``, the model's number of classes."""
-    if classes > known:
-        raise ValueError(f"y: the largest label is {classes - 1}, but the model has {known} classes, 0 to {known - 1}")
+def check_labels(classes: int, count: int) -> None:
+    """Raise ValueError if ``classes``, the largest label plus one, exceeds ``count``, the model's number of classes."""
+    if classes > count:
+        raise ValueError(f"y: the largest label is {classes - 1}, but the model has {count} classes, 0 to {count - 1}")
 
 
 # -- what the trainings of classifiers and of all methods share --------------------------------------------------------

@@ -208,10 +208,10 @@ def kept_folder(name: str, size: int, sha256: str) -> Path:
     kept = path.is_file()
     source = path if kept else address(name)
     data = path.read_bytes() if kept else downloaded(name, size, str(source), path)
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    got = hashlib.sha256(data).hexdigest()
+    if got != sha256:
         cure = ". Remove this file" if kept else ""
-        text = f"{source} is not the file of the zoo's model {name}: SHA-256 must be {sha256}, got {found}{cure}"
+        text = f"{source} is not the file of the zoo's model {name}: SHA-256 must be {sha256}, got {got}{cure}"
         raise ValueError(text)
     if not kept:
         with atomic(path) as temporary:

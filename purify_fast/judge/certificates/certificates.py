@@ -68,7 +68,7 @@ def boundary(threshold: float, alpha: float, most: int) -> tuple[int, ...]:
     return tuple(least)
 
 
-def answers(look: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray[np.int8]:
+def answers(counts: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray[np.int8]:
     """Compare the true probabilities of images with thresholds, int8 ``[N, thresholds]``.
 
     1 is above a threshold, -1 is not above it, and 0 is not known at this look. The first answers of an image are all
@@ -76,12 +76,12 @@ def answers(look: Numbers, thresholds: Sequence[float], alpha: float) -> NDArray
     threshold only at a look at which it is above all smaller ones, and so on.
 
     Args:
-        look: right draws and draws at the look for each threshold, ``[N, thresholds, 2]``. The draws are numbers of
+        counts: right draws and draws at the look for each threshold, ``[N, thresholds, 2]``. The draws are numbers of
             `looks`. With 0 draws there is no answer.
         thresholds: probabilities in (0, 1).
         alpha: the largest probability of a wrong answer of a kind, in (0, 1).
     """
-    right, draws = look[..., 0], look[..., 1]
+    right, draws = counts[..., 0], counts[..., 1]
     most, order = max(FIRST, int(draws.max(initial=0))), np.argsort(thresholds, kind="stable")
     at, ordered = np.array(looks(most)), [float(thresholds[place]) for place in order]
     above = np.maximum.accumulate([boundary(p, alpha, most) for p in ordered])
@@ -401,7 +401,7 @@ class Certificates:
     def to_latex(self, *others: Certificates, radii: Sequence[float] | None = None) -> str:
         """The lines of `summary` of these and of other certificates as a table in LaTeX, with the rules of booktabs."""
         shown = radii or sorted({*self.shown}.union(*(other.shown for other in others)))
-        return latex_table([each.summary(shown) for each in (self, *others)])
+        return latex_table([row.summary(shown) for row in (self, *others)])
 
     def to_text(self) -> str:
         """The report as text for a terminal."""
@@ -418,8 +418,8 @@ class Certificates:
         # Each certified image ends at its radius. Nothing is known beyond the largest of `radii`.
         ends = sorted(self.radius[self.certified(0.0)].tolist())
         farthest = max(self.radii) if self.radii else max(*self.shown, *ends, *self.refuted)
-        known = [0.0, *(end for end in ends if not self.radii or end < farthest)]
-        below = [(end, (len(ends) - at) / n) for at, end in enumerate(known)]
+        shown = [0.0, *(end for end in ends if not self.radii or end < farthest)]
+        below = [(end, (len(ends) - at) / n) for at, end in enumerate(shown)]
         draws = f"{self.draws.sum():,} draws, in the median {int(np.median(self.draws)):,} for an image"
         curves = {"above": above, "below": below, "farthest": farthest or self.sigma, "WORDS": WORDS}
         return {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown})), **curves}

@@ -198,7 +198,7 @@ class Counted:
         self.parts, self.drawn, self.seconds = 0, 0, 0.0
         # Another image with the same index has other counts. 60 bits fit into int64.
         self.marks = [int(digest(*pair)[:15], 16) for pair in zip(noisy.x, noisy.index, strict=True)]
-        self.known = {mark: dict.fromkeys((0, MOST), np.zeros(noisy.classes + 1, np.int64)) for mark in self.marks}
+        self.known = {name: dict.fromkeys((0, MOST), np.zeros(noisy.classes + 1, np.int64)) for name in self.marks}
 
     def after(self, places: NDArray[np.int64], last: int) -> Counts:
         """Count the classes of the images at some places after ``last`` draws, ``[n, classes + 1]``.
@@ -214,7 +214,7 @@ class Counted:
             size = min(max(1, PASSES * self.noisy.limit.most // (last - first)), -(-len(some) // self.shards.world))
             starts = range(0, len(some), size)[: self.shards.world]
             self._next_part([(tuple(some[start : start + size]), first, last) for start in starts])
-        return np.array([known[last] for known in counts.values()], np.int64).reshape(-1, self.noisy.classes + 1)
+        return np.array([totals[last] for totals in counts.values()], np.int64).reshape(-1, self.noisy.classes + 1)
 
     def _next_part(self, jobs: list[Job]) -> None:
         """Read the next part of the table, or make it of the jobs if it is not kept."""
@@ -225,7 +225,7 @@ class Counted:
             began, (_, first, last) = time.perf_counter(), jobs[0]
             marks = np.array([self.marks[place] for places, *_ in jobs for place in places])
             new = np.concatenate(self.shards.share(jobs, self.noisy.counts))  # type: ignore[arg-type]
-            total = new + [self.known[mark][first] for mark in marks.tolist()]
+            total = new + [self.known[name][first] for name in marks.tolist()]
             at, classes = total.nonzero()
             rows = np.stack([marks[at], np.full_like(at, last), classes, total[at, classes]], -1)
             seconds = time.perf_counter() - began
@@ -236,11 +236,11 @@ class Counted:
         self.parts += 1
         self.drawn, self.seconds = self.drawn + part["draws"], self.seconds + part["seconds"]
         totals = defaultdict[tuple[int, int], Counts](lambda: np.zeros(self.noisy.classes + 1, np.int64))
-        for mark, last, number, count in part["rows"].tolist():
-            totals[mark, last][number] = count
-        for (mark, last), total in totals.items():
+        for name, last, number, count in part["rows"].tolist():
+            totals[name, last][number] = count
+        for (name, last), total in totals.items():
             # A folder may have counts of other images. Counts that are known stay, whatever another batch rounded.
-            self.known.get(mark, {}).setdefault(last, total)
+            self.known.get(name, {}).setdefault(last, total)
 
 
 # -- certifies images by randomized smoothing (Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918) -----------------

@@ -70,8 +70,8 @@ class RowCache:
         """Let the rows of a frozen model be cached, named by its `fingerprint`; a warning says if they cannot be."""
         if self.folder is None:
             return
-        self._marks[id(model)] = model, (mark := fingerprint(model, x))
-        if mark is None:
+        self._marks[id(model)] = model, (answers := fingerprint(model, x))
+        if answers is None:
             why = "with the same seed, it answers the same images differently"
             logger.warning("out: the rows of %s are not kept, because %s", name, why)
 

@@ -317,14 +317,14 @@ class AutoPgdL1Step(AutoPgdStep):
 
     def __call__(self, state: State) -> State:
         new = self.look(state)
-        state, mark = state | new, state["mark"]
+        state, check = state | new, state["mark"]
         eps, changed = state["eps"], changed_share(state["top"], state["x"])
-        sparser = mark & (changed < FEWER * state["changed"])
+        sparser = check & (changed < FEWER * state["changed"])
         shorter = torch.where(sparser, eps, (state["step"] / SHRINK).maximum(eps / SHORTEST))
         adapted = {
-            "step": torch.where(mark, shorter, state["step"]),
-            "share": torch.where(mark, changed / SPARSER, state["share"]),
-            "changed": torch.where(mark, changed, state["changed"]),
+            "step": torch.where(check, shorter, state["step"]),
+            "share": torch.where(check, changed / SPARSER, state["share"]),
+            "changed": torch.where(check, changed, state["changed"]),
         }
         return new | adapted | {"next": self.move(state | adapted | from_top(state, sparser))}
 
@@ -349,8 +349,8 @@ class AutoPgdL1(AutoPgd):
     def begin_state(self) -> State:
         state = super().begin_state()
         share = changed_share(state["point"], state["x"]) / SPARSER
-        mark = torch.zeros_like(share, dtype=torch.bool)
-        return state | {"step": state["eps"], "share": share, "changed": share * SPARSER, "mark": mark}
+        check = torch.zeros_like(share, dtype=torch.bool)
+        return state | {"step": state["eps"], "share": share, "changed": share * SPARSER, "mark": check}
 
     def _turn(self, i: int) -> None:
         """Set the marks if the next step is a checkpoint and this step is none, or the other way round."""

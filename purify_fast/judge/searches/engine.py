@@ -191,7 +191,7 @@ class PaceMonitor:
 
     def due(self, step: int) -> bool:
         """Return True if `lost` has work at this step: to note distances, or to measure the pace."""
-        return any(self.last_step < mark <= step for check in self.checks for mark in (check // 2, check))
+        return any(self.last_step < point <= step for check in self.checks for point in (check // 2, check))
 
     def lost(self, step: int, missing: Tensor) -> Tensor | None:
         """Tell which rows are out of reach of their borders, bool ``[R]``; None if nothing is decided at this step."""

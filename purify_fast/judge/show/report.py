@@ -166,9 +166,9 @@ def check_adversarial(
     check_counts(batch_size=batch_size)
     adversarial = Adversarial.load(Path(folder))
     about = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))["about"]
-    wanted, got = about.get("judged"), getattr(model, "judged_as", None)
-    if wanted != got:
-        told = [f"judged {rule}" if rule else "judged as it is" for rule in (wanted, got)]
+    judged, got = about.get("judged"), getattr(model, "judged_as", None)
+    if judged != got:
+        told = [f"judged {rule}" if rule else "judged as it is" for rule in (judged, got)]
         raise ValueError(f"model must be {told[0]}, as in the report, got a model {told[1]}: see purify_fast.defences")
     images, labels = torch.from_numpy(adversarial.images), torch.from_numpy(adversarial.labels)
     seed = adversarial.about["seed"] + 1 if seed is None else seed

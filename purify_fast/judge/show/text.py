@@ -196,10 +196,10 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def fill(text: str, mark: str = "") -> str:
-    """Wrap a text to a terminal's width; ``mark`` stands before the first line, and the other lines are indented."""
-    indent = " " * len(mark)
-    return textwrap.fill(text, TERMINAL, initial_indent=mark, subsequent_indent=indent, break_on_hyphens=False)
+def fill(text: str, start: str = "") -> str:
+    """Wrap a text to a terminal's width; ``start`` stands before the first line, and the other lines are indented."""
+    indent = " " * len(start)
+    return textwrap.fill(text, TERMINAL, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -224,8 +224,8 @@ def findings_beside_headline(findings: Sequence[Finding]) -> list[Finding]:
 
 def without_probes(findings: Sequence[Finding]) -> bool:
     """Return True if there were no probes, so that the alarms that need probes did not run."""
-    asked = {finding.alarm for finding in findings}
-    return not any(alarm.name in asked for alarm in ALARMS if alarm.of_probes)
+    names = {finding.alarm for finding in findings}
+    return not any(alarm.name in names for alarm in ALARMS if alarm.of_probes)
 
 
 def not_asked(findings: Sequence[Finding]) -> list[str]:

@@ -54,8 +54,8 @@ STEPS: dict[str, Rule] = {
     "rshift": lambda a, b: a / 2**b,
     "lshift": lambda a, b: a * 2**b,
     "clamp": lambda a, *bounds: a,
-    "and": lambda *each: sum(value for value in each if follows(value)),
-    "or": lambda *each: sum(value for value in each if follows(value)),
+    "and": lambda *values: sum(value for value in values if follows(value)),
+    "or": lambda *values: sum(value for value in values if follows(value)),
 }
 #: All functions that saturate or are flat, including those that are flat only for some arguments (see `is_flat`).
 SOFTENED = SATURATING | FLAT | {"clamp", "hardtanh", "threshold"}
@@ -216,13 +216,13 @@ class Softening(HoldingMode):
             return first
         if name in ("numpy", "array") and _floating(first):
             return func(first.detach(), *args[1:], **kwargs)
-        known = any(map(self._known, args))
+        soft = any(map(self._known, args))
         if kwargs.get("inplace") and name in SOFTENED:
             name, kwargs = name + "_", {key: value for key, value in kwargs.items() if key != "inplace"}
         with contextlib.suppress(*UNKNOWN):
-            if name == "setitem" and known:
+            if name == "setitem" and soft:
                 return self._set(func, *args)
-            softened = SOFTENED | OF_COUNTERPARTS if known else SOFTENED
+            softened = SOFTENED | OF_COUNTERPARTS if soft else SOFTENED
             if name.endswith("_") and (name[:-1] in softened or goes_in_steps(name[:-1], first, **kwargs)):
                 # Computed out of place, and copied into the argument, which the model continues to use.
                 before = first.clone()

@@ -128,11 +128,11 @@ class TrainArrest(FollowsRecipe, OnClassifier):
 
     @classmethod
     def of_recipe(cls, name: str | None, official_code: bool, batch_size: int | None = None) -> Self:
-        made = super().of_recipe(name, official_code, batch_size)
+        options = super().of_recipe(name, official_code, batch_size)
         if name is not None or batch_size is None:
-            return made
-        rate = made.method.learning_rate * batch_size / made.loop.batch_size
-        return replace(made, method=replace(made.method, learning_rate=rate))
+            return options
+        rate = options.method.learning_rate * batch_size / options.loop.batch_size
+        return replace(options, method=replace(options.method, learning_rate=rate))
 
     def task(self, images: DataSet, classifier: Any) -> ArrestTask:
         from . import ArrestTask

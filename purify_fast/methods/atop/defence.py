@@ -78,8 +78,8 @@ class PurifierAdapter(nn.Module):
         shapes, want = [list(image.shape) for image in images], [2, channels, h, w]
         finite = all(image.is_floating_point() and image.isfinite().all() for image in images)
         if not shapes or any(shape != want for shape in shapes) or not finite:
-            wanted = f"a finite floating-point tensor {want}, or a tuple of such tensors"
-            raise ValueError(f"purifier must return {wanted}, got {shapes}")
+            needs = f"a finite floating-point tensor {want}, or a tuple of such tensors"
+            raise ValueError(f"purifier must return {needs}, got {shapes}")
 
     def _run(self, packed: Tensor) -> tuple[Tensor, ...]:
         channels = self.image_shape[0]
@@ -234,9 +234,9 @@ class Atop(Defence):
 
         With rt3, each is stitched from N passes.
         """
-        whole = stitch(images, owners) if self.num_passes is not None else images
+        joined = stitch(images, owners) if self.num_passes is not None else images
         # Equal to (whole + 1) / 2 in each bit, but in one launch.
-        return torch.add(self.gray, whole.unflatten(0, owners.shape[:2]), alpha=0.5)
+        return torch.add(self.gray, joined.unflatten(0, owners.shape[:2]), alpha=0.5)
 
     # -- speed, training and files ------------------------------------------------------------------------------------
 

@@ -128,10 +128,10 @@ class CarsoTask(PurifierTask[Carso]):
         self.optimizer = Lookahead(inner, config.lookahead_steps, config.lookahead_alpha)
 
     def computing(self) -> Carso:
-        made = super().computing()
+        copied = super().computing()
         # A step through the pipeline draws other samples than a prediction.
         piped = self.config.attack_target == "pipeline"
-        return with_samples(made, self.config.train_samples) if piped else made
+        return with_samples(copied, self.config.train_samples) if piped else copied
 
     def training_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Return the loss of a batch, and its metrics. A validation returns the loss per image."""

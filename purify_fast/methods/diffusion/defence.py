@@ -150,7 +150,7 @@ class DiffusionPurifier(Defence):
         rows = images.repeat_interleave(count, 0)
         names = ids.expand(len(x)).repeat_interleave(count), torch.arange(count, device=x.device).repeat(len(x))
         most = self.max_forward_batch or max(1, len(rows))
-        parts = zip(*(each.split(most) for each in (rows, *names)), strict=True)
+        parts = zip(*(tensor.split(most) for tensor in (rows, *names)), strict=True)
         purified = torch.cat([self._denoised(part, noisy, seed, key, draw) for part, key, draw in parts])
         return self._as_images(purified).unflatten(0, (len(x), count))
 
@@ -226,13 +226,13 @@ class DiffusionPurifier(Defence):
         if max(counts) == 1:
             return []
         short = tuple(-(-count // FEWER) for count in counts)
-        one = ("one step in place of its process", self.with_process(self._one_step(self.process.t_star)))
+        single = ("one step in place of its process", self.with_process(self._one_step(self.process.t_star)))
         skipping = self.with_process(self.process)
         skipping.followed = [min(end - j for end in ends if end > j) % FEWER == 1 for j in range(len(self.begins))]
         few = ("a process of fewer steps", self.with_process(replace(self.process, steps=short)))
         skips = (f"a process whose denoiser has a gradient at every step in {FEWER}", skipping)
         # `few` is left out if it has a single step, because it is then nearly the same as `one`, for every solver
-        return [few, skips, one] if max(short) > 1 else [skips, one]
+        return [few, skips, single] if max(short) > 1 else [skips, single]
 
     def strong_attacks(self, norm: str, eps: float) -> list[tuple[str, dict[str, Any]]]:
         """Return attacks for purifiers by diffusion, as pairs that the evaluation makes into an `AttackSpec`."""
@@ -271,8 +271,8 @@ class DiffusionPurifier(Defence):
             FileNotFoundError: the folder, the network or the scheduler is missing.
             ValueError: this package does not support the schedule or prediction.
         """
-        denoiser, image_shape, known = read_pretrained(folder)
-        return cls(denoiser, classifier, image_shape, {**known, **(process or {})}, **options)
+        denoiser, image_shape, facts = read_pretrained(folder)
+        return cls(denoiser, classifier, image_shape, {**facts, **(process or {})}, **options)
 
     save = save_defence
 

@@ -40,11 +40,11 @@ def described_denoiser(denoiser: nn.Module) -> dict[str, Any]:
     return description(denoiser, DENOISERS)
 
 
-def rebuilt_denoiser(facts: dict[str, Any], given: nn.Module | None, folder: object) -> nn.Module:
-    """Make the denoiser of a saved description. If ``given`` has it, return that; otherwise raise ValueError."""
-    if given is None and facts["kind"] == DIFFUSERS:
+def rebuilt_denoiser(facts: dict[str, Any], module: nn.Module | None, folder: object) -> nn.Module:
+    """Make the denoiser of a saved description. If ``module`` has it, return that; otherwise raise ValueError."""
+    if module is None and facts["kind"] == DIFFUSERS:
         return _diffusers_model().from_config(facts["arguments"])
-    return rebuilt(facts, given, DENOISERS, folder)
+    return rebuilt(facts, module, DENOISERS, folder)
 
 
 def save_denoiser(
@@ -78,16 +78,16 @@ def read_pretrained(folder: str | Path) -> tuple[nn.Module, tuple[int, int, int]
     # Two variances of diffusers are not supported. With "learned", the network predicts the variance itself. With
     # "fixed_large_log", diffusers takes the square root of a logarithm.
     variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned"}
-    found = []
-    for name, default, known in (
+    choices = []
+    for name, default, names in (
         ("beta_schedule", "linear", {"linear": "linear", "squaredcos_cap_v2": "cosine"}),
         ("prediction_type", "epsilon", {"epsilon": "noise", "sample": "x0", "v_prediction": "v"}),
         ("variance_type", "fixed_small", variances),
     ):
-        if (value := process.get(name, default)) not in known:
-            raise ValueError(f"{scheduler}: {name} must be one of {', '.join(known)}, got {value!r}")
-        found.append(known[value])
-    kind, prediction, variance = found
+        if (value := process.get(name, default)) not in names:
+            raise ValueError(f"{scheduler}: {name} must be one of {', '.join(names)}, got {value!r}")
+        choices.append(names[value])
+    kind, prediction, variance = choices
     if process.get("trained_betas") is not None or process.get("thresholding") or process.get("rescale_betas_zero_snr"):
         raise ValueError(f"{scheduler}: trained_betas, thresholding and rescale_betas_zero_snr are not supported")
     if (most := process.get("clip_sample_range", 1.0)) != 1 and process.get("clip_sample", True):
@@ -145,8 +145,8 @@ class Denoiser(nn.Module):
         """Return the module's prediction."""
         # The time is not converted to bfloat16, whose mantissa of eight bits cannot distinguish a thousand values.
         t = t.long() if self.whole_times else t.to(torch.promote_types(x.dtype, torch.float32))
-        given = self.module(x, t)
-        return given if isinstance(given, Tensor) else given.sample
+        output = self.module(x, t)
+        return output if isinstance(output, Tensor) else output.sample
 
     def convert_to_bfloat16(self) -> None:
         """Convert the weights of convolutions and linear layers to bfloat16, in place."""

@@ -29,7 +29,7 @@ class ProcessOptions:
 
     def changes(self) -> dict[str, Any]:
         """The fields of the process that --t-star, --denoising-steps and --solver set."""
-        times, steps = (given[0] if len(given) == 1 else given for given in (self.t_star, self.denoising_steps))
+        times, steps = (option[0] if len(option) == 1 else option for option in (self.t_star, self.denoising_steps))
         process = {"t_star": times, "steps": steps, "solver": self.solver}
         process = {name: value for name, value in process.items() if value not in ((), None)}
         return {"process": process} if process else {}

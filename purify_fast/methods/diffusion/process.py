@@ -275,8 +275,8 @@ class Process:
         t, s = times[:-1], times[1:]
         kept, kept_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)
         alpha, sigma, alpha_s = kept.sqrt(), (1 - kept).sqrt(), kept_s.sqrt()
-        zero, one = torch.zeros_like(t), torch.ones_like(t)
-        p, q = {"noise": (1 / alpha, -sigma / alpha), "x0": (zero, one), "v": (alpha, -sigma)}[self.prediction]
+        zero, unit = torch.zeros_like(t), torch.ones_like(t)
+        p, q = {"noise": (1 / alpha, -sigma / alpha), "x0": (zero, unit), "v": (alpha, -sigma)}[self.prediction]
         b, r = 1 - kept / kept_s, self.schedule.rate(t) * (t - s)
         small = b * (1 - kept_s) / (1 - kept)
         low = high = noise = zero
@@ -292,12 +292,12 @@ class Process:
             rest = (1 - kept_s - noise).clamp(min=0).sqrt()
             image, state = alpha_s - rest * alpha / sigma, rest / sigma
         elif self.solver == "one_shot":
-            image, state = one, zero
+            image, state = unit, zero
         else:
             share = 1.0 if self.solver == "vp_sde" else 0.5
             image, state = share * r * alpha / sigma.square(), 1 + r / 2 - share * r / sigma.square()
             noise = r if self.solver == "vp_sde" else noise
-        deviation = one.clone() if self.learns_variances else noise.sqrt()
+        deviation = unit.clone() if self.learns_variances else noise.sqrt()
         if self.solver == "ddpm" or self.denoise_last:
             deviation[-1] = 0
         columns = [p, q, torch.full_like(t, 1.0 if self.clip else inf), image, state, deviation, low, high]

@@ -36,8 +36,8 @@ def forget_choices() -> None:
 def in_words(op: Op, backend: Backend, sizes: Sizes) -> str:
     """Say which calls use a kernel of ``backend``, given their smallest sizes."""
     variants: dict[str, list[str]] = {}
-    for variant in sorted(op.smallest["cpu"], key=lambda one: sizes.get(one) is None):
+    for variant in sorted(op.smallest["cpu"], key=lambda name: sizes.get(name) is None):
         least = sizes.get(variant)
         kernel = f"{backend} from {least:,} elements" if least else backend
         variants.setdefault("reference" if least is None else kernel, []).append(variant or "others")
-    return "; ".join(f"{one} for {', '.join(own)}" if len(variants) > 1 else one for one, own in variants.items())
+    return "; ".join(f"{name} for {', '.join(own)}" if len(variants) > 1 else name for name, own in variants.items())

@@ -120,7 +120,7 @@ def to(arguments: tuple, device: torch.device) -> tuple:
 def double(arguments: tuple) -> tuple:
     """Return the arguments in float64. Settings that are dtypes become float64 too."""
     wider = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, arguments)
-    return tuple(torch.float64 if isinstance(one, torch.dtype) else one for one in wider)
+    return tuple(torch.float64 if isinstance(value, torch.dtype) else value for value in wider)
 
 
 def batch_dimension(tensor: Tensor) -> int | None:

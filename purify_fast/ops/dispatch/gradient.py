@@ -145,7 +145,7 @@ def define_backward(
             inputs = example.make(dtype, seed)
             outputs = tensors(op.reference(*inputs))
             changing = enumerate(outputs[: len(outputs) - constants])
-            grads = [torch.empty_like(one).copy_(normal(seed + 500 + i, *one.shape)) for i, one in changing]
+            grads = [torch.empty_like(tensor).copy_(normal(seed + 500 + i, *tensor.shape)) for i, tensor in changing]
             return *grads, *saved(inputs, outputs)
 
         return replace(example, make=make, **properties_of(example.setting, changes or {}))

@@ -96,8 +96,8 @@ def _stored(device: torch.device) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = content["ops"].values()
         sizes = [size for entry in entries if "tuned" in entry for size in entry["tuned"]["smallest"].values()]
-        whole = all(entry["sources"] for entry in entries) and all(size is None or size >= 0 for size in sizes)
-        if content["machine"] == machine(device) and whole:
+        valid = all(entry["sources"] for entry in entries) and all(size is None or size >= 0 for size in sizes)
+        if content["machine"] == machine(device) and valid:
             return dict(content)
     except (FileNotFoundError, NotADirectoryError):
         pass

@@ -30,8 +30,8 @@ def _checked(names: str | None) -> tuple[Backend, ...]:
     chosen = tuple(dict.fromkeys(name.strip() for name in str(names).split(","))) if names is not None else ()
     for name in chosen:
         if name not in BACKENDS:
-            known = ", ".join(BACKENDS)
-            raise ValueError(f"backend must be one of {known} (in use_backend or PURIFY_FAST_BACKEND), got {name!r}")
+            backends = ", ".join(BACKENDS)
+            raise ValueError(f"backend must be one of {backends} (in use_backend or PURIFY_FAST_BACKEND), got {name!r}")
     return cast("tuple[Backend, ...]", chosen)
 
 
@@ -227,8 +227,8 @@ def _narrow(kernel: Callable, plain: Callable) -> Callable:
     def launch(*args):
         # Every eager call of a kernel runs this loop, so it must be fast. Numbers have no dtype.
         for arg in args:
-            for one in arg if type(arg) is list else (arg,):
-                if getattr(one, "dtype", None) is torch.float64:
+            for item in arg if type(arg) is list else (arg,):
+                if getattr(item, "dtype", None) is torch.float64:
                     return plain(*args)
         return kernel(*args)
 

@@ -34,9 +34,9 @@ Speedups = dict[tuple[str, str], dict[int, float]]
 
 def largest_examples(op: Op, dtype: torch.dtype, device: torch.device) -> dict[tuple[str, int], Example]:
     """Return for each variant and size the example of an op with the most elements that is not larger."""
-    sizes = {one.name: op.size(*one.make(dtype, 0)) for one in op.examples if dtype in one.dtypes}
+    sizes = {item.name: op.size(*item.make(dtype, 0)) for item in op.examples if dtype in item.dtypes}
     chosen: dict[tuple[str, int], Example] = {}
-    for example in sorted((one for one in op.examples if one.name in sizes), key=lambda one: sizes[one.name]):
+    for example in sorted((item for item in op.examples if item.name in sizes), key=lambda item: sizes[item.name]):
         chosen |= {(example.variant, size): example for size in SIZES[device.type] if size >= sizes[example.name]}
     return chosen
 
@@ -81,12 +81,12 @@ def time_kernels(
 
 def with_kernel(device: torch.device, names: Iterable[str] = ()) -> list[Op]:
     """Return the ops that have a kernel for a device: the named ops, or all of them."""
-    known = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
+    ops = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
     for name in names:
-        if name not in known:
-            there = ", ".join(known) or "none"
+        if name not in ops:
+            there = ", ".join(ops) or "none"
             raise ValueError(f"ops must name ops with a kernel for {device.type}, got {name!r}: allowed are {there}")
-    return [known[name] for name in tuple(names) or known]
+    return [ops[name] for name in tuple(names) or ops]
 
 
 def smallest_size(speedup: dict[int, float]) -> int | None:

@@ -72,8 +72,8 @@ def cases(op: Definition, device: torch.device) -> list[tuple[Example, torch.dty
     # A GPU's kernel is compiled for every dtype and setting, which takes a third of a second each. So the examples and
     # dtypes of `Example.gpu` represent the whole op there.
     if device.type == "cpu":
-        return [(example, one) for example in op.examples for one in example.dtypes]
-    return [(one, DTYPES[letter]) for one in op.examples for letter in one.gpu if DTYPES[letter] in one.dtypes]
+        return [(example, item) for example in op.examples for item in example.dtypes]
+    return [(item, DTYPES[letter]) for item in op.examples for letter in item.gpu if DTYPES[letter] in item.dtypes]
 
 
 def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, case: str) -> Verdict:
@@ -95,7 +95,7 @@ def deviation(actual: Tensor, golden: Tensor, same: Tensor, example: Example, ca
     if example.exact or not (floating or example.jumps):
         return Verdict(float((actual - same).abs().max()), 0.0, case)
     if example.jumps:
-        error, allowed, size = (float(one.square().mean().sqrt()) for one in (actual - golden, same - golden, golden))
+        error, allowed, size = (float(part.square().mean().sqrt()) for part in (actual - golden, same - golden, golden))
         return Verdict(error, 2 * allowed + JUMPS * size, case)
     size = float(golden.abs().max())
     error, allowed = float((actual - golden).abs().max()), 2 * float((same - golden).abs().max())
@@ -111,15 +111,15 @@ def compare(op: Definition, device: torch.device, chosen: list[tuple[Example, to
             # in parallel, which takes seconds.
             print(f"purify_fast verifies the kernel of {op.name}, once on this machine", file=sys.stderr)
             ahead = importlib.import_module("purify_fast.kernels._ahead")
-            ahead.compile_together(lambda: [op.handle(*to(one.make(dtype, 0), device)) for one, dtype in chosen])
+            ahead.compile_together(lambda: [op.handle(*to(item.make(dtype, 0), device)) for item, dtype in chosen])
         for example, dtype in chosen:
             arguments = example.make(dtype, 0)
             outputs = tensors(op.handle(*to(arguments, device)))
-            same, golden = (tensors(op.reference(*given)) for given in (arguments, double(arguments)))
+            same, golden = (tensors(op.reference(*args)) for args in (arguments, double(arguments)))
             for index, (actual, exact, rounded) in enumerate(zip(outputs, golden, same, strict=True)):
                 case = f"{example.name}, {str(dtype).removeprefix('torch.')}, output {index}"
                 deviations.append(deviation(actual.cpu(), exact, rounded, example, case))
-    return max(deviations, key=lambda one: one.share)
+    return max(deviations, key=lambda item: item.share)
 
 
 def _verify(op: Definition, device: torch.device) -> Verdict:

@@ -63,9 +63,9 @@ def scales_of(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Tensor, Tensor]]:
     ones, zeros = torch.ones_like(most), torch.zeros_like(most)
 
     def numbers(modules: Sequence[Any], name: str, missing: Tensor = zeros) -> list[Tensor]:
-        found = zip((getattr(module, name) for module in modules), norms, strict=True)
-        each = [missing[: norm.num_features] if one is None else one for one, norm in found]
-        return [one.to(torch.promote_types(one.dtype, torch.float32)) for one in each]
+        values = zip((getattr(module, name) for module in modules), norms, strict=True)
+        present = [missing[: norm.num_features] if value is None else value for value, norm in values]
+        return [value.to(torch.promote_types(value.dtype, torch.float32)) for value in present]
 
     scales = list(torch._foreach_add(numbers(norms, "running_var"), [float(norm.eps) for norm in norms]))
     torch._foreach_rsqrt_(scales)

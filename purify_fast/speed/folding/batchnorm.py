@@ -59,8 +59,8 @@ def foldable_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], str]:
         alone = graph is not None or places[id(layer)] == places[id(norm)] == 1
         return alone and all(owners[id(p)] == 1 for p in own) and foldable(layer, norm)
 
-    found = _in_sequentials(model) if graph is None else _in_graph(graph)
-    pairs = [pair for pair in found if not pair[0].startswith(closed) and fits(*map(model.get_submodule, pair))]
+    candidates = _in_sequentials(model) if graph is None else _in_graph(graph)
+    pairs = [pair for pair in candidates if not pair[0].startswith(closed) and fits(*map(model.get_submodule, pair))]
     if pairs:
         return pairs, ""
     odd = {type(norm).__name__ for norm in norms if not is_norm(norm)}
@@ -100,26 +100,26 @@ class Values:
     ):
         self.watch, self.own = watch, Snapshot(*(network for network, _, _ in copies))
         # A tensor may have several names, so the sources are found by the tensors.
-        found = dict[int, tuple[Tensor, Any]]()
+        sources_of = dict[int, tuple[Tensor, Any]]()
         self._folded, self._folds = list[tuple[Any, Any]](), list[tuple[Tensor, Tensor, Tensor]]()
         for network, model, pairs in copies:
             targets, sources = dict(tensors_of(network)), dict(tensors_of(model))
-            found |= {id(target): (target, sources.get(name)) for name, target in targets.items()}
+            sources_of |= {id(target): (target, sources.get(name)) for name, target in targets.items()}
             self._folded += [(model.get_submodule(layer), model.get_submodule(norm)) for layer, norm in pairs]
             for name, _ in pairs:
                 self._folds.append((targets[f"{name}.weight"], sources[f"{name}.weight"], targets[f"{name}.bias"]))
-        found |= {id(target): (target, source) for target, source in more}
-        self._targets = [target for target, _ in found.values()]
+        sources_of |= {id(target): (target, source) for target, source in more}
+        self._targets = [target for target, _ in sources_of.values()]
         for weight, _, bias in self._folds:
-            del found[id(weight)], found[id(bias)]
-        self._computed = [(target, source) for target, source in found.values() if callable(source)]
-        self._pairs = [(target, source) for target, source in found.values() if not callable(source)]
-        known = [*self._pairs, *((weight, source) for weight, source, _ in self._folds)]
+            del sources_of[id(weight)], sources_of[id(bias)]
+        self._computed = [(target, source) for target, source in sources_of.values() if callable(source)]
+        self._pairs = [(target, source) for target, source in sources_of.values() if not callable(source)]
+        written = [*self._pairs, *((weight, source) for weight, source, _ in self._folds)]
         # A value that is not rounded at once would have other bits than in a new copy. PyTorch refuses to write into a
         # tensor whose elements share memory, such as an expanded buffer.
         self.possible = only_registered(*(model for _, model, _ in copies)) and all(
             source is not None and source.dtype in (torch.float32, target.dtype) and 0 not in target.stride()
-            for target, source in known
+            for target, source in written
         )
 
     def fit(self, watch: Snapshot) -> bool:
@@ -170,8 +170,8 @@ class _Tracer(fx.Tracer):
         self.thread = threading.get_ident()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        mine = threading.get_ident() == self.thread
-        return super().getattr(attr, attr_val, parameter_proxy_cache) if mine else attr_val
+        own = threading.get_ident() == self.thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_norm(m) or super().is_leaf_module(m, module_qualified_name)

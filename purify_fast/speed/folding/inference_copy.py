@@ -33,9 +33,9 @@ class _InFloat32(nn.Module):
         kind = input.device.type
         # The weights are in float32, or in float64 in a copy of the model that is compared with it.
         own: torch.dtype = self.weight.dtype  # type: ignore[assignment]
-        wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
         with without_autocast(input.device):
-            return super().forward(input.to(own)).to(wanted)
+            return super().forward(input.to(own)).to(dtype)
 
 
 class _ConvolvesImages(_InFloat32, nn.Conv2d):
@@ -115,12 +115,12 @@ class _SequenceFirst(nn.MultiheadAttention):
     With frozen weights, PyTorch would multiply each image of the transposed tokens on its own, which is slower.
     """
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *given: Any, **options: Any) -> Any:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
         if query.dim() != 3:
-            return super().forward(query, key, value, *given, **options)
+            return super().forward(query, key, value, *args, **options)
         tokens = query.transpose(0, 1).contiguous()
         others = (tokens, tokens) if query is key is value else (key.transpose(0, 1), value.transpose(0, 1))
-        out, weights = super().forward(tokens, *others, *given, **options)
+        out, weights = super().forward(tokens, *others, *args, **options)
         return out.transpose(0, 1), weights
 
 
@@ -175,7 +175,7 @@ def prepare_for_inference(
     pairs, unfolded = ([], "") if plain else foldable_pairs(model)
     fold_pairs(model, pairs)
     if channels_last is None:
-        transposed = any(isinstance(one, TRANSPOSED) for one in model.modules())
+        transposed = any(isinstance(layer, TRANSPOSED) for layer in model.modules())
         slower = matrix_weights(model) < TINY or (dtype == torch.float32 and transposed)
         with same_draws(model):
             # The trial runs another copy, because a call may fill caches or move counters.
@@ -189,7 +189,7 @@ def prepare_for_inference(
             _normalize_at_once(model)
     in_float32 = _see_images_in_float32(model, image_shape) if fine else []
     products = (nn.modules.conv._ConvNd, nn.Linear)
-    convert([one for one in model.modules() if isinstance(one, products) and one not in in_float32], dtype=dtype)
+    convert([m for m in model.modules() if isinstance(m, products) and m not in in_float32], dtype=dtype)
     return Prepared(pairs, unfolded, channels_last)
 
 
@@ -311,14 +311,14 @@ class InferenceCopy(nn.Module):
             self._values.write(graphs)
 
     def _make(self, classifier: nn.Module, watch: Snapshot) -> None:
-        made = freeze(without_recorders(deep_copy(classifier)))
-        set_modes(made, self._kept)
+        copied = freeze(without_recorders(deep_copy(classifier)))
+        set_modes(copied, self._kept)
         how: dict[str, Any] = {} if self.prepared is None else {"channels_last": self.prepared.channels_last}
-        self.prepared = prepare_for_inference(made, self.image_shape, self.dtype, self.fine, self.plain, **how)
-        self.classifier = made
+        self.prepared = prepare_for_inference(copied, self.image_shape, self.dtype, self.fine, self.plain, **how)
+        self.classifier = copied
         if self.compiled:
             from ..graphs.compiled_step import compile_calls
 
-            compile_calls(made)
+            compile_calls(copied)
         more = computed_values(self.classifier, classifier)
         self._values = Values(watch, [(self.classifier, classifier, self.prepared.pairs)], more)

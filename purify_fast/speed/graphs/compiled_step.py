@@ -48,15 +48,15 @@ def compiled(function: Any, **options: Any) -> Any:
         code, closure = function.__code__.replace(), function.__closure__
         own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
         own.__kwdefaults__ = function.__kwdefaults__
-    made: Any = torch.compile(own, **{"backend": BACKEND, **options})
+    program: Any = torch.compile(own, **{"backend": BACKEND, **options})
 
-    def call(*given: Any, **more: Any) -> Any:
+    def call(*args: Any, **more: Any) -> Any:
         if any(getattr(modules, name) for name in _EVERY_MODULE):
-            return function(*given, **more)
+            return function(*args, **more)
         # By default, code for a model without its hooks would serve it, and a backward pass would be in the autocast of
         # the call, also for parts that switch it off.
         with config.patch(skip_nnmodule_hook_guards=False), of_autograd.patch(backward_pass_autocast="off"):
-            return made(*given, **more)
+            return program(*args, **more)
 
     return call
 
@@ -98,8 +98,8 @@ class CompiledSteps:
         return function if self.refusal else partial(self._run, function)
 
     def _run(self, function: StepFunction, state: State) -> State:
-        found = None if self.refusal else self._try(partial(self._call, function, state), function)
-        return function(state) if found is None else found
+        result = None if self.refusal else self._try(partial(self._call, function, state), function)
+        return function(state) if result is None else result
 
     def _try(self, work: Callable[[], Any], function: StepFunction) -> Any:
         """Do some work with a compiled step. If this fails, steps are not compiled any more."""
@@ -130,8 +130,8 @@ class CompiledSteps:
             # The step is compiled as a whole, without the compiled calls of its parts.
             stack.enter_context(eager(function.model))
             with torch.no_grad(), in_one_graph():
-                found: State = self._take(function, _without_aliases(state))
-        return {name: value.clone() for name, value in found.items()}
+                result: State = self._take(function, _without_aliases(state))
+        return {name: value.clone() for name, value in result.items()}
 
     def _check(self, function: StepFunction, state: State) -> None:
         """Compare a compiled step with the step as written: it must be about as near to the step in float32."""
@@ -143,11 +143,11 @@ class CompiledSteps:
             raise _OtherResult("the step draws random numbers on the host, which every compiled step would repeat")
         exact = _in_float32(function)
         with same_draws(device=device):
-            wanted = exact(state)
+            ideal = exact(state)
         with same_draws(device=device):
             got = self._call(function, state)
         for name, value in written.items():
-            if value.is_floating_point() and not nearly_as_exact(got[name], value, wanted[name], state[name]):
+            if value.is_floating_point() and not nearly_as_exact(got[name], value, ideal[name], state[name]):
                 raise _OtherResult(f"it gives another result ({name})")
 
 

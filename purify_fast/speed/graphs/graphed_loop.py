@@ -81,19 +81,19 @@ class GraphedSteps(Steps):
 
     def _ask(self) -> None:
         """Use the graph of the step, if there is one or if the step can be captured now, or else set `launched`."""
-        found = self.find(self.function, self._first)
-        if not isinstance(found, Captured):
-            self.launched = found
+        graph = self.find(self.function, self._first)
+        if not isinstance(graph, Captured):
+            self.launched = graph
             return
-        holder = None if found.loop is None else found.loop()
+        holder = None if graph.loop is None else graph.loop()
         if holder is not None:
             # This loop takes the buffers of an earlier loop. If the earlier loop continues, it continues eagerly with a
             # copy of its state.
             holder.state, holder.captured = holder.values(), None
-        before, self.state = self.state, found.buffers
-        self.captured, self.launched = found, None
-        self.counters = list(zip(parts_of(self.function.model, CountsImages), found.counts, strict=True))
-        found.loop = weakref.ref(self)
+        before, self.state = self.state, graph.buffers
+        self.captured, self.launched = graph, None
+        self.counters = list(zip(parts_of(self.function.model, CountsImages), graph.counts, strict=True))
+        graph.loop = weakref.ref(self)
         self.put(**before)
 
 
@@ -382,7 +382,7 @@ class StepGraphs:
 
         Without a graph, return the count of the launches, or None if they need not be counted.
         """
-        for key in [key for key, one in self._captured.items() if one.model() is None]:
+        for key in [key for key, item in self._captured.items() if item.model() is None]:
             del self._captured[key]
         model = function.model
         if not isinstance(model, nn.Module):
@@ -401,7 +401,7 @@ class StepGraphs:
             key = weak_key((base, values))
         except TypeError as error:
             return self.refuse(f"{_name(model)}: {error}", base)
-        if any(isinstance(one, torch.Generator) for one in objects):
+        if any(isinstance(item, torch.Generator) for item in objects):
             return self.refuse(f"{_name(model)} has its own torch.Generator, which a graph would not advance", base)
         if key in self._captured:
             return remember(self._captured, key, self._captured[key], MOST_GRAPHS)
@@ -473,7 +473,7 @@ class StepGraphs:
                     function(buffers)
                 first = [counter.counted() for counter in counters]
                 with self.capture.aside(device), same_draws(device=device):
-                    results, given = run_trial(lambda: function(buffers), device)
+                    results, held = run_trial(lambda: function(buffers), device)
                 for name, value in results.items():
                     if _kind(value) != _kind(buffers[name]):
                         raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
@@ -482,13 +482,13 @@ class StepGraphs:
                 # may be a buffer itself, which the replay overwrites.
                 with same_draws(device=device):
                     with self.capture.aside(device):
-                        wanted = {name: value.clone() for name, value in function(buffers).items()}
+                        expected = {name: value.clone() for name, value in function(buffers).items()}
                     # Only replays of the graph write to the buffers. Each loop first copies its state to the buffers.
                     replay = self.capture.record(lambda: write(function(buffers), buffers), device)
                 write(state, buffers)
                 replay()
-                for name, one in wanted.items():
-                    if one.is_floating_point() and not nearly_as_exact(buffers[name], one, one, state[name]):
+                for name, tensor in expected.items():
+                    if tensor.is_floating_point() and not nearly_as_exact(buffers[name], tensor, tensor, state[name]):
                         raise RuntimeError("a replay gives another result than the step")
         except Exception as error:
             # A user's model may raise any error. The attack then runs without a graph.
@@ -500,7 +500,7 @@ class StepGraphs:
         self.captures += 1
         seconds, megabytes, name = time.perf_counter() - begin, reserved(device) - size >> 20, _name(function.model)
         logger.info("an attack step of %s is captured as a CUDA graph, in %.1f s and %d MB", name, seconds, megabytes)
-        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *given])
+        return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *held])
 
 
 # -- trials of a step, and the comparison of a replay with the step ----------------------------------------------------

@@ -94,13 +94,13 @@ def compiler_of(function: StepFunction, state: State) -> Any:
     # Inside a larger graph of torch.compile, there is nothing to compile here.
     if not isinstance(model, nn.Module) or _eager.get() or torch.compiler.is_compiling():
         return None
-    found = None
+    steps = None
     for part in model.modules():
         if supports(part, CountsImages):
             return None
-        if found is None and supports(part, "compiled_steps"):
-            found = cast(Any, part).compiled_steps()
-    return found if found is not None and function.may_be_compiled(state) else None
+        if steps is None and supports(part, "compiled_steps"):
+            steps = cast(Any, part).compiled_steps()
+    return steps if steps is not None and function.may_be_compiled(state) else None
 
 
 def begin_steps(graphs: Any, function: StepFunction, state: State) -> Steps:
