@@ -201,8 +201,7 @@ class AutoAttack:
             ValueError: images, labels, names, the radius or counts are not allowed, or ``state_path`` is a file.
         """
         check_folder("state_path", state_path)
-        size = batch_size or bs
-        return self._run(x_orig, y_orig, self.attacks_to_run, size, labels=return_labels, out=state_path)
+        return self._run(x_orig, y_orig, self.attacks_to_run, batch_size or bs, labels=return_labels, out=state_path)
 
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False, batch_size: int | None = None

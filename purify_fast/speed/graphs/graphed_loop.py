@@ -459,6 +459,10 @@ class StepGraphs:
         """The number of captures so far (``captured``), and the reasons for refusals, if any (``not_captured``)."""
         return {"captured": self.captures, **({"not_captured": list(self.refusals)} if self.refusals else {})}
 
+    def log(self, what: str, seconds: float, size: int) -> None:
+        """Log a capture, with its time in seconds and its memory in bytes. The GPU check puts its own in its place."""
+        logger.info("%s is captured as a CUDA graph, in %.1f s and %d MB", what, seconds, size >> 20)
+
     def _make(self, function: StepFunction, state: State, base: Hashable, objects: list[Any]) -> Captured | None:
         """Capture a step, which depends on ``objects``. If this fails, record the reason, and return None."""
         device = next(iter(state.values())).device
@@ -498,8 +502,7 @@ class StepGraphs:
             for counter, start in zip(counters, before, strict=True):
                 counter.count(start - counter.counted())
         self.captures += 1
-        seconds, megabytes, name = time.perf_counter() - begin, reserved(device) - size >> 20, _name(function.model)
-        logger.info("an attack step of %s is captured as a CUDA graph, in %.1f s and %d MB", name, seconds, megabytes)
+        self.log(f"an attack step of {_name(function.model)}", time.perf_counter() - begin, reserved(device) - size)
         return Captured(weakref.ref(function.model), buffers, replay, counts, objects=[*objects, *held])
 
 
