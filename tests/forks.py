@@ -1,13 +1,12 @@
 """Processes that test something together: forks of this one, which begin at once, since none imports PyTorch again."""
 
-import contextlib
 import os
 import pickle
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +16,8 @@ import torch.distributed as dist
 
 #: Seconds after which a process that has not ended hangs.
 LONGEST = 600.0
-#: Where the processes meet: in a file, in the first process, with which the store ends, as torchrun's do, or nowhere.
-Store = Literal["file", "first", "torchrun"] | None
+#: Where the processes meet: in a file, as torchrun's do, or nowhere.
+Store = Literal["file", "torchrun"] | None
 
 
 class Ended(NamedTuple):
@@ -73,9 +72,8 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@contextlib.contextmanager
-def processes(folder: Path, world: int, work: Callable[[], Any], store: Store = "file") -> Iterator[Processes]:
-    """Forks in a process group; those that are still there at the end of the block are killed."""
+def together(folder: Path, world: int, work: Callable[[], Any], store: Store = "file") -> Ended:
+    """The ends of forks in a process group that all end by themselves; after an error here, they are killed."""
     number = 0
     while (own := folder / f"forks-{number}").exists():
         number += 1
@@ -90,22 +88,9 @@ def processes(folder: Path, world: int, work: Callable[[], Any], store: Store = 
     try:
         # torchrun has the store itself
         _ = _open_store(own, world) if store == "torchrun" else None
-        yield made
+        made.wait(*range(world))
     finally:
         made.kill()
-
-
-def together(
-    folder: Path,
-    world: int,
-    work: Callable[[], Any],
-    store: Store = "file",
-    meanwhile: Callable[[Processes], object] = lambda _: None,
-) -> Ended:
-    """The ends of processes that all end by themselves."""
-    with processes(folder, world, work, store) as made:
-        meanwhile(made)
-        made.wait(*range(world))
     return made.ended()
 
 
@@ -164,13 +149,7 @@ def _meet(folder: Path, rank: int, world: int, store: Store) -> None:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.read_text()}
         os.environ |= ranks | address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         return
-    if store == "file":
-        found: dist.Store = dist.FileStore(str(folder / "store"), world)
-    elif rank == 0:
-        found = _open_store(folder, world)
-    else:
-        until(port.exists)
-        found = dist.TCPStore("127.0.0.1", int(port.read_text()), world, is_master=False, wait_for_workers=False)
+    found = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=found, rank=rank, world_size=world, timeout=timedelta(minutes=30))
 
 
