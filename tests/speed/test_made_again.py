@@ -109,25 +109,6 @@ def test_tensors_that_share_memory_share_it_in_the_copy():
     assert torch.allclose(fast(X), want, atol=1e-4) and float(model.whole[0]) == 1
 
 
-@pytest.mark.parametrize("dtype", [F, torch.bfloat16])
-def test_a_model_of_known_structure_is_not_copied_again(monkeypatch, dtype):
-    model = conv()
-    fast = purify_fast.frozen_copy(model, X, dtype=dtype)
-    monkeypatch.setattr("purify_fast.speed.folding.inference_copy.deep_copy", None)
-    tensors = [(value, value.data_ptr()) for value in fast.classifier.state_dict(keep_vars=True).values()]
-    for _ in range(2):
-        with torch.no_grad():
-            for value in model.state_dict().values():
-                value.copy_(value * 1.5)
-        before = copy.deepcopy(model.state_dict())
-        fast.update()
-    assert all(map(torch.equal, model.state_dict().values(), before.values()))
-    assert [(value, value.data_ptr()) for value in fast.classifier.state_dict(keep_vars=True).values()] == tensors
-    monkeypatch.undo()
-    new = purify_fast.frozen_copy(model, X, dtype=dtype)
-    assert torch.equal(fast(X), new(X)) and fast.about == new.about
-
-
 class TwoNames(nn.Module):
     def __init__(self):
         super().__init__()

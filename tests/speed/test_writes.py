@@ -35,19 +35,16 @@ def same_bits(copied, model, x=X):
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-OPTIMIZERS = {
-    name: ({}, {"foreach": True}, {"foreach": False}, {"fused": True})
-    for name in (
-        *("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "RAdam", "NAdam", "Adamax", "Adadelta", "ASGD", "Rprop"),
-        *("Adafactor", "LBFGS", "Muon"),
-    )
-}
+OPTIMIZERS = (
+    *("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "RAdam", "NAdam", "Adamax", "Adadelta", "ASGD", "Rprop"),
+    *("Adafactor", "LBFGS", "Muon"),
+)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_after_a_step_of_any_optimizer(kind):
     tried = 0
-    for how in OPTIMIZERS[kind]:
+    for how in ({}, {"foreach": True}, {"foreach": False}, {"fused": True}):
         model = net()
         fast = purify_fast.frozen_copy(model, X)
         weights = [p for p in model.parameters() if kind != "Muon" or p.dim() == 2]
@@ -411,13 +408,6 @@ def test_a_copy_that_cannot_be_made_again_does_not_answer():
     for _ in range(2):
         with pytest.raises(TypeError, match="bound to an instance"):
             pgd(fast, X, Y, 0.1, steps=1)
-
-
-def test_a_copy_must_stay_outside_of_its_model():
-    model = Logits(net()).eval()
-    model.fast = purify_fast.frozen_copy(model, X)
-    with pytest.raises(TypeError, match=r"frozen copy, got fast \(FrozenCopy\): keep the copy outside"):
-        pgd(model.fast, X, Y, 0.1, steps=1)
 
 
 @pytest.mark.parametrize(
