@@ -107,15 +107,6 @@ def test_several_draws_and_parts_of_a_batch_take_a_loss_function(network, x):
     assert (loss(network(best), y) >= loss(network(whole), y) - 1e-9).all()
 
 
-def test_auto_pgd_takes_a_loss_function(network, x):
-
-    def loss(logits, y):
-        return F.cross_entropy(logits, y, reduction="none")
-
-    found = apgd(network, x, Y, 0.2, loss=loss, steps=20, leave_when_fallen=False, seed=0)
-    assert (loss(network(found), Y) > loss(network(x), Y)).all()
-
-
 @pytest.mark.parametrize("attack", [pgd, fgsm])
 def test_radii_steps_and_ranges_of_channels_equal_a_plain_loop(network, x, attack):
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)

@@ -68,27 +68,6 @@ def test_misclassified_points_come_before_those_of_higher_loss():
     assert 35 < (found < 0.75).sum() < 55 and bool((found[found >= 0.75] == 1).all())
 
 
-def test_fallen_images_leave_the_batch():
-    """The batches shrink along the fixed sizes, and only where something fell; every success is judged again."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(48, 6), torch.rand(64, 48)
-    y, sizes = (x @ weight).argmax(1), []
-
-    def model(z):
-        sizes.append((len(z), z.requires_grad))
-        return z @ weight
-
-    found = apgd(model, x, y, eps=0.06, steps=20)
-    stood = int(((found @ weight).argmax(1) == y).sum())
-    steps = [size for size, gradient in sizes if gradient]
-    judged = sum(size for size, gradient in sizes if not gradient)
-    assert steps[0] == 64 and steps == sorted(steps, reverse=True) and 0 < stood < 40
-    assert engine.bucket(stood, x.device) <= steps[-1] < 64
-    assert {engine.bucket(n, x.device) for n in steps} == set(steps)
-    # the clean images, the last points and each of those that fell
-    assert judged >= 64 + (64 - stood)
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded):
     """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""

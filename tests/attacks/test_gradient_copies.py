@@ -186,18 +186,6 @@ def test_a_copy_that_rounds_the_differences_between_logits_away_is_refused(bias)
     assert Copies(x).copy_for(plain, "bfloat16").dtype == torch.bfloat16
 
 
-def returning(output):
-    """A network whose output is changed."""
-    torch.manual_seed(0)
-    return Made(lambda self, x: output(self.net(x)), net=SmallCNN(SHAPE[0], 6, SHAPE[1:], width=4)).eval()
-
-
-def test_the_error_of_a_model_itself_is_left_to_the_attack():
-    model = returning(lambda z: z @ torch.zeros(3, 3))
-    with pytest.warns(RuntimeWarning, match="attacked itself"):
-        assert Copies(torch.rand(8, *SHAPE)).copy_for(model, "bfloat16") is model
-
-
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
 def test_a_direct_attack_makes_a_copy_only_if_it_is_asked_to(precision, monkeypatch):
     net, x, made = shifted(0.0), torch.rand(4, *SHAPE), []
