@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_models import Made, carso
+from small_models import Made
 from small_runs import Listener, StopAt, Stopped, images, same
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from purify_fast.methods.arrest import ArrestConfig, ArrestTask
-from purify_fast.methods.carso import CarsoConfig, CarsoTask
 from purify_fast.training import ClassifierConfig, ClassifierTask, FitConfig, fit
 
 X, Y = images()
@@ -148,18 +147,6 @@ def test_a_model_that_writes_to_its_images_is_refused():
         ):
             with pytest.raises(ValueError, match="model must not write to its input"):
                 fit(make(writing(modes)), X, Y, FitConfig(1, 16), progress=False)
-
-
-def test_a_classifier_of_a_purifier_that_writes_to_its_images_is_refused():
-    defence = carso()
-    forward = type(defence.classifier).forward
-    kind = type("Writing", (type(defence.classifier),), {"forward": lambda self, x: forward(self, x.mul_(2))})
-    defence.classifier.__class__ = kind
-    # Without attacks, which refuse such a network themselves.
-    config = CarsoConfig(kl_delay=0, adversarial_fraction=0, allow_no_adversarial=True)
-    x, y = torch.zeros((32, 1, 16, 16), dtype=torch.uint8), torch.arange(32) % 10
-    with pytest.raises(ValueError, match="model must not write to its input"):
-        fit(CarsoTask(defence, config), x, y, FitConfig(1, 16), progress=False)
 
 
 def test_auxiliary_outputs_in_training_mode_are_named():

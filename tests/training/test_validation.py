@@ -149,12 +149,6 @@ def test_the_best_weights_need_held_out_images_and_a_quantity_that_is_measured()
         fit(Worse(), *images(100), config, progress=False)
 
 
-def test_validations_have_batches_of_the_trainings_size():
-    made, _, validated = watched(task())
-    fit(made, *images(100), FitConfig(1, 8, validation_share=0.2), progress=False)
-    assert [len(batch.x) for batch, _ in validated] == [8, 8, 4]
-
-
 def test_an_epoch_is_not_lost_if_its_validation_fails(tmp_path):
     """The next start begins with the validation, and ends as if the first had not failed."""
     config = FitConfig(3, 16, validation_share=0.2, keep_best="accuracy", checkpoint_seconds=1000)
