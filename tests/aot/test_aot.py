@@ -1,10 +1,13 @@
-"""Every Triton kernel compiles without a GPU; what its launches and its machine code must and must not hold."""
+"""Every Triton kernel compiles without a GPU; what its launches and its machine code must and must not hold. The
+tests for AMD, and of what is compiled to verify kernels, follow."""
 
 import inspect
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
+from unittest import mock
 
 import pytest
 
@@ -13,10 +16,26 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.fail("ahead-of-time compilation needs a process without TRITON_INTERPRET=1", pytrace=False)
 
 import torch  # noqa: E402
-from ahead import ARCHITECTURES, CASES, DTYPES, MODULES, code, launched, name_of, recorded, run, usage  # noqa: E402
+from ahead import (  # noqa: E402
+    ARCHITECTURES,
+    CASES,
+    DTYPES,
+    MODULES,
+    Device,
+    code,
+    launched,
+    name_of,
+    recorded,
+    run,
+    usage,
+)
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
 
+from purify_fast.kernels import _ahead, _common, sample_latent  # noqa: E402
 from purify_fast.ops import REGISTRY  # noqa: E402
+from purify_fast.ops.dispatch.verify import cases  # noqa: E402
 
 #: Otherwise: sm_90 in float32 and bfloat16, sm_120 in bfloat16, and machine code in bfloat16.
 ALL = os.environ.get("PURIFY_FAST_TEST_ARCHITECTURES") == "all"
@@ -302,3 +321,122 @@ def test_the_decoder_in_float32_spills_nothing():
         for kernel in launched(case, "fp32", 90):
             used = usage(kernel.asm["cubin"])
             assert used["STACK"] == used["LOCAL"] == 0 and used["REG"] <= 128
+
+
+# -- two GPUs of AMD ---------------------------------------------------------------------------------------------------
+# All kernels compile for two GPUs of AMD. None has run there: this says that Triton's other compiler takes them.
+
+#: The accelerators MI200 and MI300.
+AMD_GPUS = ("gfx90a", "gfx942")
+#: Those that compile in seconds: an elementwise kernel, one with a limit of registers, and one with random numbers.
+FEW = ("gated_elu-forward", "pgd_step-l1-whole-4096", "philox-normal")
+
+
+class Amd(Device):
+    """A replacement for the driver of an AMD GPU, with the facts that the compiler needs."""
+
+    def get_current_target(self):
+        return GPUTarget("hip", self.architecture, 64)
+
+
+@pytest.mark.parametrize("architecture", AMD_GPUS)
+@pytest.mark.parametrize("case", [pytest.param(one, marks=() if one in FEW else pytest.mark.slow) for one in CASES])
+def test_compiles_for_amd(monkeypatch, case, architecture):
+    """In machine code, and without memory for registers that a thread lacks."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    compiled = triton.JITFunction.run
+
+    def start(*args, **kwargs):
+        monkeypatch.setattr(driver, "_active", Amd(architecture))
+        return compiled(*args, **kwargs | {"warmup": True})
+
+    kernels = run(case, "bf16", 90, start)
+    assert kernels
+    for kernel in kernels:
+        code = kernel.asm["amdgcn"]
+        assert architecture in code and kernel.asm["hsaco"]
+        assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", code) == ["0"], name_of(kernel.src.fn)
+
+
+# -- kernels that are compiled for verification ------------------------------------------------------------------------
+# How many kernels a GPU compiles to verify them: counted by the keys under which Triton keeps what it compiled.
+
+ARCHITECTURE, GPU = 90, torch.device("cuda")
+GPU_OPS = [name for name, op in REGISTRY.items() if op.launch is not None]
+
+
+def compiled(ops: Iterable[str]) -> set[tuple]:
+    """The keys of the kernels that verifying these ops compiles; nothing is compiled here."""
+    keys: set[tuple] = set()
+
+    def start(function, *args, grid, **kwargs):
+        *_, bind = function.device_caches[ARCHITECTURE]
+        _, specialization, options = bind(*args, **kwargs, debug=False)
+        keys.add((name_of(function), str(specialization), str(sorted(options.items()))))
+
+    with recorded(ARCHITECTURE, start), torch.no_grad():
+        for name in ops:
+            for example, own in cases(REGISTRY[name], GPU):
+                REGISTRY[name].launch(*example.make(own, 0))
+    return keys
+
+
+def test_all_kernels_are_verified_by_143_compiles():
+    found = compiled(GPU_OPS)
+    assert 0 < len(found) <= 143, len(found)
+
+
+@pytest.mark.parametrize("op", GPU_OPS)
+def test_every_dtype_variant_and_kernel_is_verified(op):
+    every = [(one, dtype) for one in REGISTRY[op].examples for dtype in one.dtypes]
+    table = cases(REGISTRY[op], GPU)
+    assert {dtype for _, dtype in table} == {dtype for _, dtype in every}
+    assert {example.variant for example, _ in table} == {example.variant for example, _ in every}
+    launched: list[set[str]] = []
+    for chosen in (every, table):
+        names: set[str] = set()
+        with recorded(ARCHITECTURE, lambda fn, *_, names=names, **__: names.add(name_of(fn))), torch.no_grad():
+            for example, dtype in chosen:
+                REGISTRY[op].launch(*example.make(dtype, 0))
+        launched.append(names)
+    assert launched[0] == launched[1]
+
+
+def test_kernels_are_compiled_side_by_side_and_none_runs(monkeypatch):
+    """The launchers return as they do, other threads launch as ever, and what was compiled is there for the launch."""
+    functions = (sample_latent._forward, sample_latent._backward)
+    makers, ran, meanwhile = set(), [], []
+    real = triton.compiler.compile
+    barrier = threading.Barrier(2, timeout=600)
+
+    def slow(*args, **kwargs):
+        makers.add(threading.get_ident())
+        barrier.wait()  # passes only if both are compiled at the same time
+        return real(*args, **kwargs)
+
+    def launch() -> None:
+        latent, rows, seed, ids = torch.empty(4, 48), torch.empty(4), torch.zeros(1, dtype=torch.int64), torch.arange(4)
+        sample_latent.forward(latent, latent, seed, ids)
+        sample_latent.backward(latent, rows, latent, latent, seed, ids)
+        elsewhere = lambda: meanwhile.append(functions[0].run(grid=(1,), warmup=False))  # noqa: E731
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+
+    def run(function, *args, grid, warmup, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            return "ran"
+        ran.append(warmup)
+        return before(function, *args, grid=grid, warmup=warmup, **kwargs)
+
+    before = triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    monkeypatch.setattr(triton.compiler, "compile", slow)
+    for function in functions:
+        function.device_caches.pop(ARCHITECTURE, None)
+    monkeypatch.setattr(_ahead.os, "cpu_count", lambda: 2)
+    with mock.patch.object(driver, "_active", Device(ARCHITECTURE)), mock.patch.object(_common, "_major", lambda _: 9):
+        _ahead.compile_together(launch)
+    assert ran == [True, True] and meanwhile == ["ran"] and len(makers) == 2
+    assert triton.JITFunction.run is run
+    assert all(len(function.device_caches[ARCHITECTURE][0]) == 1 for function in functions)

@@ -1,24 +1,31 @@
-"""What the strong attacks share: judging, leaving, copies for gradients; and FAB-T and Square, built on it."""
+"""What the strong attacks share: judging, leaving, copies for gradients; and FAB-T and Square, built on it. The
+tests of APGD and StAdv follow."""
 
+import importlib
+import itertools
 import warnings
 from functools import partial
 
 import pytest
 import torch
 from direct import direct
-from search_calls import apgd, fab_t, square
-from small_models import Made, NotCopied, accuracy
+from search_calls import apgd, fab_t, square, stadv
+from small_models import Made, NotCopied, accuracy, images_and_labels
 from torch import nn
 from torch.nn import functional as F
 
+from purify_fast import data, zoo
 from purify_fast.attacks import APGD, FABT, GradientHealth, JudgeContext, Square
 from purify_fast.attacks.base import Ball
 from purify_fast.attacks.gradient_copy import Copies
 from purify_fast.attacks.objective import Objective
 from purify_fast.judge.run.measure import Progress, counted_model
+from purify_fast.judge.searches import engine
+from purify_fast.judge.searches.apgd import checkpoints
 from purify_fast.judge.searches.engine import ActiveSet, Judge, PaceMonitor, has_fallen
 from purify_fast.judge.searches.model_tests import HEADS, AttackersHead, head_logits
 from purify_fast.judge.searches.square import pattern, side
+from purify_fast.judge.searches.stadv import flow_loss, warp
 from purify_fast.ops.aggregate import aggregate
 from purify_fast.speed.frozen_copy import FrozenCopy
 
@@ -310,3 +317,241 @@ def test_what_a_head_finds_is_tried_on_the_defence(head):
     found = direct(apgd, defence, x, y, eps=0.3, steps=10, loss="margin", gradients_from=seen)
     fell = (defence(found).argmax(1) != y).float().mean()
     assert fell > 0.3 and bool(((found - x).abs() <= 0.3 + 1e-6).all())
+
+
+# -- APGD --------------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints():
+    """The paper's for 100 steps: 22, 41, 57, 70, 80, 87, 93, 99."""
+    assert checkpoints(100) == {22: 22, 41: 19, 57: 16, 70: 13, 80: 10, 87: 7, 93: 6, 99: 6}
+    assert checkpoints(1) == {} and checkpoints(3) == {1: 1, 2: 1}
+
+
+def test_the_steps_are_those_of_the_algorithm(monkeypatch):
+    """By hand, on one number: a peak at 0.6 that is overshot halves the step, and the search goes on from the best."""
+    module = importlib.import_module("purify_fast.judge.searches.apgd")
+    moves, gradients = {}, []
+    original = module.apgd_step
+
+    def step(x, gradient, x_nat, previous, alpha, **options):
+        # the last move after a gradient counts
+        moves[len(gradients)] = (float(x), float(previous), float(alpha), options["momentum"])
+        return original(x, gradient, x_nat, previous, alpha, **options)
+
+    monkeypatch.setattr(module, "apgd_step", step)
+
+    def peak(x):  # the margin loss is -|x - 0.6|
+        if x.requires_grad:
+            gradients.append(x)
+        return torch.cat([(x - 0.6).abs(), torch.zeros_like(x)], 1)
+
+    x, y = torch.full((1, 1), 0.5), torch.zeros(1, dtype=torch.int64)
+    found = apgd(peak, x, y, eps=0.3, steps=40, loss="margin")
+    seen = list(moves.values())
+    assert len(seen) == 40
+    assert seen[0][0] == seen[0][1] and seen[0][3] == 1.0 and {s[3] for s in seen[1:]} == {0.75}
+    sizes = [s[2] for s in seen]
+    assert sizes[0] == pytest.approx(0.6) and sizes[7] == sizes[0] and sizes[8] == sizes[0] / 2  # 22 % of 40 steps
+    assert all(later in (size, size / 2) for size, later in itertools.pairwise(sizes))
+    assert {i for i in range(1, 40) if sizes[i] != sizes[i - 1]} <= set(checkpoints(40))
+    best = min((s[0] for s in seen[:9]), key=lambda at: abs(at - 0.6))
+    assert seen[8][0] == pytest.approx(best, abs=1e-7)
+    assert abs(float(found) - 0.6) < 0.02
+
+
+def test_misclassified_points_come_before_those_of_higher_loss():
+    """Below 0.75 the image is misclassified; at 1, where the gradient leads, it is not, but the loss is highest."""
+
+    def model(x):
+        v = x[:, 0]
+        return torch.stack([0 * v, 0.3 - 0.4 * v, -10 + 9.9 * v], 1)
+
+    x, y = torch.full((60, 1), 0.5), torch.zeros(60, dtype=torch.int64)
+    lost, gone = (F.cross_entropy(model(torch.full((1, 1), v)), y[:1]) for v in (0.5, 1.0))
+    assert lost < gone
+    found = apgd(model, x, y, eps=0.5, steps=10, leave_when_fallen=False)[:, 0]
+    assert 35 < (found < 0.75).sum() < 55 and bool((found[found >= 0.75] == 1).all())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded):
+    """On a GPU most waves have one size; each image is searched in each run until it falls, and no longer."""
+    monkeypatch.setattr(engine, "takes_every_size", lambda device: not padded)
+    x, y = torch.rand(90, 2), torch.zeros(90, dtype=torch.int64)
+    judge = Judge(lambda z: torch.tensor([[1.0, 0.0]]).expand(len(z), 2))
+    active = ActiveSet(x, y, Ball(torch.full((90,), 0.1)), judge, JudgeContext())
+    active.judge_clean_images()
+    goals = tuple(torch.full_like(y, goal) for goal in (1, 2, 3, 4, 5))
+    sizes, seen = [], []
+    for rows in engine.waves(active, goals, 1, JudgeContext(batch_size=90)):
+        sizes.append(len(rows.x))
+        assert torch.equal(rows.x, x[rows.owner])
+        assert not active.fallen[rows.owner].any()
+        seen += list(dict.fromkeys(zip(rows.owner.tolist(), rows.labels[:, 1].tolist(), strict=True)))
+        # images fall: the last ones of the first run, then one of those that every wave is about
+        active.fallen[[*range(60, 90), int(rows.owner[0])]] = True
+    assert len(seen) == len(set(seen))
+    standing = (~active.fallen).nonzero()[:, 0].tolist()
+    assert standing and all({(image, goal) for goal in (1, 2, 3, 4, 5)} <= set(seen) for image in standing)
+    # copies of rows fill the last wave
+    assert sizes == ([90, 90, 90, 64] if padded else [90, 59, 58, 57, 56])
+
+
+def test_the_targets_are_the_wrong_classes_of_highest_logit():
+    x = torch.tensor([[0.6, 0.35, 0.35, 0.35, 0.4]])  # the likeliest wrong class wins
+    common = {"eps": 0.2, "steps": 20, "n_target_classes": 1, "leave_when_fallen": False}
+    for loss in ("dlr_targeted", "margin_targeted"):
+        assert int(apgd(lambda z: z, x, torch.tensor([0]), loss=loss, **common).argmax(1)) == 4
+
+
+STEPS = 30
+
+
+def by_autoattack(model, x, y, norm, eps, loss):
+    base = pytest.importorskip("pyautoattack.autopgd_base")
+    options = {"n_iter": STEPS, "norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": eps, "device": "cpu"}
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if loss == "dlr_targeted":
+            return base.APGDAttack_targeted(model, n_target_classes=9, **options).perturb(x, y)
+        return base.APGDAttack(model, loss=loss, **options).perturb(x, y)
+
+
+@pytest.mark.slow
+def test_robust_accuracy_beside_autoattack(digits):
+    """Within two points of the authors' attack of as many steps, and in the mean not behind it."""
+    net, x, y = digits
+    assert accuracy(net, x, y) > 85
+    behind = []
+    for norm, eps in (("linf", 0.1), ("linf", 0.15), ("l2", 0.4), ("l2", 0.6)):
+        for loss in ("ce", "dlr", "dlr_targeted") if eps in (0.15, 0.6) else ("ce", "dlr"):
+            health = GradientHealth()
+            ours = accuracy(net, direct(apgd, net, x, y, eps=eps, norm=norm, loss=loss, steps=STEPS, health=health), y)
+            theirs = accuracy(net, by_autoattack(net, x, y, norm, eps, loss), y)
+            assert 20 < theirs < 85 and abs(ours - theirs) <= 2, (norm, eps, loss, ours, theirs)
+            assert health.reliable and health.count("gradients") >= STEPS * ours * len(x) / 100
+            behind.append(ours - theirs)
+    assert sum(behind) / len(behind) <= 0.4, behind
+
+
+# -- StAdv -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steep():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(288, 32), nn.SiLU(), nn.Linear(32, 5))
+    with torch.no_grad():
+        for layer in (net[1], net[3]):
+            layer.weight *= 5  # logits as far apart as a trained one's
+    return net
+
+
+@pytest.fixture(scope="module")
+def flat_batch():
+    return images_and_labels(9, (3, 8, 12), 5)
+
+
+class Flows:
+    """Remembers what is warped by what."""
+
+    def __init__(self, monkeypatch):
+        module = importlib.import_module("purify_fast.judge.searches.stadv")  # the package's attribute is the function
+        self.seen: list[torch.Tensor] = []
+        original = module.warp
+        monkeypatch.setattr(module, "warp", lambda x, flow: self.seen.append(flow.detach()) or original(x, flow))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 12), (1, 7, 5), (2, 1, 6), (2, 6, 1), (1, 1, 1)])
+def test_warp_is_bilinear_sampling(shape):
+    torch.manual_seed(2)
+    x, flow = torch.rand(4, *shape).double(), 0.6 * torch.randn(4, 2, *shape[1:]).double()
+    identity = torch.eye(2, 3).double().expand(4, -1, -1)
+    grid = F.affine_grid(identity, list(x.shape), align_corners=False) + flow.permute(0, 2, 3, 1)
+    want = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(warp(x, flow), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_zero_flow_is_exactly_the_image_and_no_flow_leaves_its_range(dtype):
+    x = torch.rand(5, 3, 9, 7).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(warp(x, torch.zeros(5, 2, 9, 7, dtype=wide)), x)
+    moved = warp(x, 2 * torch.randn(5, 2, 9, 7, dtype=wide))
+    assert moved.dtype == dtype and moved.min() >= x.min() and moved.max() <= x.max()
+    ones = warp(torch.ones_like(x), torch.randn(5, 2, 9, 7, dtype=wide))
+    assert torch.equal(ones, torch.ones_like(x))
+
+
+def test_warp_gradient():
+    torch.manual_seed(3)
+    x, flow = torch.rand(2, 2, 4, 5).double(), (0.1 * torch.randn(2, 2, 4, 5)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: warp(x, f), flow, eps=1e-7, atol=1e-5)
+
+
+def test_flow_loss_by_hand():
+    flow = torch.zeros(2, 2, 2, 3)
+    flow[1, 0, 0, 1], flow[1, 1, 0, 1] = 3.0, 4.0  # one pixel moves by 5; it has three neighbours
+    assert flow_loss(flow).tolist() == pytest.approx([0, 2 * 3 * 5], rel=1e-4)
+    still = torch.ones(1, 2, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(flow_loss(still).sum(), still)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"random_start": True}, {"smoothness": 0.0}, {"keep_best": True, "eot_iter": 2}]
+)
+@pytest.mark.parametrize("loss", ["margin", "ce", "dlr"])
+def test_the_bound_on_the_flow_holds(steep, flat_batch, monkeypatch, options, loss):
+    x, y = flat_batch
+    flows = Flows(monkeypatch)
+    adversarial = stadv(steep, x, y, eps=0.07, steps=12, loss=loss, **options)
+    largest = max(float(flow.abs().max()) for flow in flows.seen)
+    assert 0.06 < largest <= 0.07 * (1 + 1e-6)
+    assert adversarial.shape == x.shape and adversarial.dtype == x.dtype
+    assert adversarial.min() >= x.min() >= 0 and adversarial.max() <= x.max() <= 1
+    assert not torch.equal(adversarial, x)
+
+
+def test_a_bound_per_image(steep, flat_batch, monkeypatch):
+    x, y = flat_batch
+    flows = Flows(monkeypatch)
+    eps = torch.linspace(0, 0.1, 9)
+    adversarial = stadv(steep, x, y, eps=eps, steps=12)
+    largest = torch.stack([flow.abs().amax((1, 2, 3)) for flow in flows.seen]).amax(0)
+    torch.testing.assert_close(largest, eps)
+    assert torch.equal(adversarial[0], x[0])
+
+
+@pytest.mark.parametrize("still", [{"eps": 0.0}, {"rate": 0.0}, {"eps": 0.0, "random_start": True}])
+def test_without_room_or_steps_the_image_stays(steep, flat_batch, still):
+    assert torch.equal(stadv(steep, *flat_batch, **still), flat_batch[0])
+
+
+def test_first_step_is_adams(steep, flat_batch, monkeypatch):
+    """From no flow, where the smoothness has no slope, Adam's first step is the rate times the gradient's sign."""
+    x, y = flat_batch
+    flows = Flows(monkeypatch)
+    stadv(steep, x, y, steps=1, rate=0.013)
+    leaf = torch.zeros(9, 2, 8, 12, requires_grad=True)
+    logits = steep(warp(x, leaf))
+    others = logits.masked_fill(F.one_hot(y, 5).bool(), -torch.inf).amax(1)
+    (gradient,) = torch.autograd.grad((others - logits.gather(1, y[:, None])[:, 0]).sum(), leaf)
+    clear = gradient.abs() > 1e-6
+    assert clear.float().mean() > 0.9
+    torch.testing.assert_close(flows.seen[-1][clear], (0.013 * gradient.sign())[clear], atol=1e-7, rtol=1e-5)
+
+
+def test_fools_a_trained_classifier():
+    """Digits of 16 x 16: 0.05 is 0.4 of a pixel, 0.1 is 0.8."""
+    net, digits = zoo.load("digits-standard").eval(), data.load_dataset("digits")
+    x, y = data.to_float(digits.x_test[:100]), digits.y_test[:100]
+
+    def accuracy(images):
+        return float((net(images).argmax(1) == y).float().mean())
+
+    left = [accuracy(stadv(net, x, y, eps=eps, keep_best=True)) for eps in (0.02, 0.05, 0.1)]
+    noise = accuracy(stadv(net, x, y, eps=0.1, rate=0.0, random_start=True))  # a flow that means nothing
+    assert accuracy(x) > 0.9 and noise > 0.8
+    assert left[0] > left[1] > left[2] and left[1] < 0.6 and left[2] < 0.1

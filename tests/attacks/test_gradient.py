@@ -1,14 +1,27 @@
+"""The gradient of an attack's loss, also of several draws and past a purifier; what a call runs beside the network."""
+
+import contextlib
 import importlib
+import sys
+from collections import Counter
 
 import pytest
 import torch
 from direct import direct
 from input_gradients import input_gradient
+from small_models import Purifying
+from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from purify_fast.attacks import GradientHealth, fgsm, frozen, pgd
+from purify_fast import Carso, frozen_copy
+from purify_fast.attacks import BpdaModel, GradientHealth, fgsm, frozen, pgd
 from purify_fast.attacks.base import Ball, ball_around, normal_in_ball, sample_in_ball
+from purify_fast.attacks.bpda import classifier_of
 from purify_fast.attacks.objective import faults
+from purify_fast.attacks.pgd import reference
+from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import aggregate
 
 EPS = 0.2
 
@@ -160,3 +173,171 @@ def test_logits_that_do_not_depend_on_the_image_give_zero_gradients():
     x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
     gradient, value = input_gradient(lambda images: torch.eye(4)[: len(images)], x, y)
     assert gradient.shape == x.shape and gradient.abs().max() == 0 and value.shape == (3,)
+
+
+# -- BPDA --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forty():
+    return torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def defence():
+    """Rounds images to a few levels before a linear classifier, so its gradients are 0."""
+    torch.manual_seed(1)
+    return Purifying(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
+
+
+def labels(model, x):
+    return model(x).argmax(1)
+
+
+def test_the_gradient_is_the_classifiers_at_the_purified_image(defence, forty):
+    y = labels(defence, forty)
+    wrapped = BpdaModel.of(defence)
+    with frozen(wrapped):
+        got, value = input_gradient(wrapped, forty, y)
+        want, at = input_gradient(defence.classifier, defence.purify(forty), y)
+        assert torch.equal(got, want) and torch.equal(value, at) and got.abs().max() > 0
+        assert torch.equal(wrapped(forty), defence(forty))
+        assert input_gradient(defence, forty, y)[0].abs().max() == 0  # what BPDA is for
+
+
+@pytest.mark.parametrize("method", ["lse", "mean"])
+def test_several_draws(forty, method):
+    """K purified images: the logits are aggregated, and the gradient is the sum of those at each."""
+    torch.manual_seed(2)
+    classifier = SmallCNN(1, 4, (8, 8), 4).requires_grad_(False).eval()
+    noise = 0.1 * torch.randn(3, 1, 8, 8)
+    wrapped = BpdaModel(lambda x: (x[:, None] + noise).round(decimals=1), classifier, aggregation=method)
+    y = torch.arange(40) % 4
+    got, value = input_gradient(wrapped, forty, y)
+    leaf = (forty[:, None] + noise).round(decimals=1).requires_grad_()
+    logits = aggregate(classifier(leaf.flatten(0, 1)).unflatten(0, (40, 3)), method)
+    each = nn.functional.cross_entropy(logits, y, reduction="none")
+    torch.testing.assert_close(value, each.detach())
+    torch.testing.assert_close(got, torch.autograd.grad(each.sum(), leaf)[0].sum(1))
+
+
+def test_other_shapes_and_aggregations_are_refused(forty):
+    wanted = r"purify must return images of the shape of x, \[40, 1, 8, 8\], .* got \[40, 1, 4, 4\]"
+    with pytest.raises(ValueError, match=wanted):
+        BpdaModel(nn.AvgPool2d(2), nn.Flatten())(forty)
+    with pytest.raises(ValueError, match="aggregation must be one of lse"):
+        BpdaModel(nn.AvgPool2d(2), nn.Flatten(), aggregation="max")
+    with pytest.raises(TypeError, match=r"BPDA needs a defence with purify\(x\) and classifier, got Flatten"):
+        BpdaModel.of(nn.Flatten())
+
+
+def test_the_purifiers_module_is_frozen_too(forty):
+    """The module of a method is named: no BatchNorm is in training mode under attack, and it comes back as it was."""
+
+    class Normalising(Purifying):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
+            self.norm = nn.BatchNorm2d(1)
+
+        def purify(self, x):
+            assert not self.training and not self.norm.weight.requires_grad
+            return self.norm(x)
+
+    model = Normalising()
+    fgsm(BpdaModel(model.purify, model.classifier, modules=[model]), forty, torch.zeros(40, dtype=torch.int64), eps=0.1)
+    assert model.training and model.norm.weight.requires_grad and model.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("mode", ["random", "fixed", "deterministic"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_of_carso(forty, mode, fast):
+    """Its forward pass is that of the defence, or of its copy, in every mode; x moves the purified image by itself."""
+    torch.manual_seed(5)
+    carso = Carso(SmallCNN(1, 4, (8, 8), 4), ["conv2"], (1, 8, 8), cond_dim=8, latent_dim=4, samples=3).eval()
+    if fast:
+        carso = frozen_copy(carso, forty, dtype=torch.bfloat16)
+        assert classifier_of(carso) is carso.frozen_classifier
+    contexts = {"fixed": lambda: carso.fixed_noise(3), "deterministic": carso.deterministic}
+    wrapped = BpdaModel.of(carso)
+    with contexts.get(mode, contextlib.nullcontext)(), frozen(wrapped):
+        torch.manual_seed(6)
+        want = carso(forty)
+        torch.manual_seed(6)
+        torch.testing.assert_close(wrapped(forty), want)
+        gradient, _ = input_gradient(wrapped, forty, torch.zeros(40, dtype=torch.int64))
+    assert gradient.isfinite().all() and (gradient != 0).flatten(1).any(1).all()
+
+
+# -- functions and operators beside the network ------------------------------------------------------------------------
+# Count the functions and operators that an attack runs beside the network, for a call and for a step.
+
+#: Operators that launch nothing.
+VIEWS = {"view", "_unsafe_view", "t", "detach", "alias", "expand", "unsqueeze", "squeeze", "transpose", "as_strided"}
+VIEWS |= {"promote_types", "select", "slice", "split", "unbind"}
+#: Comprehensions are functions of their own before Python 3.12.
+INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+def four_images() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+
+
+def calls(run) -> Counter:
+    """The functions of the package that a call passes, and how often."""
+    found = Counter()
+
+    def note(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and "purify_fast" in code.co_filename and not code.co_name.endswith(INLINED):
+            found[code] += 1
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name.partition("::")[2] not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_a_step(attack) -> int:
+    counts = []
+    for steps in (5, 6):
+        with Operators() as operators:
+            attack(steps)
+        counts.append(operators.count)
+    return counts[1] - counts[0]
+
+
+def test_a_plain_call_passes_few_functions(monkeypatch):
+    # In a process in which something was compiled, an attack also looks for steps to compile.
+    monkeypatch.delitem(sys.modules, "purify_fast.speed.graphs.compiled_step", raising=False)
+    model, (x, y) = network(), four_images()
+    run = lambda steps: pgd(model, x, y, 0.1, steps=steps, alpha=0.01)  # noqa: E731
+    run(2)
+    five, six = calls(lambda: run(5)), calls(lambda: run(6))
+    assert len(five) <= 45 and sum(six.values()) - sum(five.values()) <= 10
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "l2"}, {"alpha": None}], ids=["linf", "l2", "falling"])
+def test_a_step_takes_few_operators(options):
+    model, (x, y) = network().requires_grad_(False), four_images()
+    how = {"alpha": 0.01, "random_start": False} | options
+    ours = operators_of_a_step(lambda steps: pgd(model, x, y, 0.1, steps=steps, **how))
+    assert ours <= 14
+    if not options:
+        assert ours <= operators_of_a_step(lambda n: reference(model, x, y, x, eps=0.1, alpha=0.01, steps=n)) + 3

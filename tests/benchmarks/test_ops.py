@@ -1,16 +1,23 @@
-"""The benchmark runs, its reports say what its rows say, and the defaults of the ops follow from its committed rows."""
+"""The benchmark runs, its reports say what its rows say, and the defaults of the ops follow from its committed
+rows. The tests of the examples and of the counted bytes follow."""
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import __main__ as program
+from benchmarks.gpu import every_op
 from benchmarks.speed import kernel_times, running, sheets, timing
 from benchmarks.speed.op_cases import registry
 from purify_fast import _library
 from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import examples as example_tensors
+from purify_fast.ops.dispatch.examples import tensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,3 +170,53 @@ def test_a_kernel_that_is_slower_than_the_compiler_is_not_used(op):
                 ours = sum(float(row["ours_us"]) for row in own)
                 best = sum(min(float(row["eager_us"]), float(row["compile_us"])) for row in own)
                 assert best / ours >= (2 if style == "graph" else timing.LEVEL), (name, measured, style)
+
+
+# -- examples of the ops -----------------------------------------------------------------------------------------------
+# Every registered op has examples for the tests on a device, and they are of use there.
+
+
+def leaves(arguments) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_examples_of_every_op(op):
+    made = REGISTRY[op].examples
+    assert len(made) > 1 and len({example.name for example in made}) == len(made)
+    for example in made:
+        first, second = (leaves(example.make(example.dtypes[0], seed)) for seed in (0, 1))
+        assert [t.shape for t in first] == [t.shape for t in second]  # a captured graph can be given the others
+        assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_tiled_samples_have_tiled_results(op):
+    """The batch dimensions are found, those of passes and owners too."""
+    example = REGISTRY[op].examples[0]
+    small = example.make(torch.float32, 0)
+    got = example_tensors.tensors(REGISTRY[op].reference(*example_tensors.tile(small, 2)))
+    for out, wanted in zip(got, example_tensors.tensors(REGISTRY[op].reference(*small)), strict=True):
+        torch.testing.assert_close(out, example_tensors.tile(wanted, 2))
+
+
+def test_every_op_runs_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["every_op"])
+    every_op.main()
+    assert f"{len(REGISTRY)} ops" in capsys.readouterr().out
+
+
+# -- bytes of the ops --------------------------------------------------------------------------------------------------
+# The bytes that the benchmarks count for an op are those of its tensors.
+
+
+def test_formulas_count_bytes_as_tensors_do():
+    """Of ops that read every input and write every output once: the sizes of these tensors, ids and seeds aside."""
+    for op in ("pgd_step", "apgd_step", "gated_elu", "reconstruction_loss", "stitch", "aggregate"):
+        case = registry()[op]()[0]
+        inputs = case.inputs()
+        outputs = tensors(case.call(*inputs))
+        size = sum(t.nbytes for t in (*inputs, *outputs) if t.is_floating_point())
+        if op == "stitch":  # of the passes, one is read at every pixel
+            size = 2 * outputs[0].nbytes
+        assert abs(case.bytes("forward") - size) <= 0.01 * size, op

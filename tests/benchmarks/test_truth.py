@@ -1,15 +1,25 @@
-"""The exact decisions against a known answer, planted counterexamples, and the results that are kept."""
+"""The exact decisions against a known answer, planted counterexamples, and the results that are kept. The tests of
+the contest against AutoAttack and of packed models follow."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import RESULTS, __main__ as program
+from benchmarks.robustness import contests, pack_zoo, revisions
+from benchmarks.robustness.counted_model import CountedModel
 from benchmarks.robustness.truth import exact, run_truth, subjects
 from benchmarks.robustness.truth.relu_layers import affine_layers
+from purify_fast import zoo as packed
+from purify_fast.attacks import APGD, Square
+from purify_fast.attacks.gradient_copy import Copies
+from purify_fast.training.run import read_model
+from purify_fast.zoo import read_card
 
 
 def sharp(seed, build, *sizes):
@@ -145,3 +155,131 @@ def test_what_is_done_is_kept_until_its_code_changes(tmp_path, monkeypatch):
     again = run_truth.read(tmp_path)
     assert asked == ["fast", "fast"] and not run_truth.outdated(tmp_path.parent)
     assert [row["left"] for row in again["contestants"]] == [row["left"] for row in first["contestants"]]
+
+
+# -- the contest against the official AutoAttack -----------------------------------------------------------------------
+# The contest against the official AutoAttack: finished contests are kept, and the table says what the results say.
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A model that is not trained, on few images, in the place of the real ones, and a model that is not there."""
+    pytest.importorskip("pyautoattack")
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), torch.rand(12, 1, 8, 8)
+    y = plain(x).argmax(1)
+
+    def missing(folder):
+        raise ValueError("it is not in the zoo")
+
+    contestants = {who: contests.CONTESTANTS[who] for who in ("AutoAttack", "fast")}
+    known = {
+        "plain": contests.Contest(lambda folder: contests.Subject(plain, x, y, 0.05), contestants, lambda: plain),
+        "to come": contests.Contest(missing, contestants),
+    }
+    monkeypatch.setattr(contests, "CONTESTS", known)
+    monkeypatch.setattr(contests, "PARTS", {"AutoAttack": 3})
+    return plain
+
+
+@pytest.mark.slow
+def test_a_contest_goes_on_by_its_parts(model, tmp_path, monkeypatch, capsys):
+    """Images left are kept one by one; a protocol with other attacks runs again, and a missing model is reported."""
+    arguments = ["evaluation", "plain", "to come", "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(contests, "QUICK", dataclasses.replace(contests.QUICK, images=7))
+    run, made = contests._run, []
+    monkeypatch.setattr(contests, "_run", lambda *given: made.append(len(given[1].x)) or run(*given))
+    program.main(arguments)
+    rows = contests.read(tmp_path)
+    assert made == [3, 7, 3, 1] and [len(row["left"]) for row in rows] == [7, 7]
+    assert all(set(row["left"]) <= set("01") and row["forwards"] > row["gradients"] > 0 for row in rows)
+    monkeypatch.setitem(contests.CONTESTS["plain"].contestants, "fast", contests.Protocol("standard"))
+    program.main(arguments)
+    again = contests.read(tmp_path)
+    assert made[4:] == [7] and again[0] == rows[0] and again[1]["code"] != rows[1]["code"]
+    assert "to come is left out: it is not in the zoo" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_rows_of_other_attacks_or_weights_are_found_and_made_again(model, tmp_path, monkeypatch):
+    """The official attack's rows stay, as long as weights and images do."""
+    arguments = ["evaluation", "plain", "--quick", "--out", str(tmp_path / "studies")]
+    program.main(arguments)
+    assert contests.outdated(tmp_path) == []
+    before = contests.read(tmp_path / "studies")
+    monkeypatch.setattr(Square, "revision", lambda self: "another")
+    (line,) = contests.outdated(tmp_path)
+    assert line.startswith("robust.json: fast of the contest 'plain' was made by other attacks")
+    program.main(arguments)
+    official, fast = contests.read(tmp_path / "studies")
+    assert contests.outdated(tmp_path) == [] and official == before[0] and fast != before[1]
+    with torch.no_grad():
+        model[1].weight[0, 0] += 1
+    assert len(contests.outdated(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
+    """Gradients of one pass by themselves; a copy of the model adds to the same sums."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
+    model, x = CountedModel(inner), torch.rand(12, 1, 8, 8)
+    followed = Copies(x).copy_for(model, precision)
+    assert (followed is model) == (precision == "float32")
+    model.counts.forwards = model.counts.gradients = 0
+    points = x.clone().requires_grad_()
+    logits = followed(points)
+    for label in range(3):
+        torch.autograd.grad(logits[:, label].sum(), points, retain_graph=True)
+    # another pass of the same images, some of them, and one without gradients
+    followed(points[:5])[:, 0].sum().backward()
+    model(x[:2])
+    assert (model.counts.forwards, model.counts.gradients) == (12 + 5 + 2, 3 * 12 + 5)
+
+
+# -- models for the zoo ------------------------------------------------------------------------------------------------
+# Models are packed into the zoo by a command, with a card that says what two protocols left of them.
+
+
+def asked(*options):
+    """What the command line reads."""
+    parser = program.argparse.ArgumentParser()
+    pack_zoo.arguments(parser)
+    return parser.parse_args(list(options))
+
+
+def test_a_model_is_packed_and_judged_by_both_protocols(tmp_path, monkeypatch):
+    models, source = tmp_path / "models", tmp_path / "trained"
+    shutil.copytree(packed.folder("digits-standard"), source)
+    (source / "card.json").unlink()
+    # the longer protocol takes a minute even on few images
+    monkeypatch.setattr(pack_zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
+    chosen = asked(f"digits-standard={source}", "--images", "10", "--out", str(tmp_path / "out"))
+    pack_zoo.main(chosen, models)
+    folder = models / "digits-standard"
+    card = read_card(folder)
+    assert (folder / "model.safetensors").is_file()
+    assert card.attacked["standard"].images == 10 and card.attacked["fast"].images == 5
+    assert card.clean.images > 300 and card.clean.share > 0.9
+    # a number of other attacks than today's is marked
+    assert "†" not in "".join(pack_zoo.table([card]))
+    monkeypatch.setattr(APGD, "revision", lambda self: "another")
+    revisions.short.cache_clear()
+    cells = pack_zoo.table([card])[4].split("|")
+    assert [cell.strip().endswith("†") for cell in cells] == [False] * 5 + [True, True, False]
+    monkeypatch.undo()
+    revisions.short.cache_clear()
+    monkeypatch.setattr(pack_zoo, "PROTOCOLS", {"standard": 1.0, "fast": 0.5})
+    assert (tmp_path / "out" / "digits-standard" / "standard" / "report.html").is_file()
+    # a card that is written again needs no training's folder, and takes the attacks that were done
+    again = asked("digits-standard", "--images", "10", "--out", str(tmp_path / "out"))
+    pack_zoo.main(again, models)
+    assert read_card(folder) == card
+
+
+def test_what_is_too_large_in_float32_is_stored_in_bfloat16():
+    for name in packed.list():
+        _, state = read_model(packed.folder(name))
+        kinds = {value.dtype for value in state.values() if value.is_floating_point()}
+        whole = sum(4 * value.numel() for value in state.values())
+        assert kinds == {torch.bfloat16} or (kinds == {torch.float32} and whole <= pack_zoo.LARGEST), name

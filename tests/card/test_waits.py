@@ -1,22 +1,31 @@
-"""Training steps, attack steps and calls of frozen copies on fake CUDA tensors: no line waits for the device.
+"""Training steps, attack steps and calls of frozen copies on fake CUDA tensors: no line waits for the device. The
+tests of memory that ends, and of kernels in compiled graphs, follow.
 
-The launches of each are counted too, and may not grow without being noticed.
-"""
+The launches of each are counted too, and may not grow without being noticed."""
 
 import contextlib
+import random
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from captures import Rerun
 from cuda_launches import CudaLaunches
 from denoisers import defence as purifier
 from direct import direct
 from fake_cuda import FakeCuda, RefusedOnCuda
+from functorch.compile import make_boxed_func
 from search_calls import apgd, fab_t, square, stadv
 from small_models import atop
 from small_runs import SHAPE, arrest_task, atop_task, attack, batch, carso_task, classifier_task
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from purify_fast import frozen_copy
 from purify_fast.attacks import fgsm, frozen, pgd
@@ -25,11 +34,14 @@ from purify_fast.judge.searches.apgd import AutoPgd
 from purify_fast.methods.diffusion import Process
 from purify_fast.models import SmallCNN
 from purify_fast.models.classifiers import PreActResNet18
+from purify_fast.ops import REGISTRY
+from purify_fast.ops.dispatch import registry
 from purify_fast.speed import StepGraphs
+from purify_fast.speed.graphs import compiled_step
 from purify_fast.speed.graphs.step_loop import begin_steps
 from purify_fast.speed.watch import Watch
 from purify_fast.training import Batch, Task
-from purify_fast.training.loop import gradients
+from purify_fast.training.loop import gradients, train_step
 from purify_fast.training.optimizers import fuse
 
 #: Launches beyond the number in a table. Another version of PyTorch may launch a few more.
@@ -120,8 +132,6 @@ def test_a_training_step_waits_for_nothing(name):
 
 
 # -- attacks ----------------------------------------------------------------------------------------------------------
-
-
 class Kept(StepGraphs):
     """Keeps the last step of each kind that an attack begins, and its state."""
 
@@ -205,8 +215,6 @@ def test_a_whole_attack_waits_for_nothing(run, norm):
 
 
 # -- frozen copies ----------------------------------------------------------------------------------------------------
-
-
 def stitched() -> nn.Module:
     return atop(transform="rt3").eval()
 
@@ -254,8 +262,6 @@ def test_a_call_of_a_frozen_copy_waits_for_nothing(name, monkeypatch):
 
 
 # -- the detector itself ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -272,3 +278,121 @@ def test_a_wait_is_refused_and_named(wrong, message):
     # It is refused even if its error is caught.
     with pytest.raises(AssertionError, match=message), fake.running(), contextlib.suppress(RefusedOnCuda):
         wrong(x)
+
+
+# -- memory that ends --------------------------------------------------------------------------------------------------
+# Memory that ends at any operator of a capture changes nothing in a training.
+
+
+class MemoryEnds(TorchDispatchMode):
+    """Raises an error at one operator of a capture, or from there on at each operator that needs new memory."""
+
+    def __init__(self, at: int, lasting: bool, monkeypatch: pytest.MonkeyPatch):
+        super().__init__()
+        self.at, self.lasting, self.count, self.active = at, lasting, 0, False
+        make = StepGraphs._make
+
+        def within(*given):
+            self.active = True
+            try:
+                return make(*given)
+            finally:
+                self.active = False
+
+        monkeypatch.setattr(StepGraphs, "_make", within)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.active:
+            self.count += 1
+            allocates = any(each.alias_info is None for each in function._schema.returns)
+            if self.count == self.at or (self.lasting and 0 < self.at < self.count and allocates):
+                raise torch.OutOfMemoryError("CUDA out of memory (a stand-in)")
+        return function(*args, **(kwargs or {}))
+
+
+def stepped(make, graphs: StepGraphs | None, ends: contextlib.AbstractContextManager) -> dict:
+    """All that a training consists of after a step."""
+    task, given = make(), batch(1)
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    # There are gradients, moments and counts before the capture.
+    train_step(task, batch(2))
+    task.graphs = graphs
+    with warnings.catch_warnings(), ends:
+        warnings.simplefilter("ignore")
+        train_step(task, given)
+    return {
+        "weights and buffers": dict(task.model.state_dict()),
+        "gradients": [weight.grad for weight in task.model.parameters()],
+        "modes": [part.training for part in task.model.modules()],
+        "optimizers": [optimizer.state_dict() for optimizer in task.optimizers.values()],
+        "generators": [torch.get_rng_state(), random.getstate(), torch.from_numpy(np.random.get_state()[1].copy())],
+    }
+
+
+def equal(tree, other) -> bool:
+    pairs = zip(tree_leaves(tree), tree_leaves(other), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("kind", [classifier_task, pytest.param(carso_task, marks=pytest.mark.slow)])
+def test_a_capture_in_which_memory_ends_changes_nothing(kind, lasting, monkeypatch):
+    make = partial(kind, **({} if kind is classifier_task else {"target": "pipeline"}), attack=attack(steps=1))
+    wanted = stepped(make, None, contextlib.nullcontext())
+
+    def captured(at: int) -> tuple[dict, int]:
+        with monkeypatch.context() as patch:
+            ends, graphs = MemoryEnds(at, lasting, patch), StepGraphs("always", capture=Rerun())
+            found = stepped(make, graphs, ends)
+            assert len(graphs) == (at == 0)
+            return found, ends.count
+
+    found, whole = captured(0)
+    assert equal(found, wanted) and whole > 100
+    for at in range(1, whole + 1, 7):
+        found, _ = captured(at)
+        for part in found:
+            assert equal(found[part], wanted[part]), f"{part}, after an error at operator {at} of {whole}"
+
+
+# -- kernels in the graphs of compiled trainings -----------------------------------------------------------------------
+# Kernels in the graphs of compiled trainings: the compiler of a GPU cannot fuse them with their neighbors.
+
+#: For each training, the ops that move fewer bytes than their compiled references, or are as many launches.
+AHEAD = {
+    "ARREST": (lambda: arrest_task(attack=attack(steps=3)), set()),
+    "CARSO, pipeline": (lambda: carso_task("pipeline", attack=attack(steps=3)), {"philox"}),
+    "AToP": (lambda: atop_task("classifier"), {"contextual_attention"}),
+    "AToP, pipeline": (lambda: atop_task("pipeline", 3), {"contextual_attention", "random_transform"}),
+}
+
+
+def on_a_gpu(name: str, kind: str, index: int | None, variant: str) -> str:
+    """Choose a kernel where a graph for a GPU has one; here it is the CPU's, or the reference as an op."""
+    used = REGISTRY[name].launch is not None and variant in REGISTRY[name].in_graphs.get("cuda", ())
+    return "cpp" if used else "reference"
+
+
+on_a_gpu._dynamo_marked_constant = True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AHEAD)
+def test_compiled_steps_call_only_kernels_that_are_ahead_of_the_compiler(name, monkeypatch):
+    make, wanted = AHEAD[name]
+    found, graphs = set(), []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        found.update(one.split(".")[1].removesuffix("_backward") for one in targets if one.startswith("purify_fast."))
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(registry, "_in_graph", on_a_gpu)
+    monkeypatch.setattr(compiled_step, "BACKEND", aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
+    torch._dynamo.reset()
+    task = make()
+    task.compiles = True
+    task.begin()
+    train_step(task, batch(1))
+    assert graphs and found == wanted

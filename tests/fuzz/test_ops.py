@@ -1,5 +1,7 @@
-"""Every public op with arguments of any kind: the definition's result, or a refusal that names an argument."""
+"""Every public op with arguments of any kind: the definition's result, or a refusal that names an argument. The
+tests that pin faults follow."""
 
+import math
 import re
 
 import op_table
@@ -10,9 +12,10 @@ from mangling import CONTEXTS, fuzzed, mangled, named, names_of, on_meta, ordina
 from op_table import PUBLIC
 from torch import Tensor
 
-from purify_fast import _library, ops
+from purify_fast import _library, attacks, ops
+from purify_fast.methods.carso import CarsoConfig
+from purify_fast.training import ClassifierConfig, FitConfig, TrainingAttack
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NO_MEMORY = re.compile("can't allocate memory|storage size calculation overflowed|bad_alloc|invalid shape")
 
 
@@ -43,6 +46,7 @@ def same(found, wanted, rounding: bool) -> None:
         torch.testing.assert_close(one, other, equal_nan=True, **tolerance)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", PUBLIC)
 @fuzzed
 def test_an_op(name, data):
@@ -66,3 +70,36 @@ def test_an_op(name, data):
                 wanted, refused = called(op, arguments)
             assert refused is None, (done, context, refused)
             same(found, wanted, ordinary(arguments) and context != "autocast")
+
+
+# -- faults that fuzzing found -----------------------------------------------------------------------------------------
+# Faults that fuzzing found, pinned.
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_that_is_no_int64(seed):
+    """It ended in an OverflowError."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    x, y = torch.rand(2, 1, 2, 2), torch.arange(2)
+    with pytest.raises(ValueError, match="seed must be in"):
+        attacks.pgd(model, x, y, eps=0.1, alpha=0.1, steps=1, seed=seed)
+
+
+def test_numbers_that_are_none_in_configurations():
+    for make in (
+        lambda: FitConfig(1, checkpoint_seconds=math.nan),
+        lambda: ClassifierConfig(weight_decay=math.nan),
+        lambda: ClassifierConfig(learning_rate=math.inf),
+        # of an attack on clean images it was accepted
+        lambda: TrainingAttack(eps=0.0, steps=2, alpha=math.nan),
+        lambda: CarsoConfig(lookahead_alpha=math.nan),
+    ):
+        with pytest.raises(ValueError, match=r"(seconds|decay|rate|alpha) must be"):
+            make()
+
+
+def test_labels_on_another_device():
+    """The model was run first, and PyTorch's message named no argument."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="must be on one device, got x on cpu, y on meta"):
+        attacks.pgd(model, torch.rand(2, 1, 2, 2), torch.arange(2, device="meta"), eps=0.1, alpha=0.1, steps=1)

@@ -191,7 +191,7 @@ def test_official_code_reproduces_the_quirks():
 
 
 def test_a_recipe_for_images_of_ones_own():
-    """Three classes, grey, 16 x 24 pixels. tests/cli/test_own_data.py trains on such images."""
+    """Three classes, grey, 16 x 24 pixels. tests/cli/test_commands.py trains on such images."""
     own = [recipe(name).for_data((1, 16, 24), 3).for_batch(8) for name in ("carso/cifar10", "atop/cifar_rt2")]
     classifier = build_classifier("wide_resnet", (1, 16, 24), 3, depth=10, width=1)
     carso = own[0].defence(classifier, cond_dim=6, latent_dim=4, samples=2, decoder_width=2)

@@ -1,4 +1,4 @@
-"""What float32 means on a GPU; the settings can be read without one."""
+"""What float32 means on a GPU; the settings can be read without one. The tests of the choice of bfloat16 follow."""
 
 import time
 
@@ -11,11 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 import purify_fast
 from purify_fast.evaluation import evaluate
+from purify_fast.judge.results.cache import RowCache
 from purify_fast.models.unet import UNet
+from purify_fast.speed import precision as processor
 from purify_fast.speed.agreement import BFLOAT16
 from purify_fast.speed.frozen_copy import auto_dtype
 from purify_fast.speed.layout import autocast_to
-from purify_fast.speed.precision import float32_products, whole_float32_by_default
+from purify_fast.speed.precision import PER_VALUE, PRODUCTS, float32_products, is_dense, whole_float32_by_default
 from purify_fast.training import FitConfig, TrainingAttack, fit
 from purify_fast.training.classifier import ClassifierConfig, ClassifierTask
 
@@ -180,3 +182,61 @@ def test_auto_takes_no_slower_dtype_for_dilated_and_grouped_convolutions(dilatio
         seconds(copy)
     exact, auto = (min(times) for times in zip(*[map(seconds, copies) for _ in range(5)], strict=True))
     assert auto <= exact / 0.97 or copies[1].dtype == torch.float32, (auto, exact)
+
+
+# -- the processor's instructions --------------------------------------------------------------------------------------
+# The processor's instructions tell whether bfloat16 is fast: every process has the same answer.
+
+CPU = torch.device("cpu")
+EPYC, XEON = "AMD EPYC 9654", "Intel(R) Xeon(R) Platinum 8380H"
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "tiles", "variables", "fast"),
+    [
+        (EPYC, True, False, {}, True),
+        (EPYC, False, False, {}, False),
+        (XEON, True, True, {}, True),
+        (XEON, True, False, {}, False),
+        (XEON, True, True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False),
+        (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
+        (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+        (EPYC, True, False, {"ATEN_CPU_CAPABILITY": "avx2"}, False),
+    ],
+)
+def test_tiles_or_a_processor_of_amd_make_bfloat16_fast(monkeypatch, name, bf16, tiles, variables, fast):
+    for variable in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(processor, "processor", lambda: name)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert processor.fast_bfloat16(CPU) == fast
+
+
+def test_rows_of_another_answer_are_not_used(monkeypatch, tmp_path):
+    def key(fast):
+        monkeypatch.setattr("purify_fast.judge.results.cache.fast_bfloat16", lambda device: fast)
+        return RowCache(tmp_path / "rows").key({"seed": 0}, None)
+
+    assert key(True) == key(True) != key(False)
+
+
+# -- dense products ----------------------------------------------------------------------------------------------------
+# The dense products of a model decide whether a CPU computes its copy in bfloat16.
+
+
+def test_dense_products_of_the_batch_and_per_computed_value_decide_but_not_the_number_of_weights():
+    # One image of 8 x 8 has 4.7 million products and 6 thousand computed values. The model has 300 thousand weights.
+    dense = nn.Sequential(nn.Conv2d(3, 128, 3, 2, 1), nn.Conv2d(128, 256, 3, 1, 1))
+    products, values, weights = 16 * 256 * 128 * 9, 16 * (128 + 256), 256 * 128 * 9
+    assert products / (values + weights) < PER_VALUE < products / values
+    fewest = int(PRODUCTS // products) + 1
+    assert is_dense(dense, torch.rand(fewest, 3, 8, 8)) and not is_dense(dense, torch.rand(fewest - 1, 3, 8, 8))
+    in_groups = nn.Sequential(nn.Conv2d(3, 128, 3, 2, 1), nn.Conv2d(128, 256, 3, 1, 1, groups=64))
+    assert not is_dense(in_groups, torch.rand(5000, 3, 8, 8))
+
+
+def test_a_model_that_fails_is_not_dense():
+    assert not is_dense(nn.Linear(5, 5), torch.rand(4, 3, 8, 8))

@@ -1,4 +1,5 @@
-"""The shared loop: exact resume after a kill, logs, refusals, and the classifier's training."""
+"""The shared loop: exact resume after a kill, logs, refusals, and the classifier's training. The tests of the
+options of a classifier's training follow."""
 
 import errno
 import json
@@ -8,11 +9,13 @@ import random
 
 import pytest
 import torch
-from small_runs import StopAt, Stopped, images, on_step, task, train
+from small_runs import StopAt, Stopped, atop_task, images, on_step, task, train
 from torch import nn
+from torch.nn import functional as F
 
 from purify_fast.methods.carso import Carso, CarsoConfig, CarsoTask
 from purify_fast.models.classifiers import SmallCNN
+from purify_fast.ops import Stream, philox
 from purify_fast.training import (
     ClassifierConfig,
     ClassifierTask,
@@ -25,6 +28,7 @@ from purify_fast.training import (
 from purify_fast.training.config import TrainingAttack
 from purify_fast.training.loop import INTERVAL
 from purify_fast.training.run import CHECKPOINT, read_model, read_tree, save_model, write_tree
+from purify_fast.training.task import Batch
 
 
 def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path):
@@ -94,8 +98,6 @@ def test_trees_round_trip(tmp_path):
 
 
 # -- A training that diverges: when it is seen, and that its last checkpoint stays -------------------------------------
-
-
 class Fragile(ClassifierTask):
     """Its loss at a step, or the gradient of it, is not finite."""
 
@@ -151,8 +153,6 @@ def test_what_is_not_finite_never_enters_a_checkpoint(tmp_path, how, at):
 
 
 # -- listeners to a training: foreign loggers, JSONL, the bar ----------------------------------------------------------
-
-
 class Structural:
     """A callback of another package, which has the three methods that `fit` calls."""
 
@@ -218,8 +218,6 @@ def test_a_finished_run_calls_on_end_alone(tmp_path):
 
 
 # -- checkpoints and saved models that changed on the disk, and a disk that is full ------------------------------------
-
-
 def flipped(path, bit):
     """The file with one bit changed, and how to change it back."""
     data = bytearray(path.read_bytes())
@@ -282,8 +280,6 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_p
 
 
 # -- checkpoints and saved models give back the values of get_extra_state ----------------------------------------------
-
-
 class Extra(nn.Linear):
     value = None
 
@@ -327,3 +323,75 @@ def test_a_saved_model_has_the_extra_state(tmp_path):
     facts, back = read_model(tmp_path)
     assert torch.equal(back.pop("weight"), state.pop("weight"))
     assert back == state and facts.keys() == {"kind", "arguments", "version"}
+
+
+# -- options of a classifier's training --------------------------------------------------------------------------------
+# The options of a classifier's training: accumulated gradients, smoothed labels, and noise.
+
+ATTACK = TrainingAttack(0.1, 2)
+
+
+def shallow_task(classes=2, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, classes))
+    return ClassifierTask(model, ClassifierConfig(**options))
+
+
+def gradients(made):
+    """The norms of the gradients with which the optimizer steps, and the sizes of the parts of a batch."""
+    norms, sizes, step, train = [], [], made.optimizer.step, made.training_step
+
+    def seen():
+        norms.append(float(sum(weight.grad.square().sum() for weight in made.model.parameters()).sqrt()))
+        return step()
+
+    made.optimizer.step = seen
+    made.training_step = lambda batch: sizes.append(len(batch.x)) or train(batch)
+    return norms, sizes
+
+
+def test_parts_of_a_batch_give_the_weights_of_the_whole_batch():
+    usual, parts = shallow_task(attack=ATTACK), shallow_task(attack=ATTACK)
+    wanted = fit(usual, *images(60), FitConfig(2, 20), progress=False)
+    norms, sizes = gradients(parts)
+    found = fit(parts, *images(60), FitConfig(2, 20, accumulate=3), progress=False)
+    assert len(norms) == 6 and sizes[-3:] == [7, 7, 6]
+    assert found == pytest.approx(wanted, rel=1e-4)
+    for one, other in zip(parts.model.parameters(), usual.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_follows_all_parts_of_the_update_before():
+    """AToP with a discriminator has two updates a step."""
+    made, order = atop_task(gan_grad=True, discriminator_width=1), []
+    for name, optimizer in made.optimizers.items():
+        optimizer.step = lambda step=optimizer.step, name=name: order.append(name) or step()
+    x, y = torch.randint(0, 256, (32, 1, 16, 16), dtype=torch.uint8), torch.arange(32) % 10
+    fit(made, x, y, FitConfig(1, 16, accumulate=2), progress=False)
+    assert len(order) == 4 and order[:2] == order[2:] and set(order) == set(made.optimizers)
+
+
+def test_labels_are_smoothed_in_the_training_and_not_in_a_validation():
+    made, seen = shallow_task(label_smoothing=0.2), []
+    step = made.training_step
+    made.training_step = lambda batch: seen.append((batch, made.model(batch.x).detach())) or step(batch)
+    last = fit(made, *images(), FitConfig(1, 48, validation_share=0.25), progress=False)
+    ((batch, logits),) = seen
+    plain, smoothed = (float(F.cross_entropy(logits, batch.y, label_smoothing=share)) for share in (0.0, 0.2))
+    assert last["loss"] == pytest.approx(smoothed) != pytest.approx(plain)
+    logits = made.model(batch.x).detach()
+    assert float(made.validate(batch)["loss"]) == pytest.approx(float(F.cross_entropy(logits, batch.y)))
+
+
+def test_noise_is_added_to_the_images_of_steps_and_validations():
+    made, x, y = shallow_task(attack=TrainingAttack(eps=0.0, steps=1), noise=0.25), *images()
+    batch = Batch(x[:8].float() / 255, y[:8].long(), torch.arange(8), seed=3)
+    key = torch.tensor([3])
+    noise = philox(key, batch.sample_ids, x[0].numel(), stream=Stream.SMOOTHING, distribution="normal")
+    with torch.no_grad():
+        expected = float(F.cross_entropy(made.model(batch.x + 0.25 * noise.view(batch.x.shape)), batch.y))
+        assert expected != pytest.approx(float(F.cross_entropy(made.model(batch.x), batch.y)))
+    for loss in (made.training_step(batch)[0], made.training_step(batch)[0], made.validate(batch)["loss"]):
+        assert float(loss.detach()) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"noise needs clean images, eps 0, got noise=0.25"):
+        ClassifierConfig(attack=ATTACK, noise=0.25)
