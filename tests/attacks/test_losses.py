@@ -12,16 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from purify_fast import attacks
-from purify_fast.attacks import (
-    PGD,
-    GradientHealth,
-    JudgeContext,
-    OriginalAutoAttack,
-    attacked_model,
-    fgsm,
-    frozen,
-    pgd,
-)
+from purify_fast.attacks import PGD, GradientHealth, JudgeContext, OriginalAutoAttack, attacked_model, fgsm, frozen, pgd
 from purify_fast.autoattack import AutoAttack
 from purify_fast.judge.searches.model_tests import check_model
 from purify_fast.ops import attack_loss, use_backend
