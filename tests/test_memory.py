@@ -23,8 +23,7 @@ def test_control_groups(tmp_path):
     names.write_text("0::/a/b\n")
     group("a/b", memory__max="max\n", memory__current="70\n")
     group("a", memory__max="1000\n", memory__current="300\n", memory__stat="anon 1\ninactive_file 100\n")
-    assert list(_memory._left_to_groups(tmp_path)) == [800]
-    assert list(_memory._left_to_groups(tmp_path / "none")) == []
+    assert list(_memory._left_to_groups(tmp_path)) == [800] and list(_memory._left_to_groups(tmp_path / "none")) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
@@ -38,8 +37,7 @@ def test_the_peak_is_that_of_this_process():
     assert 10**6 < int(began.stdout) < size
     del held
     # The system counts pages in each thread, and its sum may be some pages off.
-    assert abs(peak_resident_memory() - before) < 20 * 10**6
-    assert before > size
+    assert abs(peak_resident_memory() - before) < 20 * 10**6 and before > size
 
 
 @pytest.mark.parametrize(

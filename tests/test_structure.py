@@ -94,8 +94,7 @@ def test_structure(check):
 def test_no_module_of_the_benchmarks_has_the_name_of_a_module_of_the_package():
     own = {path.stem for path in PYTHON} - {"__init__", "__main__"}
     theirs = [*(ROOT / "benchmarks").rglob("*.py")]
-    assert len(theirs) > 20
-    assert sorted(named(path) for path in theirs if path.stem in own) == []
+    assert len(theirs) > 20 and sorted(named(path) for path in theirs if path.stem in own) == []
 
 
 #: Modules that every method has, and the class from which the classes of a folder derive.
@@ -105,8 +104,7 @@ SHARED_NAMES = {"base", "config", "defence", "method", "recipes", "task"}
 def test_no_two_modules_share_a_name():
     modules = [path for path in (ROOT / "purify_fast").rglob("*.py") if path.stem not in ("__init__", "__main__")]
     of_each = Counter(path.stem for path in modules)
-    assert len(modules) > 100
-    assert {name for name, count in of_each.items() if count > 1} == SHARED_NAMES
+    assert len(modules) > 100 and {name for name, count in of_each.items() if count > 1} == SHARED_NAMES
 
 
 def test_everything_is_formatted_without_a_skip():

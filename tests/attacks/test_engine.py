@@ -181,8 +181,7 @@ def test_fab_drops_fallen_images_and_measures_what_is_missing_beyond_the_ball(mo
     model = nn.Sequential(nn.Flatten(), nn.AvgPool1d(16), nn.Linear(1, 2))
     model[2].load_state_dict({"weight": torch.tensor([[0.0], [8.0]]), "bias": torch.tensor([0.0, -4.0])})
     direct(fab_t, model, x, torch.zeros(2, dtype=torch.int64), eps=0.1, steps=50, give_up=True)
-    assert {len(each) for each in missing[2:]} == {1}
-    assert 0.2 < float(missing[-1]) < 0.22
+    assert {len(each) for each in missing[2:]} == {1} and 0.2 < float(missing[-1]) < 0.22
 
 
 def test_the_squares_are_those_of_the_paper():
@@ -356,8 +355,7 @@ def test_the_steps_are_those_of_the_algorithm(monkeypatch):
     assert all(later in (size, size / 2) for size, later in itertools.pairwise(sizes))
     assert {i for i in range(1, 40) if sizes[i] != sizes[i - 1]} <= set(checkpoints(40))
     best = min((s[0] for s in seen[:9]), key=lambda at: abs(at - 0.6))
-    assert seen[8][0] == pytest.approx(best, abs=1e-7)
-    assert abs(float(found) - 0.6) < 0.02
+    assert seen[8][0] == pytest.approx(best, abs=1e-7) and abs(float(found) - 0.6) < 0.02
 
 
 def test_misclassified_points_come_before_those_of_higher_loss():
@@ -386,8 +384,7 @@ def test_every_image_gets_every_run_in_waves_that_are_filled(monkeypatch, padded
     sizes, seen = [], []
     for rows in engine.waves(active, goals, 1, JudgeContext(batch_size=90)):
         sizes.append(len(rows.x))
-        assert torch.equal(rows.x, x[rows.owner])
-        assert not active.fallen[rows.owner].any()
+        assert torch.equal(rows.x, x[rows.owner]) and not active.fallen[rows.owner].any()
         seen += list(dict.fromkeys(zip(rows.owner.tolist(), rows.labels[:, 1].tolist(), strict=True)))
         # images fall: the last ones of the first run, then one of those that every wave is about
         active.fallen[[*range(60, 90), int(rows.owner[0])]] = True
@@ -508,10 +505,8 @@ def test_the_bound_on_the_flow_holds(steep, flat_batch, monkeypatch, options, lo
     flows = Flows(monkeypatch)
     adversarial = stadv(steep, x, y, eps=0.07, steps=12, loss=loss, **options)
     largest = max(float(flow.abs().max()) for flow in flows.seen)
-    assert 0.06 < largest <= 0.07 * (1 + 1e-6)
-    assert adversarial.shape == x.shape and adversarial.dtype == x.dtype
-    assert adversarial.min() >= x.min() >= 0 and adversarial.max() <= x.max() <= 1
-    assert not torch.equal(adversarial, x)
+    assert 0.06 < largest <= 0.07 * (1 + 1e-6) and adversarial.shape == x.shape and adversarial.dtype == x.dtype
+    assert adversarial.min() >= x.min() >= 0 and adversarial.max() <= x.max() <= 1 and not torch.equal(adversarial, x)
 
 
 def test_a_bound_per_image(steep, flat_batch, monkeypatch):

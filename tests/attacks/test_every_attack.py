@@ -51,8 +51,7 @@ def test_it_stays_in_the_ball_and_the_box(model, batch, name, norm, box):
     eps = torch.linspace(0, 2 * EPS * SCALES[norm], 9)
     found = run(name, model, x, y, eps=eps, norm=norm, clip_min=box[0], clip_max=box[1])
     length = (found - x).flatten(1).double().norm(p=ORDERS[norm], dim=1)
-    assert found.shape == x.shape and found.dtype == x.dtype
-    assert bool((length <= eps * (1 + 1e-5) + 1e-6).all())
+    assert found.shape == x.shape and found.dtype == x.dtype and bool((length <= eps * (1 + 1e-5) + 1e-6).all())
     # FAB finds no border here, and then returns the images themselves.
     assert torch.equal(found[1:], x[1:]) is (name == "fab-t")
     assert float(found.min()) >= box[0] and float(found.max()) <= box[1]

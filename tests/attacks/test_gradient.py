@@ -36,8 +36,7 @@ def test_eot_is_the_explicit_mean(batch, model):
         one, value = input_gradient(model, x, y)
         for eot, chunk in ((4, None), (4, 9), (4, 20), (5, 1)):
             folded, mean = input_gradient(model, x, y, eot_iter=eot, max_forward_batch=chunk)
-            assert torch.allclose(folded, eot * one, rtol=1e-4, atol=1e-6)
-            assert torch.allclose(mean, value, rtol=1e-5)
+            assert torch.allclose(folded, eot * one, rtol=1e-4, atol=1e-6) and torch.allclose(mean, value, rtol=1e-5)
     a, b = (pgd(model, x, y, eps=EPS, steps=4, eot_iter=e) for e in (1, 3))
     assert torch.allclose(a, b, atol=1e-5)
 

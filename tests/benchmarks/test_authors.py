@@ -166,8 +166,7 @@ def test_the_rows_of_its_authors():
     assert isinstance(rand, OriginalAutoAttack) and rand.version == "rand"
     assert isinstance(found[0].model, release.AdjointGradient)
     assert (alone.steps, alone.eot_iter, straight.steps, straight.eot_iter) == (10, 1, 40, 15)
-    assert alone.alpha == straight.alpha == 2 / 255
-    assert found[0].model.defence.samples == 1 and sde.samples == 3
+    assert alone.alpha == straight.alpha == 2 / 255 and found[0].model.defence.samples == 1 and sde.samples == 3
     ddpm = defence(SHAPE, process=Process(steps=2))
     x, evaluations = images(2, SHAPE), authors_evaluations(ddpm, 0.1)
     rows = rows_of(evaluations, x, ddpm.classifier(x).argmax(1), eps=0.1)

@@ -63,8 +63,7 @@ def test_a_recipe_gives_the_defaults_and_explicit_options_win(monkeypatch):
     made = recipe("carso/cifar10")
     assert underscored.recipe == "cifar10" and underscored.method == made.config(official_code=True)
     assert plain.method == made.config() and plain.loop == made.loop() and plain.layers == made["defence.layers"]
-    assert plain.data == "cifar10"
-    assert (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
+    assert plain.data == "cifar10" and (plain.cond_dim, plain.latent_dim, plain.samples) == (512, 128, 8)
     assert official.method == dataclasses.replace(recipe("carso/tiny_imagenet").config(True), optimizer="adamw")
     assert changed.method.attack.alpha is None and changed.samples == 3 and changed.method.attack.eps == 8 / 255
 
@@ -226,8 +225,7 @@ def test_each_method_on_own_data_is_killed_and_resumed(own, method, tmp_path):
 
     ended = together(tmp_path, 1, lambda: kill_at_call(loop, "train_step", 4) or trained("resumed"), None)
     assert ended.codes == [-signal.SIGKILL], ended.errors
-    assert read_tree(tmp_path / "resumed" / CHECKPOINT)["step"] == 3
-    assert trained("resumed") == trained("whole") == 0
+    assert read_tree(tmp_path / "resumed" / CHECKPOINT)["step"] == 3 and trained("resumed") == trained("whole") == 0
     load = load_classifier if method == "arrest" else purify_fast.load_defence
     one, other = (load(tmp_path / name).eval() for name in ("resumed", "whole"))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())

@@ -147,8 +147,7 @@ def test_an_interrupted_training_is_resumed_by_its_folder(run, bars, tmp_path, s
 
 def test_a_refused_training_leaves_no_file(run, bars, tmp_path):
     words = ["train", "classifier", "--data", bars, "--device", "cpu", "--batch-size", "16", "--keep-best", "loss"]
-    assert run(*words, "--out", tmp_path / "out")[0] == 2
-    assert not (tmp_path / "out").exists()
+    assert run(*words, "--out", tmp_path / "out")[0] == 2 and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_resumed_is_named(run, tmp_path):

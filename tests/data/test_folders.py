@@ -107,8 +107,7 @@ def test_other_shapes_cover_the_target_and_are_centred(tmp_path):
             image[18:22] = 255  # a bar across the middle
             Image.fromarray(image).save(tmp_path / part / name / "0.png")
     d = data.load_dataset(tmp_path, image_size=(10, 20))
-    assert d.image_shape == (3, 10, 20)
-    assert d.x_train[0, 0, :, 0].tolist() == [0] * 3 + [255] * 4 + [0] * 3
+    assert d.image_shape == (3, 10, 20) and d.x_train[0, 0, :, 0].tolist() == [0] * 3 + [255] * 4 + [0] * 3
     assert data.load_dataset(tmp_path, image_size=(20, 5)).x_train[0, 0, 9:11].min() > 200
 
 

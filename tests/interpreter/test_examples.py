@@ -173,8 +173,7 @@ def test_linf_reads_a_gradient_in_channels_last_without_a_copy(monkeypatch, shap
     monkeypatch.setattr(pgd_step, "launch", lambda *given, **options: (launched.append(given), real(*given, **options)))
     for step in launch.values():
         wanted, found = step(grad), step(last)
-        assert torch.equal(found, wanted) and not torch.equal(wanted, x)
-        assert launched[-1][3] is last
+        assert torch.equal(found, wanted) and not torch.equal(wanted, x) and launched[-1][3] is last
 
 
 # -- philox ------------------------------------------------------------------------------------------------------------
@@ -196,8 +195,7 @@ def test_cos_and_sin_to_one_ulp(ulps):
     angle = torch.cat([torch.arange(0, 2**24, 8191), near]).float() * numpy.float32(2 * numpy.pi * 2**-24).item()
     cos, sin = torch.empty_like(angle), torch.empty_like(angle)
     both[(triton.cdiv(angle.numel(), 1024),)](angle, cos, sin, angle.numel(), WIDTH=1024)
-    assert ulps(cos, angle.double().cos().float()) <= 2
-    assert ulps(sin, angle.double().sin().float()) <= 2
+    assert ulps(cos, angle.double().cos().float()) <= 2 and ulps(sin, angle.double().sin().float()) <= 2
 
 
 # -- random_transform --------------------------------------------------------------------------------------------------

@@ -31,8 +31,7 @@ def test_every_image_that_fell_is_saved_as_the_model_saw_it(tmp_path, norm, eps)
     arrays, (x, y) = np.load(tmp_path / FILE), digit_nets.held_out()
     assert fell.any() and arrays["indices"].tolist() == fell.nonzero()[0].tolist()
     images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    assert torch.equal(labels, y[arrays["indices"]])
-    assert (digit_nets.standard()(images).argmax(1) != labels).all()
+    assert torch.equal(labels, y[arrays["indices"]]) and (digit_nets.standard()(images).argmax(1) != labels).all()
     order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
     moved = torch.linalg.vector_norm((images - x[arrays["indices"]]).flatten(1), ord=order, dim=1)
     assert moved.min() > 0 and moved.max() <= eps * (1 + 1e-5)
@@ -122,8 +121,7 @@ def test_the_same_random_model_is_refused_once_in_a_hundred_checks(shared):
         adversarial = Adversarial(images, *[images] * 3, about)
         return CheckedAdversarial(adversarial, images > 0, (share * new).astype(int).tolist()).fits
 
-    assert np.mean([fits() for _ in range(400)]) >= 0.98
-    assert shared or not any(fits(0.5) for _ in range(20))
+    assert np.mean([fits() for _ in range(400)]) >= 0.98 and (shared or not any(fits(0.5) for _ in range(20)))
 
 
 def test_a_random_model_is_not_checked_without_draws_of_the_report(tmp_path):
@@ -157,5 +155,4 @@ def test_the_command_line_checks(tmp_path, capsys, short_signs):
         ([out], 0, "still fool the model, which fits"),
         ([], 2, "REPORT must be given"),
     ):
-        assert cli.main(["check", *words, "--device", "cpu"]) == code
-        assert message in "".join(capsys.readouterr())
+        assert cli.main(["check", *words, "--device", "cpu"]) == code and message in "".join(capsys.readouterr())

@@ -94,8 +94,7 @@ def simulated(probabilities, thresholds, most, alpha=0.001, seed=0):
 def test_few_images_have_a_wrong_certificate_at_any_of_several_radii():
     thresholds = [NORMAL.cdf(radius / 0.5) for radius in (0.5, 0.1, 0.4, 0.45)]
     first, _ = simulated(np.full(50_000, thresholds[2]), thresholds, 2000)
-    assert 0 < (first[:, [0, 2, 3]] == 1).any(1).mean() <= 0.001
-    assert (first[:, 1] == -1).mean() <= 0.001
+    assert 0 < (first[:, [0, 2, 3]] == 1).any(1).mean() <= 0.001 and (first[:, 1] == -1).mean() <= 0.001
     ordered = first[:, np.argsort(thresholds)]
     assert (np.diff(ordered, axis=1) <= 0).all()
 
@@ -142,8 +141,7 @@ def margins(*values):
 def test_radii_are_those_of_the_exact_answer():
     x, y = margins(0.2, 0.45, 0.55, 1.0, -0.3, -1.0), torch.tensor([1, 1, 1, 1, 1, 0])
     made = certify(Halves(), x, y, radius=(0.0, 0.5), draws=20_000, **QUIET)
-    assert made.decisions(0.5).tolist() == [-1, -1, 1, 1, -1, 1]
-    assert made.decisions(0.0).tolist() == [1, 1, 1, 1, -1, 1]
+    assert made.decisions(0.5).tolist() == [-1, -1, 1, 1, -1, 1] and made.decisions(0.0).tolist() == [1, 1, 1, 1, -1, 1]
     assert (made.radius <= np.array([0.2, 0.45, 0.55, 1.0, 0.0, 1.0]) + 1e-9).all()
     assert (made.radius[[2, 3, 5]] >= 0.5).all() and made.radius[4] == 0
     # easy images need few draws, and images near the threshold many
@@ -251,8 +249,7 @@ def test_a_run_ends_when_its_time_is_over_and_goes_on(tmp_path, digits, monkeypa
         assert notes == [f"{unfinished} of 16 images are unfinished after 3 seconds"] and unfinished
         # What is not finished is not certified, and what is certified stays.
         assert (made.radius <= whole.radius).all() and "unfinished" in made.to_text()
-    assert runs > 3
-    assert counts(made) == counts(whole) and made.radius.tolist() == whole.radius.tolist()
+    assert runs > 3 and counts(made) == counts(whole) and made.radius.tolist() == whole.radius.tolist()
     assert made.decided.tolist() == whole.decided.tolist() and sum(rows_drawn) == total
 
 
@@ -454,8 +451,7 @@ def test_a_random_defence_is_random_even_if_it_seems_not():
 
     defence, x, y = Hard(Halves(), 0.1, samples=1).eval(), margins(2.0, *[-0.1] * 8), torch.ones(9).long()
     made = [certify(defence, x, y, sigma=0.1, radius=0.0, batch_size=size, progress=False) for size in (1, 1000)]
-    assert counts(made[0]) == counts(made[1])
-    assert made[0].certified(0.0).tolist() == [True] + [False] * 8
+    assert counts(made[0]) == counts(made[1]) and made[0].certified(0.0).tolist() == [True] + [False] * 8
 
 
 # -- attacks from above ------------------------------------------------------------------------------------------------
@@ -468,12 +464,9 @@ def test_attacks_refute_what_is_beyond_the_radius():
     for radius, fallen in ((0.2, [True, False, False, True]), (0.5, [True, True, False, True])):
         attacks = [PGD(steps=5)]
         made, report = refute(made, model, x, y, radius=radius, votes=51, draws=2000, attacks=attacks, progress=False)
-        assert made.refuted[radius].tolist() == fallen
-        assert report.about["threat"].startswith("L2")
-        assert report.model == "model, smoothed with sigma 0.5"
-        assert not made.contradictions(radius).size
-    assert made.between(0.2) == (0.5, 0.5) and made.between(0.5) == (0.25, 0.25)
-    assert made.sentence(0.5) == "25.0 %"
+        assert made.refuted[radius].tolist() == fallen and report.about["threat"].startswith("L2")
+        assert report.model == "model, smoothed with sigma 0.5" and not made.contradictions(radius).size
+    assert made.between(0.2) == (0.5, 0.5) and made.between(0.5) == (0.25, 0.25) and made.sentence(0.5) == "25.0 %"
     # A wrong certificate is found: here the counts of the last image are those of the first.
     made.right[0], made.draws[0], made.decided[0] = made.right[2], made.draws[2], made.decided[2]
     assert made.contradictions(0.5).tolist() == [0] and "Contradiction" in made.to_text()
@@ -490,8 +483,7 @@ def test_no_attack_takes_back_a_certificate_of_the_zoo(name):
     radius = 3 * card.eps
     made = certify(model, x, y, sigma=card.sigma, radius=(card.eps, radius), progress=False)
     made, _ = refute(made, model, x, y, radius=radius, votes=5, protocol="strong", steps=20, progress=False)
-    assert made.certified(card.eps).any() and made.refuted[radius].any()
-    assert not made.contradictions(radius).size
+    assert made.certified(card.eps).any() and made.refuted[radius].any() and not made.contradictions(radius).size
 
 
 # -- largest radii, as papers report them ------------------------------------------------------------------------------
@@ -717,8 +709,7 @@ def test_a_file_with_other_counts_is_refused(name, value, message):
 def test_the_command_writes_a_report(tmp_path, capsys):
     words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--radius", "0.25", "--images", "6"]
     words += ["--draws", "100", "--attack", "fast", "--votes", "3", "--out", str(tmp_path)]
-    assert cli.main(words) == 0
-    assert "between" in capsys.readouterr().out and (tmp_path / "certificates.html").exists()
+    assert cli.main(words) == 0 and "between" in capsys.readouterr().out and (tmp_path / "certificates.html").exists()
     saved = (tmp_path / "certificates.json").read_text()
     made = Certificates.from_json(saved)
     assert made.refuted.keys() == {0.25} and json.loads(made.to_json()) == json.loads(saved)

@@ -219,8 +219,7 @@ def test_a_vote_is_attacked_through_the_surrogates_of_its_model():
     subjects = [Subject(each, x, y, batch_size=8, n_eval=1, seed=0) for each in (model, MajorityVote(model, N))]
     ball = ThreatModel("linf", 0.1)
     alone, vote = ([name for name, _ in subject.surrogates(ball)[0]] for subject in subjects)
-    assert alone == vote and "a copy without noise" in vote
-    assert all(subject.is_random for subject in subjects)
+    assert alone == vote and "a copy without noise" in vote and all(subject.is_random for subject in subjects)
 
 
 def test_votes_that_agree_do_not_hide_the_draws():

@@ -44,14 +44,12 @@ def counted(tmp_path, made_rows):
 def test_what_decides_a_row_makes_it_anew(counted):
     assert counted(model()) == 2
     assert counted(model(), eps=0.2) == 1  # the clean row stays
-    assert counted(model(), attacks=[PGD(steps=3)]) == 1
-    assert counted(model(), seed=1) == 2
+    assert counted(model(), attacks=[PGD(steps=3)]) == 1 and counted(model(), seed=1) == 2
     assert counted(model(), x=torch.rand(6, 3, 3, 3)) == 2
     changed = model()
     with torch.no_grad():
         changed[1].weight[0, 0] += 1
-    assert counted(changed) == 2
-    assert counted(model()) == 0
+    assert counted(changed) == 2 and counted(model()) == 0
 
 
 @pytest.mark.parametrize(
@@ -70,8 +68,7 @@ def test_what_decides_a_row_makes_it_anew(counted):
 def test_versions_backends_and_precisions_have_rows_of_their_own(counted, block, rows):
     assert counted(model()) == 2
     with block():
-        assert counted(model()) == rows
-        assert counted(model()) == 0
+        assert counted(model()) == rows and counted(model()) == 0
     assert counted(model()) == 0
 
 
@@ -88,8 +85,7 @@ def moved(x):
 
 def test_a_users_attack_is_kept_under_its_revision(counted, monkeypatch):
     function = as_attack(lambda model, x, y: moved(x), revision="1")
-    assert counted(model(), attacks=[Moves(), function]) == 3
-    assert counted(model(), attacks=[Moves(), function]) == 0
+    assert counted(model(), attacks=[Moves(), function]) == 3 and counted(model(), attacks=[Moves(), function]) == 0
     assert counted(model(), attacks=[as_attack(function.function, revision="2")]) == 1
     monkeypatch.setattr(Moves, "code_version", "2")
     assert [counted(model(), attacks=[Moves()]) for _ in "12"] == [1, 0]

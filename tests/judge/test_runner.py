@@ -217,8 +217,7 @@ def test_survivors(toy):
     first, second, third = (report.row(f"PGD-1 {loss}") for loss in ("ce", "dlr", "margin"))
     # what all choosing draws misclassify has fallen, and every image keeps its draws
     assert second.attacked == (first.wrong < 1).sum() < first.attacked
-    assert (second.wrong >= first.wrong).all() and (third.wrong >= second.wrong).all()
-    assert second.n == first.n == len(x)
+    assert (second.wrong >= first.wrong).all() and (third.wrong >= second.wrong).all() and second.n == first.n == len(x)
     again = report.row("all again")
     assert again.attacked == first.attacked
     tried = report.row("PGD-1 ce through WithoutNoise")
@@ -317,8 +316,7 @@ def test_other_threat_models_stay_out_of_the_headline_and_the_worst(unseen):
     assert second.attacked == (first.share_wrong < 1).sum() < first.attacked
     assert unseen.headline.threat is None and unseen.headline.accuracy == of["worst"].mean()
     lowest = unseen.lowest
-    assert set(lowest) == {None, "L2 1", "flow 0.05"}
-    assert lowest["L2 1"].accuracy == of["worst, L2 1"].mean()
+    assert set(lowest) == {None, "L2 1", "flow 0.05"} and lowest["L2 1"].accuracy == of["worst, L2 1"].mean()
 
 
 def test_the_attack_of_lee_and_kim():

@@ -59,8 +59,7 @@ def test_each_process_makes_its_share_and_the_first_keeps_all(tmp_path):
     assert first == one("deterministic") and min(mine, others) > 0.3 * (mine + others)
     # the batches that follow the end of an attack by the rule of stopping are made for nothing
     alone = made_by("deterministic")[1]
-    assert alone <= mine + others <= alone + 3
-    assert not (tmp_path / "out-1" / "rows").exists()
+    assert alone <= mine + others <= alone + 3 and not (tmp_path / "out-1" / "rows").exists()
     assert made_by("deterministic", tmp_path / "out-0") == (one("deterministic"), 0)
 
 
@@ -118,8 +117,7 @@ def test_what_goes_wrong_in_one_process_is_raised_in_all(tmp_path):
     failed, different, divided, no_value, _ = first
     assert failed == "process 1 has no memory"
     assert "process 1 evaluates something else than process 0 (different: seed" in different
-    assert "(different: batch size)" in divided
-    assert no_value == "process 0 has no kernels"
+    assert "(different: batch size)" in divided and no_value == "process 0 has no kernels"
 
 
 def limited(kind, minutes):

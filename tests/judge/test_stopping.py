@@ -25,8 +25,7 @@ def _most_unsearched(left, withstood, error):
 def test_the_bound_is_the_exact_one_for_images_of_which_none_fell():
     fell, stood = -0.1, 0.1
     rule = StoppingRule(0.01, 300, 1000)
-    assert rule.may_hold == 300 and not rule.record([fell] * 40, 0)
-    assert rule.may_hold == rule.unsearched == 260
+    assert rule.may_hold == 300 and not rule.record([fell] * 40, 0) and rule.may_hold == rule.unsearched == 260
     assert not rule.record([stood] * 10 + [fell] + [stood] * 29, 0)
     # 29 withstood since the last one fell
     assert rule.unsearched == 220 and rule.may_hold == _most_unsearched(220, 29, 0.05 / 8)
@@ -85,12 +84,10 @@ def test_an_attack_stops_and_the_report_states_what_the_rest_may_hold(monkeypatc
     attacks = [FGSM(), AttackSpec(APGD(steps=20, loss="margin"), survivors_only=True, until=0.04)]
     report = evaluate(model, x, y, eps=0.02, attacks=attacks)
     row = report.row("APGD-20 margin")
-    assert 0 < row.unsearched < row.attacked
-    assert 0 < row.may_hold <= 0.04 * 96
+    assert 0 < row.unsearched < row.attacked and 0 < row.may_hold <= 0.04 * 96
     # The bound counts the decisions: one after each round, however many batches a round has.
     parts = evaluate(model, x, y, eps=0.02, attacks=attacks, batch_size=3).row("APGD-20 margin")
-    assert (parts.unsearched, parts.may_hold) == (row.unsearched, row.may_hold)
-    assert (parts.robust == row.robust).all()
+    assert (parts.unsearched, parts.may_hold) == (row.unsearched, row.may_hold) and (parts.robust == row.robust).all()
     whole = evaluate(model, x, y, eps=0.02, attacks=[FGSM(), APGD(steps=20, loss="margin")])
     missed = int(row.robust.sum()) - int((whole.rows[1].robust & whole.rows[2].robust).sum())
     assert 0 <= missed <= row.may_hold
@@ -155,8 +152,7 @@ def test_the_sign_is_silent_where_the_time_was_over():
     nearest = row(settings={"nearest": [10, 2]})
     assert said([nearest])["nearest images"].verdict == "passed"
     cut = row("Square", settings={"nearest": [10, 2]}, warnings=[CUT])
-    assert said([nearest, cut])["nearest images"].verdict == "not asked"
-    assert "nearest images" not in said([row()])
+    assert said([nearest, cut])["nearest images"].verdict == "not asked" and "nearest images" not in said([row()])
 
 
 def test_a_random_model_has_a_single_group_and_the_sign():
@@ -174,8 +170,7 @@ def test_a_random_model_has_a_single_group_and_the_sign():
 
 def test_the_rule_of_the_nearest_images():
     rule = NearestRule(25, 10)
-    assert rule.rounds == [10, 10, 5]
-    assert not rule.record([0.1] * 9 + [-0.1], 0) and rule.unsearched == 15
+    assert rule.rounds == [10, 10, 5] and not rule.record([0.1] * 9 + [-0.1], 0) and rule.unsearched == 15
     assert not rule.record([float("nan"), *[0.1] * 9], 0)
     assert rule.record([0.1] * 5, 0) and rule.unsearched == 0 and rule.may_hold == 0
     assert NearestRule(0, 10).rounds == []

@@ -244,8 +244,7 @@ def test_killed_and_resumed_training_is_the_same(name, tmp_path):
     with pytest.raises(Stopped):
         trained(name, tmp_path / "cut", StopAt(5))
     two, resumed = trained(name, tmp_path / "cut")
-    assert one["step"] == two["step"] == 6 and one["last"] == two["last"]
-    assert one["model"].keys() == two["model"].keys()
+    assert one["step"] == two["step"] == 6 and one["last"] == two["last"] and one["model"].keys() == two["model"].keys()
     assert all(torch.equal(value, two["model"][key]) for key, value in one["model"].items())
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 

@@ -44,8 +44,7 @@ def test_fact_1_parameters_of_wrn_28_10(classes, count):
 def test_names_and_shapes_are_robustbenchs():
     with torch.device("meta"):
         state = WideResNet().state_dict()
-    assert len(state) == 155
-    assert digest(state) == "3031a934b7011cec2f42b284f175c49d02cc9a994953b6c7b59dd8e70f4d8919"
+    assert len(state) == 155 and digest(state) == "3031a934b7011cec2f42b284f175c49d02cc9a994953b6c7b59dd8e70f4d8919"
 
 
 @pytest.mark.parametrize(("depth", "width", "size"), [(10, 2, 32), (16, 1, 32), (28, 10, 32), (34, 1, 32), (10, 2, 64)])
@@ -72,8 +71,7 @@ def test_the_representation_is_26_layers_in_execution_order():
     model(torch.rand(1, 3, 32, 32))
     assert ran == layers and len(layers) == 26
     assert layers[8:11] == [f"layer.1.block.0.{part}" for part in ("conv_0", "conv_1", "shortcut")]
-    assert layers[11] == "layer.1.block.1.conv_0"
-    assert "layer.0.block.0.shortcut" not in layers
+    assert layers[11] == "layer.1.block.1.conv_0" and "layer.0.block.0.shortcut" not in layers
 
 
 MAKERS = {

@@ -140,8 +140,7 @@ def test_they_compute_what_torchs_do(training):
     for (literal, plain), shape in zip(pairs, ((5, 4, 3, 2), (5, 4)), strict=True):
         x = torch.randn(shape)
         out = [layer.train(training)(x) for layer in (literal, plain)]
-        assert torch.equal(*out)
-        assert literal.state_dict().keys() == plain.state_dict().keys()
+        assert torch.equal(*out) and literal.state_dict().keys() == plain.state_dict().keys()
         assert all(torch.equal(literal.state_dict()[name], value) for name, value in plain.state_dict().items())
     x = torch.randn(7)
     assert torch.equal(LeakyReLU()(x), nn.LeakyReLU(0.2)(x))

@@ -53,8 +53,7 @@ def test_saturation_of_the_published_head(backend):
         published = aggregate(logits, "peel_reference")
         assert published[0, 0] == torch.inf
         loss = F.cross_entropy(published, label)
-        assert loss.isnan()
-        assert torch.autograd.grad(loss, logits)[0].isnan().any()
+        assert loss.isnan() and torch.autograd.grad(loss, logits)[0].isnan().any()
 
         ours = aggregate(logits, "peel")
         assert ours[0, 1].item() == pytest.approx(expected, abs=1e-3)
@@ -94,8 +93,7 @@ def test_default_head_can_be_attacked_at_any_margin(backend, samples, loss):
 def test_peel_is_finite_and_decides_as_lse(backend, scale):
     logits = normal(64, 8, 10, scale=scale, dtype=torch.float32).requires_grad_()
     log_p, q = aggregate(logits, "peel"), aggregate(logits, "lse")
-    assert log_p.isfinite().all() and (log_p <= 0).all()
-    assert torch.equal(log_p.argmax(1), q.argmax(1))
+    assert log_p.isfinite().all() and (log_p <= 0).all() and torch.equal(log_p.argmax(1), q.argmax(1))
     (gradient,) = torch.autograd.grad(log_p.sum(), logits)
     assert gradient.isfinite().all()
 

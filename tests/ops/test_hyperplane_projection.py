@@ -77,13 +77,11 @@ def many_rows(rows: int = 10_000, size: int = 30) -> tuple[Tensor, Tensor, Tenso
 def test_ten_thousand_rows_by_bisection(backend, norm):
     x, w, b, kind = many_rows()
     got, wanted = hyperplane_projection(x, w, b, norm), bisected(x, w, b, norm)
-    assert (got - wanted).abs().max() <= 1e-9
-    assert (got[(kind == 0) | (kind == 4) | (kind == 6)].abs() <= 1e-12).all()
+    assert (got - wanted).abs().max() <= 1e-9 and (got[(kind == 0) | (kind == 4) | (kind == 6)].abs() <= 1e-12).all()
     w = torch.where(w.isfinite(), w, 0.0)
     most = torch.where(w * (b - (w * x).sum(1))[:, None] > 0, 1 - x, x).mul(w.abs()).sum(1)
     meets = (b - (w * x).sum(1)).abs() <= most
-    assert 4000 < meets.sum() < 8000
-    assert ((w * (x + got)).sum(1) - b)[meets].abs().max() <= 1e-9
+    assert 4000 < meets.sum() < 8000 and ((w * (x + got)).sum(1) - b)[meets].abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -38,8 +38,7 @@ def test_masks_of_the_paper(backend):
     m = passes[:, :, 4]
     assert (m.sum((2, 3)) == 16384).all() and (m.sum(1) == 1).all()
     for i in range(4):
-        assert (owners == i).sum((2, 3)).eq(16).all()
-        assert torch.equal(m[:, i, ::32, ::32], (owners[0] == i).float())
+        assert (owners == i).sum((2, 3)).eq(16).all() and torch.equal(m[:, i, ::32, ::32], (owners[0] == i).float())
     # the noise is drawn once: where two passes see a pixel, they see the same
     seen = (m == 0)[:, :, None]
     shown = torch.where(seen, passes[:, :, :3], -torch.inf).amax(1, keepdim=True)

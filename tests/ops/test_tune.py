@@ -52,8 +52,7 @@ def test_the_faster_one_is_used_and_it_is_said(folder, monkeypatch, capsys):
     assert "  reference  " in line and "tuned on this machine, 2" in line
     assert any("  shipped; " in line for line in installation.info(True).splitlines())
     timed(monkeypatch, ahead=True)
-    assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0
-    assert op.backend_for(CPU, 1, "linf") == "cpp"
+    assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0 and op.backend_for(CPU, 1, "linf") == "cpp"
 
 
 @pytest.mark.parametrize(

@@ -204,16 +204,14 @@ def test_a_graph_decides_while_it_is_traced(make, folder):
     op = make(kernel)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
-    assert compiled(torch.ones(2)).tolist() == [3, 3] and kernel.calls == 3 + 1
-    assert passed(kept(folder)["ops"][op.name])
+    assert compiled(torch.ones(2)).tolist() == [3, 3] and kernel.calls == 3 + 1 and passed(kept(folder)["ops"][op.name])
 
 
 def test_a_device_that_is_not_here_runs_the_reference_for_now():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     op, gpu = REGISTRY["philox"], torch.device("cuda", 0)
-    assert registry.sizes_here("philox", gpu) == ({"": 0}, "shipped")
-    assert op.backend_for(gpu, 1) == "reference"
+    assert registry.sizes_here("philox", gpu) == ({"": 0}, "shipped") and op.backend_for(gpu, 1) == "reference"
     assert not [key for key in op.chosen if key[0].type == "cuda"]  # asked again the next time
 
 
@@ -233,8 +231,7 @@ def test_the_smallest_size_decides_and_a_kernel_that_is_not_used_is_not_verified
     for _ in range(2):
         assert op.uses_reference(CPU, 99) and op.backend_for(CPU, 99) == "reference" and kernel.calls == 0
     for _ in range(2):
-        assert not op.uses_reference(CPU, 100) and kernel.calls == 3
-        assert op.uses_reference(CPU, 99)
+        assert not op.uses_reference(CPU, 100) and kernel.calls == 3 and op.uses_reference(CPU, 99)
     choices.forget_choices()
     monkeypatch.setitem(op.smallest, "cpu", {"": None})
     assert op.uses_reference(CPU, 10**9) and op.uses_reference(CPU, 10**9, "unknown variant")
@@ -260,8 +257,7 @@ def test_the_users_sizes_come_before_the_shipped_and_stale_ones_are_not_used(mak
     assert op.backend_for(CPU, 10**9) == "reference"
     assert here(mine, 64) == ({"": 64}, "tuned on this machine, 2026-01-02")
     assert op.backend_for(CPU, 63) == "reference" and op.backend_for(CPU, 64) == "cpp"
-    assert here("of another build", None) == ({"": 0}, "shipped")
-    assert not caplog.records
+    assert here("of another build", None) == ({"": 0}, "shipped") and not caplog.records
     path.write_text("{")
     records._contents.clear()
     choices.forget_choices()

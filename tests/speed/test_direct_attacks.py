@@ -79,8 +79,7 @@ def test_only_copies_that_a_user_makes_have_graphs_and_graphs_off_is_off(rerun):
     direct(pgd, fast, x, y, eps=8 / 255, steps=3, graphs=StepGraphs("off"))
     assert rerun.recorded == 0
     pgd(fast, x, y, eps=8 / 255, steps=3)
-    assert rerun.recorded == 1
-    assert pickle.loads(pickle.dumps(fast))._followed.graphs is None
+    assert rerun.recorded == 1 and pickle.loads(pickle.dumps(fast))._followed.graphs is None
     defence = purify_fast.frozen_copy(Atop(network(), SmallGenerator(3, width=2), (3, 8, 8), block=2), x)
     assert isinstance(defence._followed.graphs, StepGraphs)
 
@@ -110,8 +109,7 @@ def test_the_module_inside_ddp_is_attacked(tmp_path):
         around.register_forward_hook(lambda *_: calls.append(1))
         wanted = pgd(model, x, y, eps=8 / 255, steps=3, seed=0)
         assert torch.equal(pgd(around, x, y, eps=8 / 255, steps=3, seed=0), wanted)
-        assert torch.equal(purify_fast.attacks.PGD(steps=3)(around, x, y, eps=8 / 255, seed=0), wanted)
-        assert not calls
+        assert torch.equal(purify_fast.attacks.PGD(steps=3)(around, x, y, eps=8 / 255, seed=0), wanted) and not calls
     finally:
         torch.distributed.destroy_process_group()
 

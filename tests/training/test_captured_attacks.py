@@ -76,8 +76,7 @@ def test_fit_hands_out_graphs_on_a_gpu_and_takes_them_back(rerun, monkeypatch):
         # nothing is computed on the device
         patch.setattr(sys.modules["purify_fast.training.loop"], "fuse", lambda optimizer, fused: fused)
         with step_settings(task, FitConfig(1), torch.device("cuda")):
-            assert isinstance(task.graphs, StepGraphs) and task.graphs.mode == "auto"
-            assert torch.backends.cudnn.benchmark
+            assert isinstance(task.graphs, StepGraphs) and task.graphs.mode == "auto" and torch.backends.cudnn.benchmark
         with step_settings(task, FitConfig(1, cuda_graphs="off", cudnn_benchmark="off"), torch.device("cuda")):
             assert task.graphs is None and not torch.backends.cudnn.benchmark
     assert task.graphs is None and not torch.backends.cudnn.benchmark

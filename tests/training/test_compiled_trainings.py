@@ -61,8 +61,7 @@ def test_a_compiled_training_has_nearly_the_losses_of_an_eager_one(name, compile
     steps = checked_steps(task)
     assert len(compiler) == steps + 1 + name.startswith("ARREST")
     # ARREST attacks other numbers of images in its first half.
-    assert steps == (name not in ("clean", "ARREST"))
-    assert not checked_steps(TASKS[name]())
+    assert steps == (name not in ("clean", "ARREST")) and not checked_steps(TASKS[name]())
 
 
 @pytest.mark.parametrize("name", ["ARREST", "CARSO, pipeline", "TRADES"])

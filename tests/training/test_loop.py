@@ -256,8 +256,7 @@ def test_the_checkpoint_before_a_full_disk_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(OSError, match=r"No space left on device: .*checkpoint\.safetensors"):
         write_tree(tmp_path / CHECKPOINT, {"step": 1})
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
-    assert not list(tmp_path.glob(".checkpoint*"))
+    assert (tmp_path / CHECKPOINT).read_bytes() == before and not list(tmp_path.glob(".checkpoint*"))
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_path, monkeypatch):
@@ -313,8 +312,7 @@ def test_a_run_continues_with_the_extra_state_of_a_model(value, tmp_path):
         run(extra(value), tmp_path / "cut", callbacks=[StopAt(5)])
     resumed = extra(torch.zeros(3) if isinstance(value, torch.Tensor) else None)
     run(resumed, tmp_path / "cut")
-    assert all(map(torch.equal, whole.model.parameters(), resumed.parameters()))
-    assert str(resumed[1].value) == str(value)
+    assert all(map(torch.equal, whole.model.parameters(), resumed.parameters())) and str(resumed[1].value) == str(value)
 
 
 def test_a_saved_model_has_the_extra_state(tmp_path):
@@ -355,8 +353,7 @@ def test_parts_of_a_batch_give_the_weights_of_the_whole_batch():
     wanted = fit(usual, *images(60), FitConfig(2, 20), progress=False)
     norms, sizes = gradients(parts)
     found = fit(parts, *images(60), FitConfig(2, 20, accumulate=3), progress=False)
-    assert len(norms) == 6 and sizes[-3:] == [7, 7, 6]
-    assert found == pytest.approx(wanted, rel=1e-4)
+    assert len(norms) == 6 and sizes[-3:] == [7, 7, 6] and found == pytest.approx(wanted, rel=1e-4)
     for one, other in zip(parts.model.parameters(), usual.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

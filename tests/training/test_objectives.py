@@ -85,8 +85,7 @@ def test_twenty_steps_have_the_weights_of_a_plain_loop_of_the_paper(objective, b
     start, *ends = (nn.utils.parameters_to_vector(model.parameters()).double() for model in models)
     wanted, rounded, found = (end - start for end in ends)
     rounding = (rounded - wanted).norm()
-    assert rounding < 5e-3 * wanted.norm()
-    assert (found - wanted).norm() < 4 * rounding
+    assert rounding < 5e-3 * wanted.norm() and (found - wanted).norm() < 4 * rounding
 
 
 @pytest.mark.parametrize("loss", [trades, mart])
@@ -152,8 +151,7 @@ def test_every_training_has_one_and_its_settings_are_a_flat_table(config):
     assert isinstance(config.attack, TrainingAttack)
     flat, names = settings(config), {field.name for field in dataclasses.fields(config)}
     attack = {field.name for field in dataclasses.fields(TrainingAttack)}
-    assert not names & attack and flat.keys() == names - {"attack"} | attack
-    assert flat["eps"] == config.attack.eps
+    assert not names & attack and flat.keys() == names - {"attack"} | attack and flat["eps"] == config.attack.eps
 
 
 # -- trainings attack a frozen copy that has the weights of the moment, and train the model itself ---------------------
@@ -193,8 +191,7 @@ def test_every_step_attacks_the_present_weights(objective, monkeypatch):
         assert isinstance(seen[-1][0], FrozenCopy) and not torch.equal(seen[-1][1], wanted * 0)
         torch.testing.assert_close(seen[-1][1], wanted, rtol=1e-4, atol=1e-5)
         made.optimizer.step()
-    assert len({id(model) for model, _ in seen}) == 1
-    assert not torch.allclose(seen[0][1], seen[-1][1], atol=1e-4)
+    assert len({id(model) for model, _ in seen}) == 1 and not torch.allclose(seen[0][1], seen[-1][1], atol=1e-4)
 
 
 def test_small_models_and_models_without_a_copy_are_attacked_themselves():

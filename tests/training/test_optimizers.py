@@ -285,8 +285,7 @@ def test_products_are_rounded_while_it_is_trained_if_asked(make):
         heard = small_runs.on_step(lambda _, noted=noted: noted.add(float32_settings()))
         task, config = make(precision=precision), FitConfig(epochs=1, batch_size=8)
         fit(task, x, torch.arange(16) % 10, config, callbacks=[heard], progress=False)
-        assert noted == {expected}
-        assert float32_settings() == before
+        assert noted == {expected} and float32_settings() == before
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -321,7 +320,6 @@ def test_products_are_rounded_and_weights_are_not(make):
     assert dtypes == {torch.float32} and rounded == {torch.bfloat16}
     assert near.dtype == torch.float32 and near.item() == pytest.approx(loss.item(), rel=0.01)
     for one, other in zip(task.model.parameters(), exact.model.parameters(), strict=True):
-        assert one.dtype == one.grad.dtype == torch.float32
-        assert torch.equal(one, other)
+        assert one.dtype == one.grad.dtype == torch.float32 and torch.equal(one, other)
         assert nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), 0) > 0.9
     assert task.describe() != exact.describe()

@@ -302,8 +302,7 @@ def test_other_batches_of_a_loader_are_trained_on_as_they_come():
 
     # the smaller batch is not the last, is the only one, or is not known beforehand
     assert sizes([(x[:16], y[:16]), (x[16:20], y[16:20]), (x[20:36], y[20:36])]) == [16, 4, 16]
-    assert sizes(loaded(10, batch_size=16)) == [10]
-    assert sizes(UserList(of_16(40))) == [16, 16, 8]
+    assert sizes(loaded(10, batch_size=16)) == [10] and sizes(UserList(of_16(40))) == [16, 16, 8]
 
 
 def test_held_out_images_are_a_function_of_the_seed_and_are_not_trained_on():

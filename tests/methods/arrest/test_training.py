@@ -99,8 +99,7 @@ def test_fact_6_total_loss(distance, want):
     loss, metrics = task.training_step(step)
     assert loss.item() == pytest.approx(want, abs=2e-6)
     assert metrics["cross_entropy"].item() == pytest.approx(0.4076059644, abs=1e-6)
-    assert 50 * metrics["distance"].item() == pytest.approx(want - 0.4076059644, abs=2e-6)
-    assert metrics["accuracy"] == 1
+    assert 50 * metrics["distance"].item() == pytest.approx(want - 0.4076059644, abs=2e-6) and metrics["accuracy"] == 1
     loss, _ = given((3.0, 4.0), (4.0, 3.0), distillation_weight=25.0)[0].training_step(step)
     assert loss.item() == pytest.approx(1.4076059644, abs=1e-6)
 
@@ -125,8 +124,7 @@ def test_fact_8_nothing_drifts_at_the_start(make):
     """At its start the student is the teacher: no drift, no replay, and a distillation whose gradient is exactly 0."""
     task, step = arrest(make().eval()), batch()
     of_teacher = task.teacher(step.x)
-    assert torch.equal(task.drift(step.x, of_teacher), torch.zeros(8))
-    assert task.inputs(step, of_teacher)[1] == 0
+    assert torch.equal(task.drift(step.x, of_teacher), torch.zeros(8)) and task.inputs(step, of_teacher)[1] == 0
     distance = 50 * task.distance(task.forward(step.x)[1], of_teacher).sum()
     assert distance == 0
     found = torch.autograd.grad(distance, list(task.model.parameters()), allow_unused=True)
@@ -202,8 +200,7 @@ def test_the_attack_sees_cross_entropy_alone(norm):
         found.append(task.inputs(step, [])[0])
     options = {"eps": EPS, "alpha": 0.1, "steps": 2, "norm": norm, "seed": 7, "sample_ids": step.sample_ids}
     wanted = direct(pgd, moved(cnn()), step.x, step.y, **options)
-    assert all(torch.equal(x, wanted) for x in found)
-    assert not torch.equal(wanted, step.x)
+    assert all(torch.equal(x, wanted) for x in found) and not torch.equal(wanted, step.x)
 
 
 def test_the_attack_runs_in_evaluation_mode_and_the_loss_in_training_mode():
@@ -330,8 +327,7 @@ def test_the_moving_average_by_hand():
     assert not same(states(task.result), states(model)) and task.result.norm.num_batches_tracked == 2
     assert not any(m._forward_hooks for m in task.result.modules())
     trained = {id(p) for group in task.optimizer.param_groups for p in group["params"]}
-    assert not {id(p) for p in task.result.parameters()} & trained
-    assert arrest(model).result is model
+    assert not {id(p) for p in task.result.parameters()} & trained and arrest(model).result is model
 
 
 def test_maps_and_tokens_are_averaged_over_their_positions():

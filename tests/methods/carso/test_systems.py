@@ -91,8 +91,7 @@ def test_fact_3_parameters_of_the_purifiers(systems, name, counts):
 def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, count, want):
     state = official_tensors(systems["cifar10"])[part]
     names = sorted((name, tuple(tensor.shape)) for name, tensor in state.items())
-    assert len(names) == count
-    assert hashlib.sha256(repr(names).encode()).hexdigest() == want
+    assert len(names) == count and hashlib.sha256(repr(names).encode()).hexdigest() == want
 
 
 # -- the official files: read under the official names, and what happens with files that do not fit --------------------
@@ -262,8 +261,7 @@ def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
     config = CarsoConfig(attack=attack, adversarial_fraction=fraction, allow_no_adversarial=True)
     out = CarsoTask(carso(), config).balanced_batch(Batch(x, y, torch.arange(size), 0), config)
     assert torch.equal(out[:clean], x[:clean]) and torch.equal(out[clean:], x[clean:] + 10)
-    assert calls == ([pytest.approx([0.1] * atom + [0.2] * atom)] * 2 if atom else [])
-    assert clean + 4 * atom == size
+    assert calls == ([pytest.approx([0.1] * atom + [0.2] * atom)] * 2 if atom else []) and clean + 4 * atom == size
 
 
 def test_without_adversarial_examples_only_if_asked():
@@ -273,8 +271,7 @@ def test_without_adversarial_examples_only_if_asked():
         CarsoTask(made, config).training_step(b)
     config = dataclasses.replace(config, allow_no_adversarial=True)
     x = CarsoTask(made, config).balanced_batch(b, config)
-    assert torch.equal(x, b.x)
-    assert CarsoTask(made, config).training_step(b)[0].isfinite()
+    assert torch.equal(x, b.x) and CarsoTask(made, config).training_step(b)[0].isfinite()
 
 
 def test_published_loss_is_reconstruction_plus_weighted_kl():
@@ -311,8 +308,7 @@ def test_the_pipeline_loss_reaches_what_inference_uses_and_keeps_mode_samples_an
     for name, p in made.named_parameters():
         inference = name.startswith(("condition_encoder", "decoder"))
         assert (p.grad is not None) == inference, name
-    assert made.training and made.samples == 2
-    assert all(torch.equal(state[k], v) for k, v in made.state_dict().items())
+    assert made.training and made.samples == 2 and all(torch.equal(state[k], v) for k, v in made.state_dict().items())
 
 
 def test_pipeline_examples_are_made_against_the_whole_defence(monkeypatch):
