@@ -363,13 +363,11 @@ FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.flo
 
 
 def normal(draw, *shape: int, dtype=torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-    return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))).to(dtype)
 
 
 def uniform(draw, *shape: int, dtype=torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-    return torch.rand(shape, generator=generator).to(dtype)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))).to(dtype)
 
 
 def stream(draw, batch: int) -> dict:

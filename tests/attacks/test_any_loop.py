@@ -138,8 +138,7 @@ def test_a_target_is_approached(network, x):
 def test_keeping_the_mode_equals_a_plain_loop_in_training_mode(network, x):
     other, third = copy.deepcopy(network.train()), copy.deepcopy(network)
     got = pgd(network, x, Y, EPS, steps=3, alpha=ALPHA, random_start=False, mode="keep")
-    want = loop(other, x, lambda logits: F.cross_entropy(logits, Y), x)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, loop(other, x, lambda logits: F.cross_entropy(logits, Y), x))
     assert network.training and all(one.requires_grad and one.grad is None for one in network.parameters())
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name])

@@ -258,8 +258,7 @@ def test_a_radius_and_a_range_for_each_channel_are_compared(made):
     model, x, y = made
     std = torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
     box = {"clip_min": 0 / std, "clip_max": 1 / std, "steps": 2}
-    moved = pgd(model, x / std, y, (8 / 255) / std, **box)
-    assert ((moved - x / std) * std).abs().max() <= 8 / 255 + 1e-6
+    assert ((pgd(model, x / std, y, (8 / 255) / std, **box) - x / std) * std).abs().max() <= 8 / 255 + 1e-6
     for eps in (8 / std, 8.0):
         with pytest.raises(ValueError, match="eps must be at least 0 and at most the range's width, got"):
             pgd(model, x / std, y, eps, **box)

@@ -67,8 +67,7 @@ def test_a_search_without_success_makes_no_further_passes(batch, attack, expecte
     def never_fooled(z):
         passes.append(len(z))
         # several targets may stand in one batch
-        labels = y.repeat(-(-len(z) // len(y)))[: len(z)]
-        return 9 * nn.functional.one_hot(labels, 6) + z.flatten(1)[:, :6]
+        return 9 * nn.functional.one_hot(y.repeat(-(-len(z) // len(y)))[: len(z)], 6) + z.flatten(1)[:, :6]
 
     attack.search(never_fooled, x, y, context(counts_health=True))
     assert sum(passes) == len(x) * expected

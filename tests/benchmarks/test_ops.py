@@ -119,8 +119,7 @@ def test_committed_results_are_complete():
     found = [tuple(r[k] for k in ("op", "variant", "shape", "dtype", "direction", "style")) for r in rows]
     assert len(found) == len(set(found)) and set(found) == expected
     assert all(int(r["runs"]) >= 15 and r["verdict"] == timing.verdict(r) for r in rows)
-    folder = COMMITTED.parent
-    assert (folder / sheets.TABLE).read_text() == sheets.markdown(rows)
+    assert (COMMITTED.parent / sheets.TABLE).read_text() == sheets.markdown(rows)
 
 
 #: Ops and variants whose kernel has no committed times of single sizes.

@@ -127,8 +127,7 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_2(run, bars, saved, fits
 
 
 def test_a_network_of_any_size_is_judged_at_the_size_of_its_training(run, bars, tmp_path):
-    network = build_classifier("preact_resnet18", (1, 16, 16), 2, width=2)
-    save_classifier(network, tmp_path / "net")
+    save_classifier(build_classifier("preact_resnet18", (1, 16, 16), 2, width=2), tmp_path / "net")
     (tmp_path / "net" / "run.yaml").write_text("command: train classifier\nsize: [16]\neps: 0.1\n")
     code, printed = run("evaluate", tmp_path / "net", "--data", bars, "--size", "8", "--device", "cpu")
     assert code == 2 and f"are 1x8x8, but the model in {tmp_path / 'net'} was trained on 1x16x16" in printed, printed

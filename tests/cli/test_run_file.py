@@ -34,8 +34,7 @@ def test_a_run_is_repeated_from_its_file(tmp_path, words):
     command = parsed(words)
     run_file.write_run_file(command, tmp_path)
     path = tmp_path / "run.yaml"
-    again = parsed([words[0], "--config", str(path)])
-    assert dataclasses.replace(again, config=None) == command
+    assert dataclasses.replace(parsed([words[0], "--config", str(path)]), config=None) == command
     held = yaml.safe_load(path.read_text())
     assert held["command"] == words[0] and held["version"] == "0.1.0" and "config" not in held
 
@@ -101,8 +100,7 @@ def test_the_default_batch_is_at_most_a_sixth_of_the_images(run, bars, tmp_path)
     # The rate of ARREST is that of its batch.
     held = yaml.safe_load((tmp_path / "arrest" / "run.yaml").read_text())
     assert held["learning_rate"] == pytest.approx(0.025 * 5 / 128)
-    rows = (tmp_path / "arrest" / "log.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["step"] == 6
+    assert json.loads((tmp_path / "arrest" / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
     code, printed = run("train", "classifier", "--batch-size", "16", "--out", tmp_path / "other", *common)
     assert code == 0 and "by default" not in printed
 

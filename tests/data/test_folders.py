@@ -68,8 +68,7 @@ def test_squares_are_resized_and_cropped_as_by_torchvision(tmp_path, side):
     d = data.load_dataset(tmp_path, image_size=(side, side))
     like = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side), transforms.PILToTensor()])
     files = sorted((tmp_path / "train").rglob("*.png"))
-    want = torch.stack([like(Image.open(path)) for path in files])
-    assert torch.equal(d.x_train, want)
+    assert torch.equal(d.x_train, torch.stack([like(Image.open(path)) for path in files]))
 
 
 def test_files_in_folders_inside_a_class_are_sorted_by_their_whole_path(tmp_path):

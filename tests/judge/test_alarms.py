@@ -40,8 +40,7 @@ def with_gradient(change):
 
 
 def rounded(self, x):
-    steps = (x * 8).round() / 8
-    return self.net(x + (steps - x).detach())
+    return self.net(x + ((x * 8).round() / 8 - x).detach())
 
 
 def counting(self, x):

@@ -42,8 +42,7 @@ def test_other_draws_judge_than_those_that_choose():
     (worst,) = worst_rows([clean, a, b], probed)
     assert worst.right.sum(0).tolist() == [4, 4, 2, 1] and worst.fell_to_probes == 1
     # the lowest of several noisy numbers is partly luck: the judging draws choose no headline
-    lucky = drawn("lucky", [0, 0, 0, 0], [0, 0, 0, 0])
-    assert Report([clean, a, lucky]).headline is a
+    assert Report([clean, a, drawn("lucky", [0, 0, 0, 0], [0, 0, 0, 0])]).headline is a
 
 
 def test_an_attack_on_fewer_images_does_not_choose_the_headline():
@@ -84,11 +83,9 @@ def test_a_rounding_defence_loses_what_its_softened_copies_find():
 def test_an_attack_without_counted_gradients_is_a_reason_of_its_own():
     model, (x, y) = purify_fast.zoo.load("digits-standard"), zoo_digits(8)
     options = {"eps": 1e-3, "attacks": [lambda model, x, y: x.clone()]}
-    report = evaluate(model, x, y, **options)
-    assert not report.headline.reliable
+    assert not evaluate(model, x, y, **options).headline.reliable
     # the probes have followed the gradients, and found nothing against them
-    asked = evaluate(model, x, y, **options, probes=True)
-    assert asked.headline.reliable
+    assert evaluate(model, x, y, **options, probes=True).headline.reliable
     zero = evaluate(lambda images: model(images.round()), x, y, **options, probes=True)
     assert not zero.headline.reliable or zero.headline.accuracy == 0
 
@@ -149,8 +146,7 @@ def test_an_error_is_that_of_other_images_and_other_draws(shared, own, draws):
     scores = scores + shared * rng.normal(size=(tables, draws, 1)) + own * rng.normal(size=(tables, draws, 60))
     rows = [row("A", right=right > 0) for right in scores]
     true = 0.5 + 0.5 * math.erf(0.2 / math.sqrt(2 * (0.3**2 + shared**2 + own**2)))
-    printed = math.sqrt(np.mean([one.mean_error**2 for one in rows]))
-    assert 0.9 < printed / np.std([one.mean for one in rows]) < 1.15
+    assert 0.9 < math.sqrt(np.mean([one.mean_error**2 for one in rows])) / np.std([one.mean for one in rows]) < 1.15
     covered = np.mean([one.mean_interval[0] <= true <= one.mean_interval[1] for one in rows])
     # With five draws, Satterthwaite's degrees of freedom are themselves estimated from five numbers.
     assert covered > (0.87 if shared and draws == 5 else 0.93)

@@ -286,8 +286,7 @@ def of(random: bool) -> SimpleNamespace:
 )
 def test_asked_steps_shorten_the_long_attacks_alone(asked, steps):
     """The first attack of a protocol keeps its ten steps, and an attack without a number takes the evaluation's."""
-    listed = protocol_attacks("fast", of(False), BALL, steps=asked)
-    assert [spec.attack.steps for spec in listed[:4]] == steps
+    assert [spec.attack.steps for spec in protocol_attacks("fast", of(False), BALL, steps=asked)[:4]] == steps
 
 
 def test_a_base_is_transferred_from_by_every_protocol():

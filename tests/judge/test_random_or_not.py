@@ -31,8 +31,7 @@ def last_bits(scale, offset):
 
     def how(self, x):
         logits = scale * (self.inner(x) + offset)
-        bits = logits.abs().amax() * torch.finfo(logits.dtype).eps
-        return logits + bits * torch.randint(-2, 3, logits.shape)
+        return logits + logits.abs().amax() * torch.finfo(logits.dtype).eps * torch.randint(-2, 3, logits.shape)
 
     return Made(how, inner=standard())
 

@@ -263,8 +263,7 @@ def test_the_other_package(without_autoattack, monkeypatch, toy):
     monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=Other))
     row = evaluate(plain(model), x, y, attacks=[OriginalAutoAttack()], batch_size=33, **QUIET).rows[1]
     assert asked == {"bs": 33, "targets": 9, "steps": 100}
-    moved = row.examples.adversarial - row.examples.clean
-    assert np.abs(moved).max() == pytest.approx(EPS, abs=1e-6)
+    assert np.abs(row.examples.adversarial - row.examples.clean).max() == pytest.approx(EPS, abs=1e-6)
 
 
 @pytest.fixture(scope="module")

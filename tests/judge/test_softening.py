@@ -77,8 +77,7 @@ def nearest(z):
 
 def coded(z, look):
     """Vector quantization: pairs of numbers become the nearest rows of a codebook."""
-    pairs = z.view(-1, 2)
-    return look(torch.cdist(pairs, BOOK[:, :2])).view(z.shape)
+    return look(torch.cdist(z.view(-1, 2), BOOK[:, :2])).view(z.shape)
 
 
 def in_one_hot(distances):

@@ -117,8 +117,7 @@ def near(model, x, y, falls, group=5, **options):
 def margins_of(model, x, y):
     with torch.no_grad():
         logits = model(x)
-    own = logits.gather(1, y[:, None])
-    return (own - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+    return (logits.gather(1, y[:, None]) - logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])

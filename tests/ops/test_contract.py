@@ -166,8 +166,7 @@ def test_any_layout_and_no_mutation(function):
 
     def padded(x: Tensor) -> Tensor:
         around = x.new_full([size + 3 for size in x.shape], torch.nan if x.is_floating_point() else 1)
-        view = around[tuple(slice(1, size + 1) for size in x.shape)]
-        return view.copy_(x)
+        return around[tuple(slice(1, size + 1) for size in x.shape)].copy_(x)
 
     for change in (lambda x: x.contiguous(memory_format=NHWC) if x.dim() == 4 else x, padded, reversed_strides):
         moved = tuple(change(x) if x.numel() > 1 else x for x in given)

@@ -55,8 +55,7 @@ def test_a_compiled_training_has_nearly_the_losses_of_an_eager_one(name, compile
     wanted = losses(TASKS[name](), False)
     assert not compiler
     task = TASKS[name]()
-    found = losses(task, True)
-    assert found == pytest.approx(wanted, rel=0.03 if "bfloat16" in name else 0.005)
+    assert losses(task, True) == pytest.approx(wanted, rel=0.03 if "bfloat16" in name else 0.005)
     # The objective is one graph, besides the teacher of ARREST, and each compiled step of an attack is another.
     steps = checked_steps(task)
     assert len(compiler) == steps + 1 + name.startswith("ARREST")

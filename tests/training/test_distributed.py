@@ -198,8 +198,7 @@ def test_a_start_does_not_read_what_an_earlier_one_wrote(monkeypatch):
         for rank in range(world):
             found[number, rank].set(f"said by {rank}", str(number))
         assert all(found[number, 0].get(f"said by {rank}") == str(number).encode() for rank in range(world))
-        left = found[number, 0].check(["said by 2"])
-        assert left == (world == 3)
+        assert found[number, 0].check(["said by 2"]) == (world == 3)
         for rank in reversed(range(world)):
             del found[number, rank]
 

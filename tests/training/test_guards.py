@@ -140,8 +140,7 @@ def test_a_resumed_run_has_the_relative_rates_of_the_present_code(tmp_path):
         task = ClassifierTask(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), ClassifierConfig())
         weight, bias = task.model[1].parameters()
         task.optimizer = torch.optim.SGD([{"params": weight, "lr": 0.1}, {"params": bias, "lr": 0.1 * share}])
-        loop = FitConfig(2, 16, checkpoint_seconds=0)
-        fit(task, X, Y, loop, tmp_path, progress=False, callbacks=callbacks)
+        fit(task, X, Y, FitConfig(2, 16, checkpoint_seconds=0), tmp_path, progress=False, callbacks=callbacks)
         return relative_rates(task.optimizer)
 
     with pytest.raises(Stopped):

@@ -34,8 +34,7 @@ from purify_fast.training.task import Batch
 def test_a_finished_run_is_not_trained_again_and_a_shorter_log_is_kept(tmp_path):
     x, y = images()
     first = fit(task(), x, y, FitConfig(2, 16), tmp_path)
-    again = task()
-    assert fit(again, x, y, FitConfig(2, 16), tmp_path) == first
+    assert fit(task(), x, y, FitConfig(2, 16), tmp_path) == first
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"epoch": 9, "step": 99}\n{"epoch": 10, "st')  # a later line, and one cut by a kill

@@ -199,8 +199,7 @@ def test_a_kl_term_that_never_acts_is_refused(settings, epochs):
 
 def test_the_log_says_from_which_step_on_a_term_acts(tmp_path):
     x, y = images()
-    task = atop(cls_delay=9, cls_delay_unit="images")
-    fit(task, x, y, FitConfig(2, 4), tmp_path, progress=False)
+    fit(atop(cls_delay=9, cls_delay_unit="images"), x, y, FitConfig(2, 4), tmp_path, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     # 8 images are behind step 2, 12 behind step 3: the term acts in the second epoch alone
     assert all(row["acts_from_step"] == {"cross_entropy": 3} for row in rows)
@@ -226,8 +225,7 @@ def test_the_last_batch_is_kept_if_asked_and_epochs_are_cut_off():
     x, y = images(10)
     whole = InMemory(x, y, FitConfig(1, 4, drop_last=False), x.device)
     assert (whole.steps, whole.images) == (3, 10)
-    sizes = [len(ids) for _, _, ids in whole.epoch(0, 0)]
-    assert sizes == [4, 4, 2]
+    assert [len(ids) for _, _, ids in whole.epoch(0, 0)] == [4, 4, 2]
     cut = InMemory(x, y, FitConfig(3, 4, steps_per_epoch=1), x.device)
     epochs = [torch.cat([ids for _, _, ids in cut.epoch(k, 0)]) for k in range(3)]
     assert all(len(ids) == 4 for ids in epochs) and (cut.steps, cut.images) == (1, 4)

@@ -129,8 +129,7 @@ def test_fact_8_nothing_drifts_at_the_start(make):
     assert distance == 0
     found = torch.autograd.grad(distance, list(task.model.parameters()), allow_unused=True)
     assert any(g is not None for g in found) and all(g is None or not g.any() for g in found)
-    attacked = task.attack(step, task.config.attack)
-    assert task.loss(attacked, step.y, of_teacher)[1]["distance"] > 0
+    assert task.loss(task.attack(step, task.config.attack), step.y, of_teacher)[1]["distance"] > 0
 
 
 def test_fact_9_learning_rates():
@@ -287,8 +286,7 @@ def test_without_either_part_it_is_adversarial_training():
 @pytest.mark.parametrize("make", [cnn, resnet])
 def test_every_parameter_of_the_student_is_trained_and_none_of_the_teacher(make):
     task, step = arrest(moved(make()).train(), teacher=make(), replay=False), batch()
-    of_teacher = task.teacher(step.x)
-    assert not any(f.requires_grad for f in of_teacher)
+    assert not any(f.requires_grad for f in task.teacher(step.x))
     loss, _ = task.training_step(step)
     loss.backward()
     model = task.model

@@ -98,8 +98,7 @@ def test_fact_14_no_gan_gradient_equals_no_discriminator(tmp_path):
         made = defence()
         gan = {"gan_weight": gan_weight, "discriminator_width": 2} if options["gan_grad"] else {}
         config = AtopConfig(attack=TrainingAttack(eps=0.1, steps=10), cls_delay=0, learning_rate=1e-3, **gan, **options)
-        task = AtopTask(made, config)
-        fit(task, *first_digits(16), FitConfig(2, 8, 3))
+        fit(AtopTask(made, config), *first_digits(16), FitConfig(2, 8, 3))
         return made.purifier.state_dict()
 
     cut_off, without = trained(0.0, gan_grad=True), trained(1.0, gan_grad=False)
@@ -239,8 +238,7 @@ def test_values_and_gradients_equal_torchs(training):
     x = torch.randn(2, 3, 8, 8)
     for layer in (ours, theirs):
         layer(x).square().sum().backward()
-    want = theirs.parametrizations.weight.original.grad
-    torch.testing.assert_close(ours.weight.grad, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.weight.grad, theirs.parametrizations.weight.original.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.bias.grad, theirs.bias.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.weight_u[:, 0], state._u)
 

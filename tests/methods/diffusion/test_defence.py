@@ -33,8 +33,7 @@ def test_every_addition_of_noise_has_its_own():
     # what is left of two additions of noise, of one and the same it would be a multiple
     flat = made.purify(x, draws=2).flatten(0, 1).flatten(1)
     assert flat.shape == (12, 288)
-    alike = torch.corrcoef(flat) - torch.eye(12)
-    assert alike.abs().max() < 0.3
+    assert (torch.corrcoef(flat) - torch.eye(12)).abs().max() < 0.3
     deviation = (2 * flat).std().item()
     kept = Schedule().alpha_bar(torch.tensor(0.1)).item()
     # independent noises add up by their squares

@@ -189,8 +189,7 @@ def test_a_folder_of_diffusers_tells_its_process(tmp_path, kind, variance):
 @pytest.mark.parametrize("kind", ["linear", "vp"])
 def test_a_saved_denoiser_is_put_before_a_classifier(kind, tmp_path):
     network = trained_unet(1, 4)
-    process = {"schedule": kind, "prediction": "v"}
-    save_denoiser(network, tmp_path, (1, 8, 8), process, last_time=0.5)
+    save_denoiser(network, tmp_path, (1, 8, 8), {"schedule": kind, "prediction": "v"}, last_time=0.5)
     classifier = SmallCNN(image_size=(8, 8), num_classes=2, width=4)
     defence = purify_fast.load_defence(tmp_path, classifier, process={"t_star": 0.3, "steps": 4})
     assert isinstance(defence, DiffusionPurifier) and not defence.training
