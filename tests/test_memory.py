@@ -40,17 +40,17 @@ def test_the_peak_is_that_of_this_process():
     assert abs(peak_resident_memory() - before) < 20 * 10**6 and before > size
 
 
-@pytest.mark.parametrize(
-    "error, wanted",
-    [
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
-        (RuntimeError("std::bad_alloc"), True),
-        (RuntimeError("Out of memory: 3 bytes"), True),
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("shapes cannot be multiplied"), False),
-        (ValueError("not enough memory"), False),
-    ],
-)
+ERRORS = [
+    (MemoryError(), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+    (RuntimeError("std::bad_alloc"), True),
+    (RuntimeError("Out of memory: 3 bytes"), True),
+    (RuntimeError("could not create a primitive"), True),
+    (RuntimeError("shapes cannot be multiplied"), False),
+    (ValueError("not enough memory"), False),
+]
+
+
+@pytest.mark.parametrize("error, wanted", ERRORS)
 def test_which_errors_are_of_memory(error, wanted):
     assert ran_out_of_memory(error) == wanted

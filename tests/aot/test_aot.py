@@ -307,11 +307,10 @@ def test_every_op_has_a_budget(op):
 QUICK = [(case, "bf16") for case in ("aggregate-mean-forward", "gated_elu-forward", "noisy_replay", "pgd_step-linf")]
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [pytest.param(*budget, marks=[pytest.mark.slow] * (budget not in QUICK)) for budget in BUDGETS],
-    ids=str,
-)
+BUDGET_CASES = [pytest.param(*budget, marks=[pytest.mark.slow] * (budget not in QUICK)) for budget in BUDGETS]
+
+
+@pytest.mark.parametrize(("case", "dtype"), BUDGET_CASES, ids=str)
 def test_instructions(case, dtype):
     assert (got := instructions(case, dtype)) <= BUDGETS[case, dtype], got
 

@@ -70,10 +70,11 @@ LEAVING = {
 }
 
 
+CAPTURED = [pytest.param(name, marks=pytest.mark.slow if "draws" in name else ()) for name in LEAVING]
+
+
 @pytest.mark.parametrize("norm", SIZES)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "draws" in name else ()) for name in LEAVING]
-)
+@pytest.mark.parametrize("name", CAPTURED)
 def test_captured_searches_give_the_bits_of_eager_ones(batch, graphs, rerun, norm, name):
     torch.manual_seed(0)
     x, model = batch[0], nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 5))

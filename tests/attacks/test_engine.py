@@ -256,10 +256,10 @@ def test_what_is_given_up_would_not_have_fallen(digits, attack):
         assert torch.equal(found[0][~right], found[1][~right]) and bool((found[1] != x)[right].flatten(1).any(1).all())
 
 
-@pytest.mark.parametrize(
-    "logits, eot_iter, given_up",
-    [((1.0, 0.0), 1, True), ((1.0, 0.0), 2, False), ((float("nan"), 0.0), 1, False), ((0.0, 1.0), 1, False)],
-)
+STANDSTILLS = [((1.0, 0.0), 1, True), ((1.0, 0.0), 2, False), ((float("nan"), 0.0), 1, False), ((0.0, 1.0), 1, False)]
+
+
+@pytest.mark.parametrize("logits, eot_iter, given_up", STANDSTILLS)
 def test_square_gives_up_where_the_margin_stands_still(logits, eot_iter, given_up):
     model = Counted(lambda x: torch.tensor([logits]).expand(len(x), 2))
     x, y = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
@@ -496,9 +496,10 @@ def test_flow_loss_by_hand():
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"random_start": True}, {"smoothness": 0.0}, {"keep_best": True, "eot_iter": 2}]
-)
+FLOW_OPTIONS = [{}, {"random_start": True}, {"smoothness": 0.0}, {"keep_best": True, "eot_iter": 2}]
+
+
+@pytest.mark.parametrize("options", FLOW_OPTIONS)
 @pytest.mark.parametrize("loss", ["margin", "ce", "dlr"])
 def test_the_bound_on_the_flow_holds(steep, flat_batch, monkeypatch, options, loss):
     x, y = flat_batch

@@ -117,10 +117,10 @@ def test_keep_best_never_loses(batch, model):
     assert bool((kept >= last - 1e-5).all()) and bool((kept > last).any())
 
 
-@pytest.mark.parametrize(
-    "nonfinite, zero, unmoved, reliable",
-    [(0, 0, 0, True), (1, 0, 0, False), (0, 50, 0, True), (0, 51, 0, False), (0, 0, 10, True), (0, 0, 11, False)],
-)
+HEALTH = [(0, 0, 0, True), (1, 0, 0, False), (0, 50, 0, True), (0, 51, 0, False), (0, 0, 10, True), (0, 0, 11, False)]
+
+
+@pytest.mark.parametrize("nonfinite, zero, unmoved, reliable", HEALTH)
 def test_health_counts_and_thresholds(nonfinite, zero, unmoved, reliable):
     g = torch.ones(1000, 2)
     g[:nonfinite, 0] = torch.inf

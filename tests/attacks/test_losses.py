@@ -59,17 +59,17 @@ def relative(found, wanted):
     return (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
 
 
+PRECISIONS = [
+    (torch.float32, 61, 1e-4),
+    # the gradient is rounded to the dtype of the logits
+    (torch.bfloat16, 61, 4e-3),
+    (torch.float16, 6.8, 2e-3),
+    (torch.float64, 495, 1e-4),
+]
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000])
-@pytest.mark.parametrize(
-    ("dtype", "lowest", "rounding"),
-    [
-        (torch.float32, 61, 1e-4),
-        # the gradient is rounded to the dtype of the logits
-        (torch.bfloat16, 61, 4e-3),
-        (torch.float16, 6.8, 2e-3),
-        (torch.float64, 495, 1e-4),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "lowest", "rounding"), PRECISIONS)
 def test_the_cross_entropy_of_a_sure_model_is_that_of_float64(classes, dtype, lowest, rounding):
     logits, y = sure_logits(classes, dtype)
     loss, gradient = with_gradient("ce", logits, y)
@@ -218,15 +218,15 @@ def test_nan_and_probabilities_are_warned_of(model, batch):
         attacked_model.logits_of(lambda z: model(z).softmax(1), x)
 
 
-@pytest.mark.parametrize(
-    ("made", "images", "got"),
-    [
-        (lambda z: z.squeeze(), 9, r"\[6\] for B = 1"),
-        (lambda z: z.squeeze(), 1, r"\[6\] for B = 1"),
-        # as many images as classes hide no transposed logits
-        (lambda z: z.T, 6, r"\[6, 1\] for B = 1"),
-    ],
-)
+WRONG_SHAPES = [
+    (lambda z: z.squeeze(), 9, r"\[6\] for B = 1"),
+    (lambda z: z.squeeze(), 1, r"\[6\] for B = 1"),
+    # as many images as classes hide no transposed logits
+    (lambda z: z.T, 6, r"\[6, 1\] for B = 1"),
+]
+
+
+@pytest.mark.parametrize(("made", "images", "got"), WRONG_SHAPES)
 def test_a_model_is_tried_on_a_single_image_too(model, batch, made, images, got):
     with pytest.raises(ValueError, match=got):
         check_model(lambda z: made(model(z)), batch[0][:images])

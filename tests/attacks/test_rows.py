@@ -30,16 +30,16 @@ def context(**options):
     return JudgeContext(**{"num_classes": 6, "eps": EPS, "steps": 5, "eot_iter": 3, "draws_differ": False} | options)
 
 
-@pytest.mark.parametrize(
-    ("attack", "passes"),
-    [
-        (PGD(), [(7, 5), (22, 15)]),
-        (PGD(restarts=3), [(24, 15), (75, 45)]),
-        (FGSM(), [(2, 1), (4, 3)]),
-        (StAdv(), [(7, 5), (22, 15)]),
-        (StAdv(restarts=2), [(16, 10), (50, 30)]),
-    ],
-)
+PASSES = [
+    (PGD(), [(7, 5), (22, 15)]),
+    (PGD(restarts=3), [(24, 15), (75, 45)]),
+    (FGSM(), [(2, 1), (4, 3)]),
+    (StAdv(), [(7, 5), (22, 15)]),
+    (StAdv(restarts=2), [(16, 10), (50, 30)]),
+]
+
+
+@pytest.mark.parametrize(("attack", "passes"), PASSES)
 def test_an_attack_makes_no_further_passes(model, batch, attack, passes):
     """The forward passes and gradients of each image, on a deterministic and on a random model."""
     counts = []
@@ -51,15 +51,15 @@ def test_an_attack_makes_no_further_passes(model, batch, attack, passes):
     assert counts == passes
 
 
-@pytest.mark.parametrize(
-    ("attack", "expected"),
-    [
-        (APGD(restarts=2), 13),
-        (APGD(loss="dlr"), 8),
-        (APGD(loss="dlr_targeted", n_target_classes=2), 19),
-        (Square(n_queries=70, restarts=2), 145),
-    ],
-)
+VAIN_SEARCHES = [
+    (APGD(restarts=2), 13),
+    (APGD(loss="dlr"), 8),
+    (APGD(loss="dlr_targeted", n_target_classes=2), 19),
+    (Square(n_queries=70, restarts=2), 145),
+]
+
+
+@pytest.mark.parametrize(("attack", "expected"), VAIN_SEARCHES)
 def test_a_search_without_success_makes_no_further_passes(batch, attack, expected):
     x, y = batch
     passes = []
@@ -110,17 +110,17 @@ def test_a_revision_stands_for_which_images_share_a_pass(attack, revision, model
     assert (attack().revision(), sizes) == (revision, {3})
 
 
-@pytest.mark.parametrize(
-    ("attack", "options", "message"),
-    [
-        (PGD, {"loss": "dlr_targeted"}, "loss must be one of ce, margin, scaled_margin, dlr, got 'dlr_targeted'"),
-        (FGSM, {"norm": "l2"}, "eps must be given with norm='l2'"),
-        (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
-        (PGD, {"eps": -1.0}, "eps must be at least 0, got -1.0"),
-        (PGD, {"alpha": -0.1}, "alpha must be at least 0"),
-        (OriginalAutoAttack, {"version": "plus"}, "version must be one of standard, rand, got 'plus'"),
-    ],
-)
+WRONG_OPTIONS = [
+    (PGD, {"loss": "dlr_targeted"}, "loss must be one of ce, margin, scaled_margin, dlr, got 'dlr_targeted'"),
+    (FGSM, {"norm": "l2"}, "eps must be given with norm='l2'"),
+    (PGD, {"eps": 8.0, "norm": "linf"}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
+    (PGD, {"eps": -1.0}, "eps must be at least 0, got -1.0"),
+    (PGD, {"alpha": -0.1}, "alpha must be at least 0"),
+    (OriginalAutoAttack, {"version": "plus"}, "version must be one of standard, rand, got 'plus'"),
+]
+
+
+@pytest.mark.parametrize(("attack", "options", "message"), WRONG_OPTIONS)
 def test_wrong_options(attack, options, message):
     with pytest.raises(ValueError, match=message):
         attack(**options)
@@ -135,21 +135,21 @@ def test_the_radius_of_an_attack_is_a_number(eps):
     assert PGD(eps=np.float32(0.5)).eps == 0.5 and StAdv(eps=torch.tensor([0.1]))
 
 
-@pytest.mark.parametrize(
-    ("attack", "context", "early"),
-    [
-        (APGD(give_up=True), {"steps": 50}, True),
-        (APGD(), {"steps": 50}, False),
-        (APGD(give_up=True), {"steps": 49}, False),
-        (APGD(give_up=True), {"steps": 50, "norm": "l1"}, False),
-        (FABT(give_up=True), {"steps": 5, "norm": "l1"}, True),
-        (FABT(give_up=True, steps=20), {"steps": 100}, False),
-        (Square(give_up=True), {}, True),
-        (Square(give_up=True, n_queries=500), {}, False),
-        (Square(give_up=True), {"eot_iter": 4}, False),
-        (Square(), {}, False),
-    ],
-)
+EARLY_ENDS = [
+    (APGD(give_up=True), {"steps": 50}, True),
+    (APGD(), {"steps": 50}, False),
+    (APGD(give_up=True), {"steps": 49}, False),
+    (APGD(give_up=True), {"steps": 50, "norm": "l1"}, False),
+    (FABT(give_up=True), {"steps": 5, "norm": "l1"}, True),
+    (FABT(give_up=True, steps=20), {"steps": 100}, False),
+    (Square(give_up=True), {}, True),
+    (Square(give_up=True, n_queries=500), {}, False),
+    (Square(give_up=True), {"eot_iter": 4}, False),
+    (Square(), {}, False),
+]
+
+
+@pytest.mark.parametrize(("attack", "context", "early"), EARLY_ENDS)
 def test_an_attack_tells_whether_it_may_end_early(attack, context, early):
     assert attack.may_end_early(AttackContext(eps=0.1, num_classes=10, **context)) is early
 

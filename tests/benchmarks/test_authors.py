@@ -205,19 +205,19 @@ def result(model, judge, robust="", **findings):
     return {"model": model, "judge": judge, "robust": robust, "clean": 1.0, "unreliable": [], **findings}
 
 
-@pytest.mark.parametrize(
-    ("robust", "alarms", "says"),
-    [
-        ("1100", [], "found"),
-        ("1110", [], "missed"),
-        ("1110", ["missed images"], "flagged"),
-        ("1000", [], "found"),
-        # as many as the truth, of other images
-        ("0011", [], "found"),
-        # attacked on the first two only, both of which the adaptive attack left
-        ("11", [], "found"),
-    ],
-)
+TRUTHS = [
+    ("1100", [], "found"),
+    ("1110", [], "missed"),
+    ("1110", ["missed images"], "flagged"),
+    ("1000", [], "found"),
+    # as many as the truth, of other images
+    ("0011", [], "found"),
+    # attacked on the first two only, both of which the adaptive attack left
+    ("11", [], "found"),
+]
+
+
+@pytest.mark.parametrize(("robust", "alarms", "says"), TRUTHS)
 def test_the_truth_is_the_adaptive_attack_alone(robust, alarms, says):
     """What other judges left does not change it; found is within two points of it, or below."""
     each = {

@@ -262,16 +262,16 @@ def test_a_call_of_a_frozen_copy_waits_for_nothing(name, monkeypatch):
 
 
 # -- the detector itself ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda x: x * float(x.sum()), "_local_scalar_dense"),
-        (lambda x: x[x > 0.5].sum(), r"nonzero|index"),
-        (lambda x: x + torch.tensor([1.0]).to(x.device), "_to_copy copies from cpu to cuda"),
-        (lambda x: x.cpu(), "_to_copy copies from cuda to cpu"),
-        (lambda x: x if torch.equal(x, 2 * x) else -x, "equal"),
-    ],
-)
+WAITS = [
+    (lambda x: x * float(x.sum()), "_local_scalar_dense"),
+    (lambda x: x[x > 0.5].sum(), r"nonzero|index"),
+    (lambda x: x + torch.tensor([1.0]).to(x.device), "_to_copy copies from cpu to cuda"),
+    (lambda x: x.cpu(), "_to_copy copies from cuda to cpu"),
+    (lambda x: x if torch.equal(x, 2 * x) else -x, "equal"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WAITS)
 def test_a_wait_is_refused_and_named(wrong, message):
     fake = FakeCuda()
     x = fake.tensor(torch.rand(4, 3))

@@ -216,9 +216,10 @@ def own(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow if name != "arrest" else ()) for name in SMALL]
-)
+METHODS = [pytest.param(name, marks=pytest.mark.slow if name != "arrest" else ()) for name in SMALL]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_on_own_data_is_killed_and_resumed(own, method, tmp_path):
     def trained(name):
         return train(method, own, tmp_path / name, f"{SMALL[method]} {LENGTH} --classifier {own}/classifier")

@@ -140,10 +140,10 @@ def test_a_function_that_takes_images_is_no_function_that_returns_a_model(run, t
     assert code == 2 and "mine.py:direct must take no arguments and return the model" in printed, printed
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("SmallCNN", "holds a model that cannot be loaded{}: "), ("NewKind", "holds a 'NewKind'{}, not")],
-)
+NEWER_FILES = [("SmallCNN", "holds a model that cannot be loaded{}: "), ("NewKind", "holds a 'NewKind'{}, not")]
+
+
+@pytest.mark.parametrize(("kind", "message"), NEWER_FILES)
 def test_a_file_of_a_newer_version_names_both(run, bars, saved, tmp_path, monkeypatch, kind, message):
     state = load_classifier(saved)
     assert "purify_fast" not in written_by(read_model(saved)[0])
@@ -167,9 +167,10 @@ def test_a_class_without_images(run, tmp_path):
     assert code == 0 and load_classifier(tmp_path / "out").arguments["num_classes"] == 3
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{}", b"\xff\xfe\x00", save({}, {"purify_fast": "0 {}"}), {"colour": 3}, {"width": 5}]
-)
+DAMAGED = [b"", b"{}", b"\xff\xfe\x00", save({}, {"purify_fast": "0 {}"}), {"colour": 3}, {"width": 5}]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_model_file_and_arguments_that_no_model_takes(run, bars, saved, content):
     if isinstance(content, dict):
         facts, state = read_model(saved)

@@ -113,9 +113,10 @@ def stored(count=6, height=8, width=8):
     return torch.from_numpy(np.random.RandomState(0).randint(0, 256, (count, 3, height, width), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(
-    ("size", "shape"), [((32, 32), (8, 8)), ((4, 4), (8, 8)), ((16, 16), (8, 12)), ((16, 24), (8, 8))]
-)
+SIZES = [((32, 32), (8, 8)), ((4, 4), (8, 8)), ((16, 16), (8, 12)), ((16, 24), (8, 8))]
+
+
+@pytest.mark.parametrize(("size", "shape"), SIZES)
 def test_images_are_resized_as_pillow_does_and_their_center_is_cropped(size, shape):
     images = stored(2, *shape)
     resized = _resized(images, size)

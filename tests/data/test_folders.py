@@ -135,10 +135,10 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path, damage, reason):
     assert not list((tmp_path / ".purify_fast").rglob("*x_train*.npy"))
 
 
-@pytest.mark.parametrize(
-    ("mode", "ending"),
-    [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png"), ("RGB", "bmp"), ("RGB", "TIFF")],
-)
+MODES = [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png"), ("RGB", "bmp"), ("RGB", "TIFF")]
+
+
+@pytest.mark.parametrize(("mode", "ending"), MODES)
 def test_files_of_every_kind_and_8_bit_mode_become_rgb(tmp_path, mode, ending):
     folder(tmp_path)
     want = picture(tmp_path / "train" / "cat" / f"zzz.{ending}", 3, mode=mode)

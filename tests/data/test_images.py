@@ -142,20 +142,20 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("function", "options", "message"),
-    [
-        (balanced_subset, {"count": 0}, "count must be at least 1, got 0"),
-        (balanced_subset, {"seed": -1}, "seed must be at least 0, got -1"),
-        (balanced_subset, {"num_classes": 1}, r"y must .* 0 to 0, got 0 to 1"),
-        (balanced_subset, {"y": torch.zeros(3, dtype=torch.int64)}, "got 4 and 3"),
-        (batches, {"epoch": 0, "n": 0}, "n must be"),
-        (batches, {"epoch": 0, "batch_size": 21}, "batch_size must .* 20, got 21"),
-        (batches, {"epoch": 0, "seed": -1}, "seed must be"),
-        (batches, {"epoch": 0, "world": 4}, "multiple of 4"),
-        (batches, {"epoch": 0, "rank": 2, "world": 2}, "rank must be"),
-    ],
-)
+REFUSED = [
+    (balanced_subset, {"count": 0}, "count must be at least 1, got 0"),
+    (balanced_subset, {"seed": -1}, "seed must be at least 0, got -1"),
+    (balanced_subset, {"num_classes": 1}, r"y must .* 0 to 0, got 0 to 1"),
+    (balanced_subset, {"y": torch.zeros(3, dtype=torch.int64)}, "got 4 and 3"),
+    (batches, {"epoch": 0, "n": 0}, "n must be"),
+    (batches, {"epoch": 0, "batch_size": 21}, "batch_size must .* 20, got 21"),
+    (batches, {"epoch": 0, "seed": -1}, "seed must be"),
+    (batches, {"epoch": 0, "world": 4}, "multiple of 4"),
+    (batches, {"epoch": 0, "rank": 2, "world": 2}, "rank must be"),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "message"), REFUSED)
 def test_refused(function, options, message):
     with pytest.raises(ValueError, match=message):
         function(**GIVEN[function] | options)

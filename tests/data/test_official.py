@@ -55,9 +55,10 @@ def same(d, arrays, name):
     assert (d.name, d.num_classes, d.image_shape) == (name, 3, (1, 5, 4))
 
 
-@pytest.mark.parametrize(
-    ("name", "place", "first"), [("mnist", "MNIST/raw", "0"), ("fashion_mnist", "FashionMNIST/raw", "T-shirt/top")]
-)
+IDX_FILES = [("mnist", "MNIST/raw", "0"), ("fashion_mnist", "FashionMNIST/raw", "T-shirt/top")]
+
+
+@pytest.mark.parametrize(("name", "place", "first"), IDX_FILES)
 def test_idx(tmp_path, monkeypatch, name, place, first):
     arrays = write_idx(tmp_path / place)
     d = data.load_dataset(name, tmp_path)

@@ -46,13 +46,13 @@ def first_sample(make: Callable[..., tuple]) -> Callable[..., tuple]:
     return lambda *arguments: tree_map_only(torch.Tensor, lambda x: x[:1].contiguous(), make(*arguments))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtypes"),
-    [
-        *(pytest.param(name, "one", marks=[pytest.mark.slow] * name.startswith(SLOW)) for name in NAMES),
-        *(pytest.param(name, "all", marks=pytest.mark.slow) for name in NAMES if not name.startswith(SLOW)),
-    ],
-)
+BUDGETS = [
+    *(pytest.param(name, "one", marks=[pytest.mark.slow] * name.startswith(SLOW)) for name in NAMES),
+    *(pytest.param(name, "all", marks=pytest.mark.slow) for name in NAMES if not name.startswith(SLOW)),
+]
+
+
+@pytest.mark.parametrize(("name", "dtypes"), BUDGETS)
 def test_a_right_kernel_is_clear_of_its_budget(bfloat16_of_a_gpu, poisoned, name, dtypes):
     """Each example in one dtype, in turn, or in all of its dtypes."""
     examples = examples_of(name)

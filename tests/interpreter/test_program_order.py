@@ -88,15 +88,15 @@ def made(examples: list[Example]) -> list[tuple[int, str, tuple]]:
     return sorted(found, key=lambda one: one[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        *((name, 1) for name in OPS if not name.endswith("_backward") and name != "contextual_attention"),
-        # Its smallest example takes twenty seconds, and its larger examples twenty minutes.
-        pytest.param("contextual_attention", 1, marks=pytest.mark.slow),
-        *(pytest.param(n, None, marks=pytest.mark.slow) for n in OPS if not n.startswith("contextual_attention")),
-    ],
-)
+ORDERS = [
+    *((name, 1) for name in OPS if not name.endswith("_backward") and name != "contextual_attention"),
+    # Its smallest example takes twenty seconds, and its larger examples twenty minutes.
+    pytest.param("contextual_attention", 1, marks=pytest.mark.slow),
+    *(pytest.param(n, None, marks=pytest.mark.slow) for n in OPS if not n.startswith("contextual_attention")),
+]
+
+
+@pytest.mark.parametrize(("name", "count"), ORDERS)
 def test_programs_may_run_in_any_order(programs, name, count):
     examples = made(OPS[name].examples)
     assert examples

@@ -93,11 +93,11 @@ def noise_of_its_own(self, x):
     return self.net(x + 0.02 * torch.randn(x.shape, generator=self.generator))
 
 
-@pytest.mark.parametrize(
-    ("change", "probes"),
-    # Other probes need noise that a seed repeats.
-    [(inside, None), (inside, True), (gamma, None), (gamma, True), (noise_of_its_own, None)],
-)
+# Other probes need noise that a seed repeats.
+HONEST = [(inside, None), (inside, True), (gamma, None), (gamma, True), (noise_of_its_own, None)]
+
+
+@pytest.mark.parametrize(("change", "probes"), HONEST)
 def test_an_honest_model_is_not_marked_for_what_lies_outside_of_the_box_or_for_its_own_noise(change, probes):
     report = judged(around(change), [PGD(steps=3)], probes=probes)
     health = next(finding for finding in report.findings if finding.alarm == "gradient health")
@@ -118,10 +118,10 @@ def test_an_honest_model_passes(make):
     assert list(report.curves) == ["steps" if report.row("clean").deterministic else "EOT draws"]
 
 
-@pytest.mark.parametrize(
-    ("verdict", "n", "images"),
-    [("passed", 64, 3.0), ("noted", 8, 2.4), ("noted", 64, 9.0), ("unreliable", 8, 3.2), ("unreliable", 64, 9.8)],
-)
+WINS = [("passed", 64, 3.0), ("noted", 8, 2.4), ("noted", 64, 9.0), ("unreliable", 8, 3.2), ("unreliable", 64, 9.8)]
+
+
+@pytest.mark.parametrize(("verdict", "n", "images"), WINS)
 def test_how_many_images_more_draws_must_win(verdict, n, images):
     draws = [(1.0, 0.25 + images / n), (4.0, 0.25), (16.0, 0.25)]
     assert said([], probed(n, eot=draws))["noise and seeds"].verdict == verdict
@@ -265,19 +265,19 @@ def test_an_honest_model_is_attacked_as_without_the_signs():
             assert np.array_equal(one.margins, other.margins, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "measured, fires",
-    [
-        ({}, False),
-        ({"cosine": "zero gradient"}, True),
-        ({"cosine": 0.5}, True),
-        ({"cosine": 0.7}, False),
-        ({"without_gradient": 0.03}, False),
-        ({"without_gradient": 0.2}, True),
-        ({"copies": {"one": [1] * 2 + [0] * 62, "two": [0] * 62 + [1] * 2}}, False),
-        ({"copies": {"one": [1] * 4 + [0] * 60, "two": [0] * 60 + [1] * 4}}, True),
-    ],
-)
+SIGNS = [
+    ({}, False),
+    ({"cosine": "zero gradient"}, True),
+    ({"cosine": 0.5}, True),
+    ({"cosine": 0.7}, False),
+    ({"without_gradient": 0.03}, False),
+    ({"without_gradient": 0.2}, True),
+    ({"copies": {"one": [1] * 2 + [0] * 62, "two": [0] * 62 + [1] * 2}}, False),
+    ({"copies": {"one": [1] * 4 + [0] * 60, "two": [0] * 60 + [1] * 4}}, True),
+]
+
+
+@pytest.mark.parametrize("measured, fires", SIGNS)
 def test_how_much_is_a_sign(measured, fires):
     assert bool(signs_of_masking(probed(**measured), False)) is fires
 

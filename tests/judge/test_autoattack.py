@@ -141,19 +141,19 @@ def test_robustbench(plain, monkeypatch):
     assert (clean, robust) == (pytest.approx(right(x, y)), pytest.approx(right(found, y)))
 
 
-@pytest.mark.parametrize(
-    "options, run, message",
-    [
-        ({"norm": "L0"}, {}, "norm must be .*L0.* as in Linf"),
-        ({"eps": 8}, {}, "eps must be at most 1 for linf, in image units, got 8"),
-        ({"eps": "8/255"}, {}, "eps must be .*'8/255'"),
-        ({"is_tf_model": True}, {}, "is_tf_model must be False, got True"),
-        ({"attacks_to_run": ["square"]}, {}, "attacks_to_run needs version='custom'"),
-        ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),
-        ({}, {"bs": 0}, "bs must be at least 1"),
-        ({}, {"state_path": __file__}, "state_path must be a folder"),
-    ],
-)
+REFUSED = [
+    ({"norm": "L0"}, {}, "norm must be .*L0.* as in Linf"),
+    ({"eps": 8}, {}, "eps must be at most 1 for linf, in image units, got 8"),
+    ({"eps": "8/255"}, {}, "eps must be .*'8/255'"),
+    ({"is_tf_model": True}, {}, "is_tf_model must be False, got True"),
+    ({"attacks_to_run": ["square"]}, {}, "attacks_to_run needs version='custom'"),
+    ({"version": "custom", "attacks_to_run": ["pgd"]}, {}, "attacks_to_run must be .*pgd"),
+    ({}, {"bs": 0}, "bs must be at least 1"),
+    ({}, {"state_path": __file__}, "state_path must be a folder"),
+]
+
+
+@pytest.mark.parametrize("options, run, message", REFUSED)
 def test_what_cannot_be_honoured_is_refused(plain, options, run, message):
     model, x, y = plain
     with pytest.raises((ValueError, TypeError), match=message):

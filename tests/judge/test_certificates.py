@@ -678,22 +678,22 @@ def test_no_probability_is_proved_where_no_radius_is():
     assert made.probability.tolist() == [NORMAL.cdf(1.0), 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("right", [1], "all input arrays must have the same shape"),
-        ("right", [1.5, 0], "Cannot cast array data"),
-        ("labels", [1], "cannot reshape array of size 1"),
-        ("index", [7, 7], "index must be another number in .* for each image"),
-        ("index", [7, 2**31], "index must be another number in .* for each image"),
-        ("decided", [[[24, 24]], [[25, 24]]], "right and draws must be counts of draws"),
-        ("sigma", -1, "sigma must be in .0, 4. in image units, for images in .0, 1., got -1"),
-        ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
-        ("radii", [-0.5], "each of radii must be at least 0"),
-        ("refuted", {"0.25": [True]}, "cannot reshape array"),
-        ("format", 9, "format 4"),
-    ],
-)
+WRONG_COUNTS = [
+    ("right", [1], "all input arrays must have the same shape"),
+    ("right", [1.5, 0], "Cannot cast array data"),
+    ("labels", [1], "cannot reshape array of size 1"),
+    ("index", [7, 7], "index must be another number in .* for each image"),
+    ("index", [7, 2**31], "index must be another number in .* for each image"),
+    ("decided", [[[24, 24]], [[25, 24]]], "right and draws must be counts of draws"),
+    ("sigma", -1, "sigma must be in .0, 4. in image units, for images in .0, 1., got -1"),
+    ("alpha", 5, "alpha must be in .0, 0.5., got 5"),
+    ("radii", [-0.5], "each of radii must be at least 0"),
+    ("refuted", {"0.25": [True]}, "cannot reshape array"),
+    ("format", 9, "format 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG_COUNTS)
 def test_a_file_with_other_counts_is_refused(name, value, message):
     """Each of these values would give wrong answers."""
     made = Certificates(np.array([99, 5]), np.array([100, 100]), sigma=0.5, radii=(0.25,), alpha=0.001)
@@ -747,28 +747,28 @@ def test_a_purifier_of_one_step_is_certified():
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sigma": math.inf}, "sigma must be in .0, 4. in image units"),
-        ({"alpha": 0.99}, "alpha must be in"),
-        ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
-        ({"radius": []}, "radius must be a number or at least one number"),
-        ({"radius": 2.0}, "draws must be more, or radius smaller: 100000 cannot prove the radius 2.0 at sigma"),
-        ({"radius": True}, "each of radii must be a number, got True"),
-        ({"draws": 500.0}, "draws must be a whole number"),
-        ({"batch_size": True}, "batch_size must be a whole number"),
-        ({"draws": 5, "radius": 0.0}, "draws must be more, .* 5 cannot prove the radius 0.0"),
-        ({"choosing": 0}, "choosing must be at least 1"),
-        # The draws that choose a class have the numbers from here on.
-        ({"draws": 2**27}, "draws must be in"),
-        ({"seed": -1}, "seed must be in"),
-        ({"seconds": 0}, "seconds must be above 0, got 0"),
-        ({"draws": None}, "draws must be a number, got None"),
-        ({"y": torch.tensor([1, 2])}, "y must have class numbers from 0 to 1, got 2"),
-        ({"index": [3, 3]}, "index must be another number in .* for each image"),
-    ],
-)
+WRONG_SETTINGS = [
+    ({"sigma": math.inf}, "sigma must be in .0, 4. in image units"),
+    ({"alpha": 0.99}, "alpha must be in"),
+    ({"radius": -0.1}, "each of radii must be at least 0 and finite, got -0.1"),
+    ({"radius": []}, "radius must be a number or at least one number"),
+    ({"radius": 2.0}, "draws must be more, or radius smaller: 100000 cannot prove the radius 2.0 at sigma"),
+    ({"radius": True}, "each of radii must be a number, got True"),
+    ({"draws": 500.0}, "draws must be a whole number"),
+    ({"batch_size": True}, "batch_size must be a whole number"),
+    ({"draws": 5, "radius": 0.0}, "draws must be more, .* 5 cannot prove the radius 0.0"),
+    ({"choosing": 0}, "choosing must be at least 1"),
+    # The draws that choose a class have the numbers from here on.
+    ({"draws": 2**27}, "draws must be in"),
+    ({"seed": -1}, "seed must be in"),
+    ({"seconds": 0}, "seconds must be above 0, got 0"),
+    ({"draws": None}, "draws must be a number, got None"),
+    ({"y": torch.tensor([1, 2])}, "y must have class numbers from 0 to 1, got 2"),
+    ({"index": [3, 3]}, "index must be another number in .* for each image"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG_SETTINGS)
 def test_settings_are_checked(settings, message):
     usual = {"model": Halves(), "x": margins(1.0, 1.0), "y": torch.tensor([1, 1]), "sigma": 0.5, "radius": 0.5}
     with pytest.raises((TypeError, ValueError), match=message):

@@ -88,10 +88,11 @@ def test_an_attack_that_changes_nothing_changes_no_number(protocol, predict):
     check(evaluate(model, x, y, protocol=protocol, eps=1e-3, **options), 0.7, 4, predict, 5)
 
 
+CHANCES = [(0.7, None, 5), (0.9, "worst_of", 5), (0.3, None, 1), (0.6, "votes", 5)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("p", "predict", "n"), [(0.7, None, 5), (0.9, "worst_of", 5), (0.3, None, 1), (0.6, "votes", 5)]
-)
+@pytest.mark.parametrize(("p", "predict", "n"), CHANCES)
 def test_over_many_seeds(p, predict, n):
     """The mean over many evaluations, which shows a bias that a single evaluation hides."""
     x, y = images(3, 40)

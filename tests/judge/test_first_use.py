@@ -34,33 +34,33 @@ def trio():
     return model.eval(), x, torch.randint(0, 4, (10,))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (lambda x, y: {"x": (255 * x).long()}, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
-        (lambda x, y: {"y": y.tolist()}, "y must be .*, got list"),
-        (lambda x, y: {"y": y > 1}, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
-        (lambda x, y: {"x": 2 * x - 1}, r"x must be in \[0, 1\] .* values from -.* for normalized images"),
-        (lambda x, y: {"x": x / 0 * 0}, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
-        (lambda x, y: {"x": x[:, 0]}, r"x must be .*, got \[10, 6, 7\]"),
-        (lambda x, y: {"x": [(x, y)]}, "x must be .*, got list"),
-        (lambda x, y: {"x": x[:0], "y": y[:0]}, "x must be .* with at least one image"),
-        ({"y": torch.tensor([0, 4] * 5)}, "y must have class numbers from 0 to 3, got 4"),
-        ({"eps": "8/255"}, "eps must be a number, such as 8 / 255, got '8/255'"),
-        ({"eps": torch.full((10,), 0.1)}, r"eps must be a number, such as 8 / 255, got tensor\("),
-        ({"eps": 0}, "eps must be above 0, got 0"),
-        ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
-        ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
-        ({"norm": "l3"}, "norm must be"),
-        ({"predict": "worst_of"}, "predict='worst_of' needs a random model"),
-        ({"predict": "votes"}, "predict must be one of worst_of, got 'votes'"),
-        ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
-        ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
-        ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
-        ({"attacks": ["pgd"]}, r"an attack must be an object of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
-        ({"attacks": PGD()}, "attacks must be a list, got PGD"),
-    ],
-)
+REFUSED = [
+    (lambda x, y: {"x": (255 * x).long()}, r"got torch.int64: if x is in 0..255, give x.byte\(\)"),
+    (lambda x, y: {"y": y.tolist()}, "y must be .*, got list"),
+    (lambda x, y: {"y": y > 1}, r"y must be integer labels \[N\] = \[10\], got torch.bool \[10\]"),
+    (lambda x, y: {"x": 2 * x - 1}, r"x must be in \[0, 1\] .* values from -.* for normalized images"),
+    (lambda x, y: {"x": x / 0 * 0}, r"x must be in \[0, 1\] and free of NaN, got values from nan"),
+    (lambda x, y: {"x": x[:, 0]}, r"x must be .*, got \[10, 6, 7\]"),
+    (lambda x, y: {"x": [(x, y)]}, "x must be .*, got list"),
+    (lambda x, y: {"x": x[:0], "y": y[:0]}, "x must be .* with at least one image"),
+    ({"y": torch.tensor([0, 4] * 5)}, "y must have class numbers from 0 to 3, got 4"),
+    ({"eps": "8/255"}, "eps must be a number, such as 8 / 255, got '8/255'"),
+    ({"eps": torch.full((10,), 0.1)}, r"eps must be a number, such as 8 / 255, got tensor\("),
+    ({"eps": 0}, "eps must be above 0, got 0"),
+    ({"eps": 12, "norm": "l2"}, r"eps must be at most 11.2\d* for l2, .* got 12: is 12/255 meant\?"),
+    ({"attacks": [PGD(eps=12, norm="L2")]}, r"eps must be at most 11.2\d* for l2, .* got 12"),
+    ({"norm": "l3"}, "norm must be"),
+    ({"predict": "worst_of"}, "predict='worst_of' needs a random model"),
+    ({"predict": "votes"}, "predict must be one of worst_of, got 'votes'"),
+    ({"minutes": 0, "attacks": []}, "minutes must be above 0"),
+    ({"protocol": "fast"}, "protocol and attacks .*got protocol='fast'"),
+    ({"attacks": [PGD(), PGD(alpha=0.1)]}, "attacks must have different labels.*PGD-100 ce"),
+    ({"attacks": ["pgd"]}, r"an attack must be an object of purify_fast.attacks, such as PGD\(\), .* got 'pgd'"),
+    ({"attacks": PGD()}, "attacks must be a list, got PGD"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_what_cannot_be_meant_is_refused(trio, options, message):
     model, x, y = trio
     options = options if isinstance(options, dict) else options(x, y)
@@ -170,21 +170,21 @@ def partly_trained(network):
     return network
 
 
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        (closure, "Flatten, Dropout, Linear: they stayed so"),
-        (lambda network: Called(network=network), "Flatten, Dropout, Linear: they stayed so"),
-        (lambda network: functools.partial(nn.Module.__call__, network), "Flatten, Dropout, Linear: they stayed so"),
-        (lambda network: reading(network).eval(), "Linear: no part of it is registered, so they were put into"),
-        (lambda network: reading(functools.partial(network)).eval(), "so they were put into evaluation mode"),
-        (partly_trained, "1 (Dropout): they were put into evaluation mode"),
-        # A module is put into evaluation mode for its user.
-        (nn.Module.train, None),
-        (nn.Module.eval, None),
-        (lambda network: closure(network.eval()), None),
-    ],
-)
+TRAINING_MODES = [
+    (closure, "Flatten, Dropout, Linear: they stayed so"),
+    (lambda network: Called(network=network), "Flatten, Dropout, Linear: they stayed so"),
+    (lambda network: functools.partial(nn.Module.__call__, network), "Flatten, Dropout, Linear: they stayed so"),
+    (lambda network: reading(network).eval(), "Linear: no part of it is registered, so they were put into"),
+    (lambda network: reading(functools.partial(network)).eval(), "so they were put into evaluation mode"),
+    (partly_trained, "1 (Dropout): they were put into evaluation mode"),
+    # A module is put into evaluation mode for its user.
+    (nn.Module.train, None),
+    (nn.Module.eval, None),
+    (lambda network: closure(network.eval()), None),
+]
+
+
+@pytest.mark.parametrize(("make", "told"), TRAINING_MODES)
 def test_modules_in_training_mode_are_told(make, told, caplog):
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3))
     model, x, y = make(network), torch.rand(4, 1, 4, 4), torch.arange(4) % 3
@@ -247,14 +247,14 @@ def test_a_claim_that_no_row_tests_is_said(trio):
         _ = report.headline
 
 
-@pytest.mark.parametrize(
-    ("around", "told"),
-    [
-        (lambda noisy: MajorityVote(noisy, 7), "judged by the majority vote of 7 draws"),
-        (WithFixedNoise, "judged with fixed noise"),
-        (WithoutNoise, "judged without noise"),
-    ],
-)
+JUDGED = [
+    (lambda noisy: MajorityVote(noisy, 7), "judged by the majority vote of 7 draws"),
+    (WithFixedNoise, "judged with fixed noise"),
+    (WithoutNoise, "judged without noise"),
+]
+
+
+@pytest.mark.parametrize(("around", "told"), JUDGED)
 def test_a_report_names_what_was_judged(trio, around, told):
     model, x, y = trio
     report = evaluate(around(NoisyEnsemble(model, 0.1, samples=1)), x, y, eps=0.1, attacks=[], n_eval=1)

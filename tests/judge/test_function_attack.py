@@ -79,15 +79,15 @@ def test_rounding_is_allowed_and_no_more(norm, order):
         check_adversarial("a", x + 1.001 * eps * direction / length, x, ThreatModel(norm, eps))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"through": "base"}, "through must be a model, .* got .base."),
-        ({"max_images": 0}, "max_images must be at least 1, got 0"),
-        ({"nearest": 0}, "nearest must be .*got 0"),
-        ({"until": 1.5}, "until must be .*got 1.5"),
-    ],
-)
+WRONG_SPECIFICATIONS = [
+    ({"through": "base"}, "through must be a model, .* got .base."),
+    ({"max_images": 0}, "max_images must be at least 1, got 0"),
+    ({"nearest": 0}, "nearest must be .*got 0"),
+    ({"until": 1.5}, "until must be .*got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_SPECIFICATIONS)
 def test_a_specification_that_cannot_be_meant_is_refused(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         AttackSpec(APGD(), **options)
@@ -129,18 +129,18 @@ class Moves(Attack):
         return AttackResult(self.move(x))
 
 
+WRONG_RESULTS = [
+    (lambda x: torch.where(x > 0.5, torch.nan, x), "the attack 'moves' returned values from nan"),
+    (lambda x: x[:2], r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\] on cpu"),
+    (lambda x: x.double(), "the attack 'moves' must return torch.float32 images"),
+    (lambda x: x.numpy(), "the attack 'moves' must return torch.float32 images"),
+    # in place: the images that it was given are no witness of how far it went
+    (lambda x: x.mul_(-3), "the attack 'moves' returned values from .* must be in"),
+]
+
+
 @pytest.mark.parametrize("norm", [None, "l2"])
-@pytest.mark.parametrize(
-    ("move", "message"),
-    [
-        (lambda x: torch.where(x > 0.5, torch.nan, x), "the attack 'moves' returned values from nan"),
-        (lambda x: x[:2], r"the attack 'moves' must return torch.float32 images \[40, 3, 8, 8\] on cpu"),
-        (lambda x: x.double(), "the attack 'moves' must return torch.float32 images"),
-        (lambda x: x.numpy(), "the attack 'moves' must return torch.float32 images"),
-        # in place: the images that it was given are no witness of how far it went
-        (lambda x: x.mul_(-3), "the attack 'moves' returned values from .* must be in"),
-    ],
-)
+@pytest.mark.parametrize(("move", "message"), WRONG_RESULTS)
 def test_what_an_attack_returns_is_checked(attacked, norm, move, message):
     """That of a class, and that of a function (None)."""
     function = as_attack(lambda model, x, y: move(x), name="moves")

@@ -98,15 +98,15 @@ def test_the_binomial_tail_is_exact(left, n, share):
     assert chance_of_at_most(left, n, float(p)) == pytest.approx(float(exact), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("left", "n", "claim", "verdict", "told"),
-    [
-        (100, 200, "70", "refuted", "the probability that 100 or fewer of 200 images are left"),
-        (13, 20, "70", "not refuted", "(exact binomial test; refuted below 1 %). More images may decide."),
-        (15, 20, "70", "not refuted", "15 of 20 images are left (75.0 %), which is not below the claim"),
-        (0, 4, "0", "not refuted", "that 0 or fewer of 4 images are left would be 100 %"),
-    ],
-)
+CLAIMS = [
+    (100, 200, "70", "refuted", "the probability that 100 or fewer of 200 images are left"),
+    (13, 20, "70", "not refuted", "(exact binomial test; refuted below 1 %). More images may decide."),
+    (15, 20, "70", "not refuted", "15 of 20 images are left (75.0 %), which is not below the claim"),
+    (0, 4, "0", "not refuted", "that 0 or fewer of 4 images are left would be 100 %"),
+]
+
+
+@pytest.mark.parametrize(("left", "n", "claim", "verdict", "told"), CLAIMS)
 def test_a_report_answers_a_claim(left, n, claim, verdict, told):
     report = Report([row("A", [1] * left + [0] * (n - left))], about={"claim": claim})
     assert report.claim_test().verdict == verdict and all(told in joined(text) for text in forms(report))

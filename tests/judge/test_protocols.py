@@ -281,9 +281,10 @@ def of(random: bool) -> SimpleNamespace:
     return subject
 
 
-@pytest.mark.parametrize(
-    ("asked", "steps"), [(None, [10, 60, None, 30]), (30, [10, 30, None, 30]), (5, [10, 5, None, 5])]
-)
+ASKED_STEPS = [(None, [10, 60, None, 30]), (30, [10, 30, None, 30]), (5, [10, 5, None, 5])]
+
+
+@pytest.mark.parametrize(("asked", "steps"), ASKED_STEPS)
 def test_asked_steps_shorten_the_long_attacks_alone(asked, steps):
     """The first attack of a protocol keeps its ten steps, and an attack without a number takes the evaluation's."""
     assert [spec.attack.steps for spec in protocol_attacks("fast", of(False), BALL, steps=asked)[:4]] == steps

@@ -299,11 +299,10 @@ def test_changed_weights_are_read_again(change, batch, tmp_path):
         assert torch.equal(plain(batch[0]), copied(batch[0]))
 
 
-@pytest.mark.parametrize(
-    "around",
-    [lambda d: nn.Sequential(d), lambda d: lambda x: d(x), lambda d: d.forward, None],
-    ids=["part", "function", "method", "surrogate"],
-)
+WRAPPERS = [lambda d: nn.Sequential(d), lambda d: lambda x: d(x), lambda d: d.forward, None]
+
+
+@pytest.mark.parametrize("around", WRAPPERS, ids=["part", "function", "method", "surrogate"])
 def test_it_is_found_wherever_it_is(around, batch):
     model = zoo.load("digits-carso-pipeline")
     copied = frozen_copy(model, batch[0], dtype=torch.float32)

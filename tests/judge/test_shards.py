@@ -66,11 +66,11 @@ def test_each_process_makes_its_share_and_the_first_keeps_all(tmp_path):
 MOMENTS = {"make": (AttackRun, "make"), "write": (cache, "write_sealed"), "judge": (Measure, "judged")}
 
 
+KILLS = [("deterministic", 1, 5, "make"), ("random", 0, 6, "write"), ("deterministic", 0, 2, "judge")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "victim", "number", "moment"),
-    [("deterministic", 1, 5, "make"), ("random", 0, 6, "write"), ("deterministic", 0, 2, "judge")],
-)
+@pytest.mark.parametrize(("kind", "victim", "number", "moment"), KILLS)
 def test_a_killed_process_ends_the_others_and_three_go_on(tmp_path, kind, victim, number, moment):
     def work():
         if dist.get_rank() == victim:

@@ -36,10 +36,10 @@ def test_the_bound_is_the_exact_one_for_images_of_which_none_fell():
     assert not any(blind.record([stood] * 50, 50) for _ in range(5)) and blind.may_hold == blind.unsearched == 50
 
 
-@pytest.mark.parametrize(
-    ("images", "total", "share", "rate"),
-    [(400, 1000, 0.02, 0.02), (400, 1000, 0.02, 0.1), (150, 200, 0.01, 0.01), (240, 250, 0.01, 0.02)],
-)
+BOUNDS = [(400, 1000, 0.02, 0.02), (400, 1000, 0.02, 0.1), (150, 200, 0.01, 0.01), (240, 250, 0.01, 0.02)]
+
+
+@pytest.mark.parametrize(("images", "total", "share", "rate"), BOUNDS)
 def test_the_bound_holds_in_95_of_100_cases(images, total, share, rate):
     """Images of which all fall with one probability, the hardest case: later ones hardly fall less often."""
     generator, within, trials = np.random.default_rng(0), 0, 2000
@@ -134,9 +134,10 @@ def test_an_attack_goes_on_until_a_whole_group_of_the_nearest_images_withstands(
 
 
 # Where all of the first 91 or more images fall, no group is left that could withstand.
-@pytest.mark.parametrize(
-    ("falls", "verdict", "last"), [(0, "passed", 0), (23, "passed", 0), (91, "noted", 1), (93, "unreliable", 3)]
-)
+FALLS = [(0, "passed", 0), (23, "passed", 0), (91, "noted", 1), (93, "unreliable", 3)]
+
+
+@pytest.mark.parametrize(("falls", "verdict", "last"), FALLS)
 def test_a_sign_tells_where_images_fell_in_the_last_group_that_was_tried(falls, verdict, last):
     model, x, y = _far_and_near(95)
     report = near(model, x, y, falls)

@@ -170,9 +170,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("make", "options", "message"), [(make, *row) for make, rows in REFUSED.items() for row in rows]
-)
+REFUSED_ROWS = [(make, *row) for make, rows in REFUSED.items() for row in rows]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), REFUSED_ROWS)
 def test_settings_that_cannot_be_used(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)

@@ -140,18 +140,18 @@ def test_build_classifier():
         build_classifier("small_cnn", (1, 16, 16), 3, depth=10)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: WideResNet(12), "depth must be 6 n"),
-        (lambda: WideResNet(4), "at least 10, got 4"),
-        (lambda: WideResNet(10, 0), "width must be at least 1"),
-        (lambda: WideResNet(10, 1, 1), "num_classes must be at least 2"),
-        (lambda: WideResNet(10, 1, mean=(0.5, 0.5)), "mean needs 1 or 3 numbers, got 2"),
-        (lambda: WideResNet(10, 1, std=(0.5, 0.5, 0.0)), "std must be above 0"),
-        (lambda: PreActResNet18(1), "num_classes must be at least 2"),
-    ],
-)
+REFUSED = [
+    (lambda: WideResNet(12), "depth must be 6 n"),
+    (lambda: WideResNet(4), "at least 10, got 4"),
+    (lambda: WideResNet(10, 0), "width must be at least 1"),
+    (lambda: WideResNet(10, 1, 1), "num_classes must be at least 2"),
+    (lambda: WideResNet(10, 1, mean=(0.5, 0.5)), "mean needs 1 or 3 numbers, got 2"),
+    (lambda: WideResNet(10, 1, std=(0.5, 0.5, 0.0)), "std must be above 0"),
+    (lambda: PreActResNet18(1), "num_classes must be at least 2"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
 def test_arguments_that_make_no_network_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

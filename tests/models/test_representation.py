@@ -102,19 +102,19 @@ class Twice(nn.Module):
         return self.first(self.tokens(x[:, 0]).transpose(0, 1)).mean(0)
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ([], "at least one"),
-        (["conv", "conv"], "each once"),
-        (["convv"], "no module 'convv', its modules are conv, unused"),
-        (["conv"], "'conv' must run once.* 2 times"),
-        (["unused"], "'unused' must run once.* 0 times"),
-        (["pair"], "output of 'pair' must be"),
-        (["volume"], r"output of 'volume'.* \[2, 1, 1, 16, 16\]$"),
-        (["first"], r"output of 'first'.* \[16, 2, 4\]$"),
-    ],
-)
+UNREADABLE = [
+    ([], "at least one"),
+    (["conv", "conv"], "each once"),
+    (["convv"], "no module 'convv', its modules are conv, unused"),
+    (["conv"], "'conv' must run once.* 2 times"),
+    (["unused"], "'unused' must run once.* 0 times"),
+    (["pair"], "output of 'pair' must be"),
+    (["volume"], r"output of 'volume'.* \[2, 1, 1, 16, 16\]$"),
+    (["first"], r"output of 'first'.* \[16, 2, 4\]$"),
+]
+
+
+@pytest.mark.parametrize(("layers", "message"), UNREADABLE)
 def test_layers_that_cannot_be_read(layers, message):
     with pytest.raises(ValueError, match=message):
         Representation(Twice(), layers, (1, 16, 16))

@@ -16,10 +16,10 @@ def network(**options):
     return trained_unet(**{"width": 8, **options}).eval()
 
 
-@pytest.mark.parametrize(
-    ("channels", "size", "patch"),
-    [(1, (8, 8), 1), (1, (28, 28), 2), (3, (32, 32), 2), (3, (9, 14), 1), (1, (3, 4), 1), (3, (9, 12), 3)],
-)
+SIZES = [(1, (8, 8), 1), (1, (28, 28), 2), (3, (32, 32), 2), (3, (9, 14), 1), (1, (3, 4), 1), (3, (9, 12), 3)]
+
+
+@pytest.mark.parametrize(("channels", "size", "patch"), SIZES)
 @pytest.mark.parametrize("attention", [False, True])
 def test_images_of_any_size(channels, size, patch, attention):
     model = network(channels=channels, patch=patch, attention=attention)
@@ -76,15 +76,15 @@ def test_16_bit_images_with_float32_weights(by_device, monkeypatch):
     assert all((one - other).norm() < 0.02 * other.norm() for one, other in zip(found, golden, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"width": 9}, "width must be even and at most 16, or a multiple of 16, got 9"),
-        ({"width": 24}, "or a multiple of 16, got 24"),
-        ({"channels": 0}, "channels must be at least 1, got 0"),
-        ({"patch": 1.5}, "patch must be a whole number, got 1.5"),
-    ],
-)
+UNFIT_SIZES = [
+    ({"width": 9}, "width must be even and at most 16, or a multiple of 16, got 9"),
+    ({"width": 24}, "or a multiple of 16, got 24"),
+    ({"channels": 0}, "channels must be at least 1, got 0"),
+    ({"patch": 1.5}, "patch must be a whole number, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNFIT_SIZES)
 def test_sizes_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         UNet(**options)

@@ -35,9 +35,10 @@ def call(logits: Tensor, y: Tensor, t: Tensor, kind: str, toward: bool = False) 
     return attack_loss(logits, y, kind, targets=t if kind.endswith("_targeted") else None, toward=toward)
 
 
-@pytest.mark.parametrize(
-    ("kind", "classes"), [(kind, n) for kind in op.KINDS for n in (op.FEWEST_CLASSES.get(kind, 2), 10, 1000)]
-)
+KINDS_AND_CLASSES = [(kind, n) for kind in op.KINDS for n in (op.FEWEST_CLASSES.get(kind, 2), 10, 1000)]
+
+
+@pytest.mark.parametrize(("kind", "classes"), KINDS_AND_CLASSES)
 def test_the_loss_its_derivative_and_the_decisions_are_those_of_the_published_formula(backend, kind, classes):
     generator = torch.Generator().manual_seed(classes)
     drawn = 3 * torch.randn(9, classes, generator=generator)

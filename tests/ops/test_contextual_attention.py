@@ -160,16 +160,16 @@ def by_hand(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return ~torch.stack(near).any(0).flatten(1)
 
 
-@pytest.mark.parametrize(
-    ("pixels", "side", "size"),
-    [
-        ((256, 256), 32, (32, 32)),  # where sampling every eighth pixel is right
-        ((32, 32), 4, (4, 4)),  # blocks smaller than a cell: sampling would see one block in four
-        ((32, 32), 4, (5, 3)),  # cells that are no whole number of pixels
-        ((64, 96), 8, (8, 12)),
-        ((8, 8), 1, (32, 32)),  # a map of the blocks, finer cells
-    ],
-)
+RESOLUTIONS = [
+    ((256, 256), 32, (32, 32)),  # where sampling every eighth pixel is right
+    ((32, 32), 4, (4, 4)),  # blocks smaller than a cell: sampling would see one block in four
+    ((32, 32), 4, (5, 3)),  # cells that are no whole number of pixels
+    ((64, 96), 8, (8, 12)),
+    ((8, 8), 1, (32, 32)),  # a map of the blocks, finer cells
+]
+
+
+@pytest.mark.parametrize(("pixels", "side", "size"), RESOLUTIONS)
 def test_validity_at_any_resolution(pixels, side, size):
     generator = torch.Generator().manual_seed(0)
     coarse = (torch.rand(20, 1, pixels[0] // side, pixels[1] // side, generator=generator) < 0.1).float()

@@ -91,11 +91,12 @@ def test_the_schema_the_fake_and_the_registrations(name):
         registered(REGISTRY[name].handle, one, other, *([] if name.startswith("decode") else [tile(one, 0)]))
 
 
+COMPILED = [name for name in FUNCTIONS if name not in ("square_proposal l1", "random_transform None")]
+
+
 @pytest.mark.slow
 # the other settings of these two compile as slowly, and to the same operators
-@pytest.mark.parametrize(
-    "name", [name for name in FUNCTIONS if name not in ("square_proposal l1", "random_transform None")]
-)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles_to_one_graph(function, backend, name, request):
     drawn = ("noisy_replay", "diffusion_step learned", "philox uniform", "sample_latent")
     if name in drawn and backend == "reference" and torch.__version__ < "2.12":

@@ -16,19 +16,18 @@ def as_int32(words: list[int]) -> torch.Tensor:
     return torch.tensor([w - 2**32 if w >= 2**31 else w for w in words], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(
-    ("key", "counter", "expected"),
-    [
-        ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0xA4093822, 0x299F31D0),
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-    ids=["zeros", "ones", "pi"],
-)
+VECTORS = [
+    ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0xA4093822, 0x299F31D0),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "counter", "expected"), VECTORS, ids=["zeros", "ones", "pi"])
 def test_published_vectors(key, counter, expected):
     """The known answers of the Random123 library, on ints and on tensors."""
     assert op.words(key, counter) == expected

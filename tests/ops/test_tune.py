@@ -55,15 +55,15 @@ def test_the_faster_one_is_used_and_it_is_said(folder, monkeypatch, capsys):
     assert cli.main(["tune", "--device", "cpu", "--ops", "pgd_step"]) == 0 and op.backend_for(CPU, 1, "linf") == "cpp"
 
 
-@pytest.mark.parametrize(
-    ("speedup", "smallest"),
-    [
-        ({10: 2.0, 100: 1.5, 1000: 3.0}, 0),
-        ({10: 0.9, 100: 1.5, 1000: 3.0}, 100),
-        ({1000: 3.0, 100: 0.5, 10: 2.0}, 1000),
-        ({10: 2.0, 100: 1.5, 1000: 0.9}, None),
-    ],
-)
+SPEEDUPS = [
+    ({10: 2.0, 100: 1.5, 1000: 3.0}, 0),
+    ({10: 0.9, 100: 1.5, 1000: 3.0}, 100),
+    ({1000: 3.0, 100: 0.5, 10: 2.0}, 1000),
+    ({10: 2.0, 100: 1.5, 1000: 0.9}, None),
+]
+
+
+@pytest.mark.parametrize(("speedup", "smallest"), SPEEDUPS)
 def test_the_smallest_size_from_which_on_a_kernel_is_faster(speedup, smallest):
     assert tuning.smallest_size(speedup) == smallest
 

@@ -114,28 +114,28 @@ def test_layers_with_hooks_run(inputs):
     assert seen[:2] == [2, 1]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"samples": 0}, "draws must be at least 1, got 0"),
-        ({"decoder": Own()}, "latent_dim must be given for this decoder, and be at least 1, got -10"),
-        ({"seed": 7}, "seed must .* got 7: write torch.tensor"),
-    ],
-)
+REFUSED = [
+    ({"samples": 0}, "draws must be at least 1, got 0"),
+    ({"decoder": Own()}, "latent_dim must be given for this decoder, and be at least 1, got -10"),
+    ({"seed": 7}, "seed must .* got 7: write torch.tensor"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_refusals(change, message):
     arguments = {"decoder": make("published").float(), "condition": torch.zeros(3, 10), "samples": 4}
     with pytest.raises((ValueError, TypeError), match=message):
         decode_samples(**(arguments | change))
 
 
-@pytest.mark.parametrize(
-    ("decoder", "message"),
-    [
-        (mixed(), "got Linear, GELU, Unflatten, Conv2d, SiLU, ConvTranspose2d, BatchNorm2d, Tanh: use decode_samples"),
-        (Own(), "got Own: use decode_samples"),
-        (published(slope=0.1), "ConvTranspose2d with the same activation"),
-    ],
-)
+UNPACKED = [
+    (mixed(), "got Linear, GELU, Unflatten, Conv2d, SiLU, ConvTranspose2d, BatchNorm2d, Tanh: use decode_samples"),
+    (Own(), "got Own: use decode_samples"),
+    (published(slope=0.1), "ConvTranspose2d with the same activation"),
+]
+
+
+@pytest.mark.parametrize(("decoder", "message"), UNPACKED)
 def test_a_decoder_that_cannot_be_packed_gets_the_reason(decoder, message):
     with pytest.raises(ValueError, match=message):
         PackedDecoder(decoder.eval(), latent_dim=LATENT)

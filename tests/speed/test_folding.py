@@ -86,9 +86,10 @@ class Awkward(nn.Module):
         return self.norm(y).square().mean((2, 3))
 
 
-@pytest.mark.parametrize(
-    "kind", ["read twice", "changed between", "run twice", "tied", "weight norm", "no statistics", "another axis"]
-)
+PAIRS = ["read twice", "changed between", "run twice", "tied", "weight norm", "no statistics", "another axis"]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
 def test_pairs_that_are_none_stay_and_the_others_fold(kind):
     torch.manual_seed(0)
     model, x = Awkward(kind), torch.rand(3, 3, 4, 4)
@@ -222,15 +223,15 @@ def normalized():
     return Normalized().requires_grad_(False).eval(), torch.rand(5, 3, 8, 8)
 
 
+NORMALIZED = [
+    (torch.float32, False, torch.float32),
+    (torch.bfloat16, True, torch.float32),
+    (torch.bfloat16, False, torch.bfloat16),
+]
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    ("dtype", "fine", "seen"),
-    [
-        (torch.float32, False, torch.float32),
-        (torch.bfloat16, True, torch.float32),
-        (torch.bfloat16, False, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "fine", "seen"), NORMALIZED)
 def test_a_copy_normalizes_as_its_model(dtype, fine, seen, layout):
     model, x = normalized()
     copied = InferenceCopy(model, (3, 8, 8), dtype, fine=fine)

@@ -236,17 +236,17 @@ def test_copies_in_memory_follow_and_pickles_keep_their_weights(x):
     assert torch.equal(fast(x), twin(x)) and isinstance(twin, FrozenCopy)
 
 
+NOT_COPIED = [
+    (lambda model, x: (torch.compile(model), x), r"give model\._orig_mod"),
+    (lambda model, x: (torch.jit.trace(model, x), x), "eager mode"),
+    (lambda model, x: (model, x.long()), r"x must be a batch of images .* got torch.int64"),
+    (lambda model, x: (model, x, torch.float16), "dtype must be"),
+    (lambda model, x: (model.append(nn.Linear(4, 4, device="meta")), x), r"on several devices .*, cpu, meta"),
+]
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda model, x: (torch.compile(model), x), r"give model\._orig_mod"),
-        (lambda model, x: (torch.jit.trace(model, x), x), "eager mode"),
-        (lambda model, x: (model, x.long()), r"x must be a batch of images .* got torch.int64"),
-        (lambda model, x: (model, x, torch.float16), "dtype must be"),
-        (lambda model, x: (model.append(nn.Linear(4, 4, device="meta")), x), r"on several devices .*, cpu, meta"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), NOT_COPIED)
 def test_what_cannot_be_copied_is_refused_by_name(x, change, message):
     model, images, *dtype = change(net(), x)
     with pytest.raises((TypeError, ValueError), match=message):

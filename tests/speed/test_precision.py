@@ -191,19 +191,19 @@ CPU = torch.device("cpu")
 EPYC, XEON = "AMD EPYC 9654", "Intel(R) Xeon(R) Platinum 8380H"
 
 
-@pytest.mark.parametrize(
-    ("name", "bf16", "tiles", "variables", "fast"),
-    [
-        (EPYC, True, False, {}, True),
-        (EPYC, False, False, {}, False),
-        (XEON, True, True, {}, True),
-        (XEON, True, False, {}, False),
-        (XEON, True, True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False),
-        (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
-        (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
-        (EPYC, True, False, {"ATEN_CPU_CAPABILITY": "avx2"}, False),
-    ],
-)
+PROCESSORS = [
+    (EPYC, True, False, {}, True),
+    (EPYC, False, False, {}, False),
+    (XEON, True, True, {}, True),
+    (XEON, True, False, {}, False),
+    (XEON, True, True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, False),
+    (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
+    (EPYC, True, False, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+    (EPYC, True, False, {"ATEN_CPU_CAPABILITY": "avx2"}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "bf16", "tiles", "variables", "fast"), PROCESSORS)
 def test_tiles_or_a_processor_of_amd_make_bfloat16_fast(monkeypatch, name, bf16, tiles, variables, fast):
     for variable in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
         monkeypatch.delenv(variable, raising=False)

@@ -199,19 +199,19 @@ class Sharded(Scale):
         self.part = torch.ones(2).as_subclass(Shard)
 
 
+NOT_CAPTURED = [
+    (Waiting, "the step waits for the device in operator _local_scalar_dense"),
+    (of("Masked", lambda x: x + x[x > 1].sum()), "the step waits for the device in operator index"),
+    (of("Widening", lambda x: x.double()), r"changes x from \(torch.float32, \[3\], .*to \(torch.float64, \[3\]"),
+    (of("DrawsInPython", lambda x: x * random.random()), "the step draws random numbers on the host"),
+    (of("DrawsInNumpy", lambda x: x * float(np.random.rand())), "the step draws random numbers on the host"),
+    (FailsInTheTrial, r"the step cannot be captured \(KeyError: 'the second call'\)"),
+    (Sharded, "a tensor of type Shard does not say where its memory is"),
+]
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        (Waiting, "the step waits for the device in operator _local_scalar_dense"),
-        (of("Masked", lambda x: x + x[x > 1].sum()), "the step waits for the device in operator index"),
-        (of("Widening", lambda x: x.double()), r"changes x from \(torch.float32, \[3\], .*to \(torch.float64, \[3\]"),
-        (of("DrawsInPython", lambda x: x * random.random()), "the step draws random numbers on the host"),
-        (of("DrawsInNumpy", lambda x: x * float(np.random.rand())), "the step draws random numbers on the host"),
-        (FailsInTheTrial, r"the step cannot be captured \(KeyError: 'the second call'\)"),
-        (Sharded, "a tensor of type Shard does not say where its memory is"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "reason"), NOT_CAPTURED)
 def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, kind, reason):
     model = kind()
     states = random.getstate(), np.random.get_state()[1].copy()

@@ -196,9 +196,10 @@ SLOW = (
 )
 
 
-@pytest.mark.parametrize(
-    "name", [*OWN, "resnet18", "squeezenet1_1", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+TRAINED = [*OWN, "resnet18", "squeezenet1_1", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_copy_that_followed_a_training_has_the_bits_of_a_new_one(name):
     torch.manual_seed(0)
     sides = {"inception_v3": 299, "vit_b_32": 224, "maxvit_t": 224, "alexnet": 64, "squeezenet1_1": 64}
@@ -410,14 +411,14 @@ def test_a_copy_that_cannot_be_made_again_does_not_answer():
             pgd(fast, X, Y, 0.1, steps=1)
 
 
-@pytest.mark.parametrize(
-    "keep",
-    [
-        lambda model, fast: setattr(model, "kept", [fast]),
-        lambda model, fast: setattr(model[0], "kept", {"fast": (fast,)}),
-        lambda model, fast: object.__setattr__(model, "fast", fast),
-    ],
-)
+KEPT_COPIES = [
+    lambda model, fast: setattr(model, "kept", [fast]),
+    lambda model, fast: setattr(model[0], "kept", {"fast": (fast,)}),
+    lambda model, fast: object.__setattr__(model, "fast", fast),
+]
+
+
+@pytest.mark.parametrize("keep", KEPT_COPIES)
 def test_a_copy_that_its_model_holds_is_refused_when_it_reads_the_model(keep):
     model = net()
     fast = purify_fast.frozen_copy(model, X)

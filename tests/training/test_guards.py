@@ -95,10 +95,11 @@ def network(kind):
     return Made(lambda self, x: self.fc(x.flatten(1) * self.scale), fc=nn.Linear(64, 4), scale=scale)
 
 
+EDITS = [("relu", "relu", 0), ("relu", "silu", 1), ("one", "two", 1), ("one", "one", 0)]
+
+
 @pytest.mark.parametrize("kind", [lambda model: ClassifierTask(model, ClassifierConfig()), FineTuning])
-@pytest.mark.parametrize(
-    ("first", "then", "told"), [("relu", "relu", 0), ("relu", "silu", 1), ("one", "two", 1), ("one", "one", 0)]
-)
+@pytest.mark.parametrize(("first", "then", "told"), EDITS)
 def test_a_network_that_was_edited_continues_with_a_warning(first, then, told, kind, tmp_path, caplog):
     loop = FitConfig(epochs=2, batch_size=16, checkpoint_seconds=0)
     with pytest.raises(Stopped):
@@ -120,16 +121,16 @@ def test_an_average_of_half_precision_moves():
     assert moved.dtype == torch.float32 and torch.allclose(moved, torch.full_like(moved, 1 - 0.999**3), rtol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("make", "shares"),
-    [
-        (lambda a, b: torch.optim.SGD([a, b], lr=0.0), [1.0]),
-        (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}, {"params": b, "lr": 0.01}]), [1.0, 0.1]),
-        (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}], lr=0.1), [1.0]),
-        (lambda a, b: torch.optim.SGD([{"params": a}, {"params": b, "lr": 0.0}], lr=0.1), [1.0, 0.0]),
-        (lambda a, b: torch.optim.lr_scheduler.LinearLR(torch.optim.SGD([a, b], lr=0.1), 0.01).optimizer, [1.0]),
-    ],
-)
+OPTIMIZERS = [
+    (lambda a, b: torch.optim.SGD([a, b], lr=0.0), [1.0]),
+    (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}, {"params": b, "lr": 0.01}]), [1.0, 0.1]),
+    (lambda a, b: torch.optim.SGD([{"params": a, "lr": 0.1}], lr=0.1), [1.0]),
+    (lambda a, b: torch.optim.SGD([{"params": a}, {"params": b, "lr": 0.0}], lr=0.1), [1.0, 0.0]),
+    (lambda a, b: torch.optim.lr_scheduler.LinearLR(torch.optim.SGD([a, b], lr=0.1), 0.01).optimizer, [1.0]),
+]
+
+
+@pytest.mark.parametrize(("make", "shares"), OPTIMIZERS)
 def test_relative_rates(make, shares):
     a, b = (nn.Parameter(torch.zeros(2)) for _ in "ab")
     assert relative_rates(make(a, b)) == pytest.approx(shares)

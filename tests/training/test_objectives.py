@@ -123,17 +123,17 @@ def test_eps_and_step_rise_together(alpha):
     assert all(a.eps_warmup == 0 and a.at_epoch(0, 8) == a for a in now)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
-        ({"eps": 8.0}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
-        ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
-        ({"alpha": 0.0}, "alpha must be above 0 and finite, got 0.0"),
-        ({"alpha": 0.03}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
-        ({"relative_alpha": 0.9}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
-    ],
-)
+OUT_OF_RANGE = [
+    ({"eps": -0.1}, "eps must be at least 0, got -0.1"),
+    ({"eps": 8.0}, r"at most 1 for linf, in image units, got 8.0: is 8/255 meant\?"),
+    ({"norm": "l3"}, "norm must be one of linf, l2, l1, got 'l3'"),
+    ({"alpha": 0.0}, "alpha must be above 0 and finite, got 0.0"),
+    ({"alpha": 0.03}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
+    ({"relative_alpha": 0.9}, "alpha must be at least eps / steps = 0.03333, got 0.03"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), OUT_OF_RANGE)
 def test_settings_out_of_range_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainingAttack(**{"eps": 0.1, "steps": 3, **wrong})

@@ -170,16 +170,16 @@ def atop(**settings):
     return AtopTask(defence, AtopConfig(**settings))
 
 
-@pytest.mark.parametrize(
-    ("settings", "epochs", "message"),
-    [
-        # 3 steps an epoch of 4 images
-        ({"cls_delay": 2, "cls_delay_unit": "epochs"}, 2, "cls_delay is too long: .* begin in step 7"),
-        ({"cls_delay": 6, "cls_delay_unit": "steps"}, 2, "would begin in step 7 of 6"),
-        ({"cls_delay": 21, "cls_delay_unit": "images"}, 2, "would begin in step 7 of 6"),
-        ({}, 1, "cls_delay is too long"),
-    ],
-)
+IDLE_TERMS = [
+    # 3 steps an epoch of 4 images
+    ({"cls_delay": 2, "cls_delay_unit": "epochs"}, 2, "cls_delay is too long: .* begin in step 7"),
+    ({"cls_delay": 6, "cls_delay_unit": "steps"}, 2, "would begin in step 7 of 6"),
+    ({"cls_delay": 21, "cls_delay_unit": "images"}, 2, "would begin in step 7 of 6"),
+    ({}, 1, "cls_delay is too long"),
+]
+
+
+@pytest.mark.parametrize(("settings", "epochs", "message"), IDLE_TERMS)
 def test_a_term_that_never_acts_is_refused_before_the_run(settings, epochs, message, tmp_path):
     x, y = images()
     with pytest.raises(ValueError, match=message):

@@ -160,14 +160,14 @@ class NeedsClosure(torch.optim.SGD):
         assert closure is not None, "this optimizer requires a closure"
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "message"),
-    [
-        (Apart, "optimizer Apart must share its param_groups with the SGD that it holds"),
-        (torch.optim.LBFGS, "optimizer must take a step without a closure, but LBFGS says: .*closure"),
-        (NeedsClosure, "but NeedsClosure says: this optimizer requires a closure"),
-    ],
-)
+UNSERVED = [
+    (Apart, "optimizer Apart must share its param_groups with the SGD that it holds"),
+    (torch.optim.LBFGS, "optimizer must take a step without a closure, but LBFGS says: .*closure"),
+    (NeedsClosure, "but NeedsClosure says: this optimizer requires a closure"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "message"), UNSERVED)
 def test_an_optimizer_that_cannot_be_served_is_named(optimizer, message, tmp_path):
     task = Own(optimizer)
     before = copy.deepcopy(task.model.state_dict())

@@ -88,9 +88,10 @@ class Worse(ClassifierTask):
 NAN = float("nan")
 
 
-@pytest.mark.parametrize(
-    ("scores", "best"), [([3.0, 1.0, 2.0, 2.5], 1), ([NAN, 2.0, 1.0, 3.0], 2), ([NAN] * 4, 3)], ids=str
-)
+SCORES = [([3.0, 1.0, 2.0, 2.5], 1), ([NAN, 2.0, 1.0, 3.0], 2), ([NAN] * 4, 3)]
+
+
+@pytest.mark.parametrize(("scores", "best"), SCORES, ids=str)
 def test_the_best_weights_are_what_remains(scores, best):
     """A score that is no number is never the best; without any, the last weights remain."""
     made = Worse(scores)

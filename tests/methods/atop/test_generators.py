@@ -241,30 +241,30 @@ def generator():
     return made
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state,  # the state dict alone
-        lambda state: {"G": state, "D": {"weight": torch.ones(2)}, "G_optim": {"state": {0: {"step": 1}}}, "n_iter": 7},
-        lambda state: {"G": {f"module.{name}": tensor for name, tensor in state.items()}},
-        lambda state: {"G": {name: tensor for name, tensor in state.items() if name != CONSTANT}},
-    ],
-)
+STATES = [
+    lambda state: state,  # the state dict alone
+    lambda state: {"G": state, "D": {"weight": torch.ones(2)}, "G_optim": {"state": {0: {"step": 1}}}, "n_iter": 7},
+    lambda state: {"G": {f"module.{name}": tensor for name, tensor in state.items()}},
+    lambda state: {"G": {name: tensor for name, tensor in state.items() if name != CONSTANT}},
+]
+
+
+@pytest.mark.parametrize("change", STATES)
 def test_ways_to_hold_it(generator, tmp_path, change):
     torch.save(change(generator.state_dict()), tmp_path / "states.pth")
     loaded = DeepFillGenerator.from_official(tmp_path / "states.pth")
     assert same(loaded, generator) and loaded.arguments == generator.arguments and not loaded.training
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop("stage1.conv_bn3.conv.bias"), r"is not .*: stage1\.conv_bn3\.conv\.bias is missing$"),
-        (lambda s: s.update({"stage2.conv_bn7.conv.bias": torch.zeros(3)}), r"bias is \[3\], must be \[32\]$"),
-        (lambda s: s.update(extra=3), "has no state dict"),
-        (lambda s: s.pop(FIRST), "must hold a generator of deepfillv2-pytorch, got the tensors stage1"),
-    ],
-)
+UNFIT_STATES = [
+    (lambda s: s.pop("stage1.conv_bn3.conv.bias"), r"is not .*: stage1\.conv_bn3\.conv\.bias is missing$"),
+    (lambda s: s.update({"stage2.conv_bn7.conv.bias": torch.zeros(3)}), r"bias is \[3\], must be \[32\]$"),
+    (lambda s: s.update(extra=3), "has no state dict"),
+    (lambda s: s.pop(FIRST), "must hold a generator of deepfillv2-pytorch, got the tensors stage1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), UNFIT_STATES)
 def test_states_that_do_not_fit_are_named_with_their_tensors(generator, tmp_path, change, message):
     state = dict(generator.state_dict())
     change(state)
@@ -321,13 +321,13 @@ def test_the_dry_run_leaves_modes_and_statistics_alone():
     assert module["norm"].num_batches_tracked == 0
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda t, m: t[:, :1], r"a finite floating-point tensor \[2, 3, 16, 16\], .* got \[\[2, 1, 16, 16\]\]"),
-        (lambda t, m: t / 0, "must return a finite floating-point tensor"),
-    ],
-)
+NO_PURIFIERS = [
+    (lambda t, m: t[:, :1], r"a finite floating-point tensor \[2, 3, 16, 16\], .* got \[\[2, 1, 16, 16\]\]"),
+    (lambda t, m: t / 0, "must return a finite floating-point tensor"),
+]
+
+
+@pytest.mark.parametrize(("function", "message"), NO_PURIFIERS)
 def test_modules_that_are_no_purifiers_are_refused(function, message):
     with pytest.raises(ValueError, match=message):
         PurifierAdapter(of(function), (3, 16, 16))
@@ -432,9 +432,10 @@ def test_a_purifier_of_ones_own_is_saved_too_but_must_be_given_to_load(tmp_path)
         purify_fast.load_defence(tmp_path, made.classifier, purifier=SmallGenerator(1, 2))
 
 
-@pytest.mark.parametrize(
-    ("size", "block"), [((256, 256), 32), ((32, 32), 4), ((28, 28), 4), ((12, 12), 1), ((30, 40), 5), ((24, 36), 3)]
-)
+BLOCKS = [((256, 256), 32), ((32, 32), 4), ((28, 28), 4), ((12, 12), 1), ((30, 40), 5), ((24, 36), 3)]
+
+
+@pytest.mark.parametrize(("size", "block"), BLOCKS)
 def test_the_default_block_tiles_the_image(size, block):
     made = Atop(SmallCNN(1, image_size=size), identity(), (1, *size))
     assert made.block == made.arguments["block"] == block

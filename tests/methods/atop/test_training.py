@@ -55,9 +55,10 @@ def judge(opinions):
     return Made(how, opinions=nn.Parameter(torch.tensor(opinions)))
 
 
-@pytest.mark.parametrize(
-    ("epoch", "gan", "want"), [(2, True, 1.6334923), (1, True, 1.625), (2, False, 0.7584923), (0, False, 0.75)]
-)
+TOTALS = [(2, True, 1.6334923), (1, True, 1.625), (2, False, 0.7584923), (0, False, 0.75)]
+
+
+@pytest.mark.parametrize(("epoch", "gan", "want"), TOTALS)
 def test_fact_11_total(epoch, gan, want):
     # x1 = 0 and x2 = 0.25 everywhere, with a gradient, and logits (2, 0, -1) for every image
     constant = lambda self, image, mask: (0 * image + self.shift, 0 * image + 0.25 + self.shift)  # noqa: E731
@@ -209,10 +210,10 @@ def test_leaky_relu_follows_every_layer_the_last_too():
     assert (out < 0).any() and torch.equal(made(x), torch.where(out > 0, out, 0.2 * out))
 
 
-@pytest.mark.parametrize(
-    ("size", "depth", "patches"),
-    [((256, 256), 6, 16), ((32, 32), 4, 4), ((28, 28), 4, 4), ((16, 16), 3, 4), ((16, 40), 3, 10), ((3, 3), 1, 4)],
-)
+PATCHES = [((256, 256), 6, 16), ((32, 32), 4, 4), ((28, 28), 4, 4), ((16, 16), 3, 4), ((16, 40), 3, 10), ((3, 3), 1, 4)]
+
+
+@pytest.mark.parametrize(("size", "depth", "patches"), PATCHES)
 def test_small_images_have_at_least_2_x_2_patches(size, depth, patches):
     assert patch_depth(size) == depth
     made = PatchDiscriminator(3, 2, depth)

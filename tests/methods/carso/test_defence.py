@@ -122,9 +122,10 @@ def test_another_classifier_is_refused_unless_it_is_meant_and_a_broken_file(cars
 
 
 # -- the networks of CARSO's purifier: published sizes, any image, the first version, a decoder as one op --------------
-@pytest.mark.parametrize(
-    "shape", [(1, 16, 16), (3, 32, 32), (1, 28, 28), (3, 17, 45), (2, 4, 4), (3, 64, 64), (1, 5, 1)]
-)
+SHAPES = [(1, 16, 16), (3, 32, 32), (1, 28, 28), (3, 17, 45), (2, 4, 4), (3, 64, 64), (1, 5, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_decoder_ends_at_any_image_size(shape):
     decoder = Decoder(6, 10, shape, *networks.decoder_plan(shape, 4)).eval()
     assert decoder(torch.randn(3, 2, 6), torch.randn(3, 10)).shape == (6, *shape)

@@ -36,15 +36,15 @@ def systems():
     return {name: on_meta(name) for name in RECIPES}
 
 
-@pytest.mark.parametrize(
-    ("name", "counts"),
-    # fact 2, per map size: (layers, channels, size)
-    [
-        ("cifar10", [(8, 160, 32), (9, 320, 16), (9, 640, 8)]),
-        ("cifar100", [(8, 160, 32), (9, 320, 16), (9, 640, 8)]),
-        ("tiny_imagenet", [(8, 160, 64), (9, 320, 32), (9, 640, 16)]),
-    ],
-)
+# fact 2, per map size: (layers, channels, size)
+TENSORS = [
+    ("cifar10", [(8, 160, 32), (9, 320, 16), (9, 640, 8)]),
+    ("cifar100", [(8, 160, 32), (9, 320, 16), (9, 640, 8)]),
+    ("tiny_imagenet", [(8, 160, 64), (9, 320, 32), (9, 640, 16)]),
+]
+
+
+@pytest.mark.parametrize(("name", "counts"), TENSORS)
 def test_fact_2_the_26_representation_tensors(systems, name, counts):
     want = [(channels, size, size) for n, channels, size in counts for _ in range(n)]
     shapes = systems[name].representation.shapes
@@ -63,14 +63,14 @@ def test_fact_2_the_26_representation_tensors(systems, name, counts):
     assert sum(out[0].numel() for out in outputs) == flat == encoder.joint[0].in_features
 
 
-@pytest.mark.parametrize(
-    ("name", "counts"),
-    [
-        # the posterior encoder's image part, pre-encoders 0, 8 and 25, all, joint, posterior, heads, decoder
-        ("cifar10", [846, 151_480, 605_360, 2_420_320, 28_442_960, 75_285_504, 164_096, 33_024, 2_455_107]),
-        ("tiny_imagenet", [846, 153_300, 612_600, 2_449_200, 28_782_600, 289_998_336, 737_664, 74_112, 4_914_979]),
-    ],
-)
+PARAMETERS = [
+    # the posterior encoder's image part, pre-encoders 0, 8 and 25, all, joint, posterior, heads, decoder
+    ("cifar10", [846, 151_480, 605_360, 2_420_320, 28_442_960, 75_285_504, 164_096, 33_024, 2_455_107]),
+    ("tiny_imagenet", [846, 153_300, 612_600, 2_449_200, 28_782_600, 289_998_336, 737_664, 74_112, 4_914_979]),
+]
+
+
+@pytest.mark.parametrize(("name", "counts"), PARAMETERS)
 def test_fact_3_parameters_of_the_purifiers(systems, name, counts):
     made = systems[name]
     encoder, posterior = made.condition_encoder, made.posterior_encoder
@@ -80,14 +80,14 @@ def test_fact_3_parameters_of_the_purifiers(systems, name, counts):
     assert sum(p.numel() for p in made.parameters() if p.requires_grad) == counts[0] + sum(counts[4:])
 
 
-@pytest.mark.parametrize(
-    ("part", "count", "want"),
-    [
-        ("repr_compressors", 468, "5c12a84cd70f9bf553713d3d6d9083f02afb0ee95ce498c65bf77af5769427eb"),
-        ("repr_fcn_compressor", 6, "35f5d7b74c7e854b8d0e4b6280765f6d290f39dedc2283d3328c70da85141a20"),
-        ("decoder", 28, "4a958939e6bc047ceffb423996cc38a4aed602f0f07206234259fcb075ec284b"),
-    ],
-)
+DIGESTS = [
+    ("repr_compressors", 468, "5c12a84cd70f9bf553713d3d6d9083f02afb0ee95ce498c65bf77af5769427eb"),
+    ("repr_fcn_compressor", 6, "35f5d7b74c7e854b8d0e4b6280765f6d290f39dedc2283d3328c70da85141a20"),
+    ("decoder", 28, "4a958939e6bc047ceffb423996cc38a4aed602f0f07206234259fcb075ec284b"),
+]
+
+
+@pytest.mark.parametrize(("part", "count", "want"), DIGESTS)
 def test_full_size_tensors_have_the_official_names_and_shapes(systems, part, count, want):
     state = official_tensors(systems["cifar10"])[part]
     names = sorted((name, tuple(tensor.shape)) for name, tensor in state.items())
@@ -175,14 +175,14 @@ def rewrite(path, change):
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize(
-    ("part", "change", "message"),
-    [
-        ("repr_compressors", lambda t: t.pop("3.1.1.bias"), r"does not fit .*: 3\.1\.1\.bias is missing"),
-        ("decoder", lambda t: t.update({"3.1.bias": torch.zeros(9)}), r"3\.1\.bias is \[9\], must be \[64\]"),
-        ("decoder", lambda t: t.update({"0.1.weight": torch.zeros(9, 10)}), "must hold the three files"),
-    ],
-)
+UNFIT_FILES = [
+    ("repr_compressors", lambda t: t.pop("3.1.1.bias"), r"does not fit .*: 3\.1\.1\.bias is missing"),
+    ("decoder", lambda t: t.update({"3.1.bias": torch.zeros(9)}), r"3\.1\.bias is \[9\], must be \[64\]"),
+    ("decoder", lambda t: t.update({"0.1.weight": torch.zeros(9, 10)}), "must hold the three files"),
+]
+
+
+@pytest.mark.parametrize(("part", "change", "message"), UNFIT_FILES)
 def test_files_that_do_not_fit_are_named_with_their_tensors(cifar, files, part, change, message):
     rewrite(files / f"{STEM}_{part}.safetensors", change)
     with pytest.raises(ValueError, match=message):
@@ -243,10 +243,10 @@ def batch(n=16, epoch=5, epochs=10):
     return Batch(data.to_float(x), y, torch.arange(n), 7, epoch, epochs)
 
 
-@pytest.mark.parametrize(
-    ("size", "fraction", "clean", "atom"),
-    [(640, 0.5, 320, 80), (640, 0.15, 544, 24), (128, 0.01, 128, 0), (128, 0.04, 124, 1), (1024, 0.01, 1016, 2)],
-)
+LAYOUTS = [(640, 0.5, 320, 80), (640, 0.15, 544, 24), (128, 0.01, 128, 0), (128, 0.04, 124, 1), (1024, 0.01, 1016, 2)]
+
+
+@pytest.mark.parametrize(("size", "fraction", "clean", "atom"), LAYOUTS)
 def test_fact_12_batch_layouts(size, fraction, clean, atom, monkeypatch):
     calls = []
 

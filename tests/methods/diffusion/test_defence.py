@@ -117,15 +117,15 @@ def test_learned_variances_and_objects_with_a_sample():
         defence(denoiser=once, process=Process(steps=3, variance="learned"))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "times", "told"),
-    [
-        (Schedule(steps=500), None, (torch.int64, [49, 32, 16])),
-        (Schedule(steps=500), "rescaled", (torch.float32, [98.0, 64.0, 32.0])),
-        (Schedule("vp"), None, (torch.float32, [99.9, 66.6, 33.3])),
-        (Schedule("vp"), "index", (torch.int64, [100, 66, 33])),
-    ],
-)
+TOLD = [
+    (Schedule(steps=500), None, (torch.int64, [49, 32, 16])),
+    (Schedule(steps=500), "rescaled", (torch.float32, [98.0, 64.0, 32.0])),
+    (Schedule("vp"), None, (torch.float32, [99.9, 66.6, 33.3])),
+    (Schedule("vp"), "index", (torch.int64, [100, 66, 33])),
+]
+
+
+@pytest.mark.parametrize(("schedule", "times", "told"), TOLD)
 def test_what_a_denoiser_is_told(schedule, times, told):
     heard = []
 
@@ -170,14 +170,14 @@ def test_another_process_on_the_same_parts():
     torch.testing.assert_close(logits_and_gradient(again, x), logits_and_gradient(made, x))
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ({"clip_sample_range": 2.0}, "clip_sample_range must be 1, as images are in"),
-        ({"variance_type": "learned"}, "variance_type must be one of fixed_small, .*, learned_range, got 'learned'"),
-        ({"variance_type": "fixed_large_log"}, "variance_type must be one of"),
-    ],
-)
+UNSUPPORTED = [
+    ({"clip_sample_range": 2.0}, "clip_sample_range must be 1, as images are in"),
+    ({"variance_type": "learned"}, "variance_type must be one of fixed_small, .*, learned_range, got 'learned'"),
+    ({"variance_type": "fixed_large_log"}, "variance_type must be one of"),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), UNSUPPORTED)
 def test_what_a_folder_of_diffusers_asks_and_is_not_there_is_refused(tmp_path, given, wanted):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "scheduler_config.json").write_text(json.dumps(given))
