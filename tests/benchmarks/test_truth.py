@@ -93,7 +93,6 @@ def test_the_program_alone_decides_alike(build, monkeypatch):
 
 def test_a_purifier_is_a_network_of_relus():
     """Its clip is two of them; what is no such network is refused."""
-    torch.manual_seed(0)
     model = subjects.purified(16, 5, 6).requires_grad_(False)
     layers, x = affine_layers(model, (1, 4, 4)), torch.rand(5, 1, 4, 4)
     torch.testing.assert_close(exact.forward(layers, x.flatten(1).double()).float(), model(x))
@@ -221,7 +220,6 @@ def test_rows_of_other_attacks_or_weights_are_found_and_made_again(model, tmp_pa
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
     """Gradients of one pass by themselves; a copy of the model adds to the same sums."""
-    torch.manual_seed(0)
     inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval().requires_grad_(False)
     model, x = CountedModel(inner), torch.rand(12, 1, 8, 8)
     followed = Copies(x).copy_for(model, precision)

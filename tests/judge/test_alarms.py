@@ -216,7 +216,6 @@ def test_a_large_scale_of_the_logits_hides_nothing():
 
 
 def test_a_model_that_guesses_is_told_beside_the_number():
-    torch.manual_seed(0)
     report = judged(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [PGD(steps=2)], probes=False)
     assert verdicts(report)["better than guessing"] == ("noted", "clean")
     assert "a guess among 10 classes is right for 10.0 %" in " ".join(report.to_text().split())

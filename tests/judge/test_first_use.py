@@ -198,7 +198,6 @@ def test_modules_in_training_mode_are_told(make, told, caplog):
 
 def test_modules_in_a_plain_list_are_judged_in_evaluation_mode():
     """A number by the statistics of batches would be another, and the statistics would change with each attack."""
-    torch.manual_seed(0)
     networks = [nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).train() for _ in range(5)]
     x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
     networks[0](x)

@@ -140,7 +140,6 @@ class Launched(Rerun):
 
 def test_an_attack_on_an_unchanged_model_launches_little_beside_its_replays():
     """No kernel for a tensor, and none for the reading of the model, which is one replay."""
-    torch.manual_seed(0)
     fast, x, y = attacked(PreActResNet18(width=4).eval(), torch.bfloat16)
     assert fast.folded > 5
     fast._followed.graphs = StepGraphs("always", capture=Launched())

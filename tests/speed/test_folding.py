@@ -45,7 +45,6 @@ class Net(nn.Module):
 
 
 def test_all_kinds_of_layers_fold():
-    torch.manual_seed(0)
     model, x = trained(Net()), torch.rand(6, 3, 16, 16)
     folded = copy.deepcopy(model)
     assert len(fold_batchnorm(folded)) == 4 and norms(folded) == 0
@@ -91,7 +90,6 @@ PAIRS = ["read twice", "changed between", "run twice", "tied", "weight norm", "n
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_pairs_that_are_none_stay_and_the_others_fold(kind):
-    torch.manual_seed(0)
     model, x = Awkward(kind), torch.rand(3, 3, 4, 4)
     if kind != "no statistics":
         trained(model)
@@ -104,7 +102,6 @@ def test_pairs_that_are_none_stay_and_the_others_fold(kind):
 
 @pytest.mark.parametrize("layer", ["bn1", "layer2.0.downsample"])
 def test_tapped_layers_give_the_same_after_folding(layer):
-    torch.manual_seed(0)
     model, x = trained(resnet18(num_classes=10)), torch.rand(2, 3, 32, 32)
     want = Representation(copy.deepcopy(model), [layer], (3, 32, 32))(x)[0]
     representation = Representation(model, [layer], (3, 32, 32))
@@ -153,7 +150,6 @@ def branches(model):
 
 @pytest.mark.parametrize("traced", [True, False])
 def test_a_decoder_folds_with_and_without_a_trace(traced):
-    torch.manual_seed(0)
     model, (a, b) = trained(TwoInputs()).double(), torch.rand(2, 5, 6, dtype=torch.float64)
     want = model(a, b)
     fold_batchnorm(model if traced else branches(model))

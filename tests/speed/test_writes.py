@@ -201,7 +201,6 @@ TRAINED = [*OWN, "resnet18", "squeezenet1_1", *(pytest.param(name, marks=pytest.
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_copy_that_followed_a_training_has_the_bits_of_a_new_one(name):
-    torch.manual_seed(0)
     sides = {"inception_v3": 299, "vit_b_32": 224, "maxvit_t": 224, "alexnet": 64, "squeezenet1_1": 64}
     how = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = OWN[name]() if name in OWN else torchvision.models.get_model(name, num_classes=4, **how)
@@ -315,7 +314,6 @@ class InLists(nn.Module):
 
 @pytest.mark.parametrize("kind", [Merged, InLists])
 def test_a_model_whose_changes_cannot_be_counted_is_read_at_every_call(kind):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), Merged(192, 5)) if kind is Merged else InLists()
     fast = purify_fast.frozen_copy(model.eval(), X)
     assert "reads its model at every call, because" in fast.about

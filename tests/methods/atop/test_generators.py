@@ -380,7 +380,6 @@ def test_shared_masks_are_one_for_the_batch():
 @pytest.mark.parametrize(("transform", "aggregation"), [("rt2", "mean"), ("rt3", "mean_softmax")])
 def test_gradients_are_exact(transform, aggregation):
     """Finite differences of a whole defence in float64; its logits are float32, so the last step is done here too."""
-    torch.manual_seed(0)
     made = defence(lively(SmallGenerator(1, 2), 3), transform=transform, sigma=0.05, samples=2, aggregation=aggregation)
     made.double().requires_grad_(False)
     x = (0.3 + 0.4 * images(2).double()).requires_grad_()  # the noise reaches no end of [0, 1]

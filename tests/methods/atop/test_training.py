@@ -203,7 +203,6 @@ def test_tensors_have_the_official_names(published):
 
 
 def test_leaky_relu_follows_every_layer_the_last_too():
-    torch.manual_seed(0)
     made = PatchDiscriminator(2, 4, depth=1).eval()
     x = torch.randn(1, 2, 6, 6)
     out = made.conv1.conv_sn(x).flatten(1)
@@ -222,7 +221,6 @@ def test_small_images_have_at_least_2_x_2_patches(size, depth, patches):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_values_and_gradients_equal_torchs(training):
-    torch.manual_seed(0)
     ours = SpectralConv(3, 8, 5, 2, 2)
     plain = torch.nn.Conv2d(3, 8, 5, 2, 2)
     with torch.no_grad():
@@ -245,7 +243,6 @@ def test_values_and_gradients_equal_torchs(training):
 
 
 def test_autocast_keeps_sigma_exact():
-    torch.manual_seed(0)
     layer = SpectralConv(3, 8, 5, 2, 2)
     twin = copy.deepcopy(layer)
     x = torch.randn(1, 3, 8, 8)

@@ -158,7 +158,6 @@ def test_one_of_several_systems_is_chosen_by_its_stem(cifar, files):
 
 
 def test_any_classifier_by_its_layers(tmp_path):
-    torch.manual_seed(0)
     classifier, layers = SmallCNN(3, 4, (32, 32), 16), ["conv1", "conv2"]
     made = Carso(classifier, layers, (3, 32, 32), 6, 4, decoder=published_decoder((3, 32, 32)))
     write_official(made, tmp_path, "small")
