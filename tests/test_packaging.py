@@ -118,10 +118,8 @@ def test_a_wheel_has_all_cards_of_the_zoo_and_the_weights_of_the_models_on_digit
     # The address of the other weights is made from the package's metadata.
     built = PathDistribution(tmp_path / "purify_fast.egg-info")
     monkeypatch.setattr(zoo, "metadata", lambda name: built.metadata)
-    released = (
-        rf"https://github\.com/[^/]+(/[^/]+)?/releases/download/v{re.escape(__version__)}/mnist-pgd-at\.safetensors"
-    )
-    assert re.fullmatch(released, zoo.address("mnist-pgd-at"))
+    release = rf"https://github\.com/[^/]+(/[^/]+)?/releases/download/v{re.escape(__version__)}"
+    assert re.fullmatch(rf"{release}/mnist-pgd-at\.safetensors", zoo.address("mnist-pgd-at"))
 
 
 def test_the_source_distribution_has_what_a_build_reads_and_no_more(tmp_path):
@@ -185,9 +183,8 @@ def test_every_file_names_the_same_versions_of_python_and_torch():
     (pinned,) = re.findall(r"^torch==2\.(\d+)\.", texts["constraints.txt"], re.M)
     (target,) = re.findall(r"TORCH_TARGET_VERSION=0x(\w{4})", texts["setup.py"])
     page = (ROOT / "docs/installation.md").read_text()
-    rows = re.findall(
-        r"^\| ([\d.]+) \| ([\d.]+) to [\d.]+ \| ([\d.]+) to ([\d.]+) \| ([\d.]+) to [\d.]+ \|$", page, re.M
-    )
+    row = r"^\| ([\d.]+) \| ([\d.]+) to [\d.]+ \| ([\d.]+) to ([\d.]+) \| ([\d.]+) to [\d.]+ \|$"
+    rows = re.findall(row, page, re.M)
     (version,) = re.findall(r'^version = "(\d+\.\d+)\.', texts["pyproject.toml"], re.M)
     assert rows[0][:3] == (version, python, oldest) and rows[0][4] == triton
     assert int(oldest.partition(".")[2]) <= int(pinned) <= int(rows[0][3].partition(".")[2])

@@ -108,9 +108,8 @@ def test_no_two_modules_share_a_name():
 
 
 def test_everything_is_formatted_without_a_skip():
-    files = [
-        path for folder in ("purify_fast", "kernels", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
-    ]
+    folders = ("purify_fast", "kernels", "benchmarks", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     skip = "# fmt: " + "skip"
     assert len(files) > 300 and [named(path) for path in files if skip in path.read_text()] == []
 

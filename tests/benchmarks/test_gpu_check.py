@@ -92,9 +92,8 @@ def test_a_step_that_was_refused_is_not_called_captured(rerun, monkeypatch):
     with pytest.raises(RuntimeError, match="the attack of the training step was not captured"):
         pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()
     monkeypatch.setattr(pipelines, "StepGraphs", lambda mode: StepGraphs(mode, capture=rerun))
-    assert pipelines.training_step(
-        classifier_task(attack=attack()), batch(), compiled=False, captured=True
-    )().isfinite()
+    step = pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)
+    assert step().isfinite()
     rerun.error = RuntimeError("operation not permitted")
     with pytest.raises(RuntimeError, match="the attack of the training step was not"), pytest.warns(UserWarning):
         pipelines.training_step(classifier_task(attack=attack()), batch(), compiled=False, captured=True)()

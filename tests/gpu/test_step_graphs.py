@@ -129,9 +129,8 @@ def test_what_cannot_be_captured_runs_eagerly_and_leaves_the_device_usable(graph
     # the generator of the device draws, and another model is captured
     assert torch.rand(3, device=DEVICE).isfinite().all() and torch.randn(3, device=DEVICE).isfinite().all()
     plain = classifier()
-    close(
-        direct(pgd, plain, x, y, eps=0.1, steps=20, seed=0, graphs=graphs), pgd(plain, x, y, eps=0.1, steps=20, seed=0)
-    )
+    settings = {"eps": 0.1, "steps": 20, "seed": 0}
+    close(direct(pgd, plain, x, y, **settings, graphs=graphs), pgd(plain, x, y, **settings))
     assert graphs.refusal is None
 
 

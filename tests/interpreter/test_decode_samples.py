@@ -54,7 +54,7 @@ def tiles(monkeypatch):
     """Those of bfloat16 for float32 too: there the interpreter runs fewer programs, and the same ones."""
     own = kernel.tiles
     monkeypatch.setattr(
-        kernel, "tiles", lambda columns, channels, _, device: own(columns, channels, torch.bfloat16, device)
+        kernel, "tiles", lambda width, channels, _, device: own(width, channels, torch.bfloat16, device)
     )
 
 

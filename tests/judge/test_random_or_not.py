@@ -461,9 +461,8 @@ def test_the_drop_in_autoattack_prints_other_draws(version, capsys):
         attack.n_iter = 2
     adversary.fab.n_iter, adversary.square.n_queries = 2, 5
     adversary.run_standard_evaluation(x, y)
-    printed = [
-        float(line.split(":")[1].split("%")[0]) for line in capsys.readouterr().out.splitlines() if "accuracy" in line
-    ]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
+    printed = [float(line.split(":")[1].split("%")[0]) for line in lines]
     draws = 20 if version == "rand" else 5
     assert len(printed) == (4 if version == "rand" else 6)
     assert all(abs(value - 70) < 350 * math.sqrt(0.21 / (400 * draws)) for value in printed), printed

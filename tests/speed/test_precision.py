@@ -92,9 +92,8 @@ def test_convolutions_with_a_single_column_are_right_in_bfloat16_on_a_cpu(stride
             with autocast_to(leaf.device, dtype):
                 out = layer(leaf)
             assert out.dtype == dtype and out.shape[-1] == 1
-            results.append(
-                (out.detach(), *torch.autograd.grad((out.float() * toward).sum(), [leaf, *layer.parameters()]))
-            )
+            gradients = torch.autograd.grad((out.float() * toward).sum(), [leaf, *layer.parameters()])
+            results.append((out.detach(), *gradients))
         for want, got in zip(*results, strict=True):
             torch.testing.assert_close(got.float(), want, rtol=BFLOAT16, atol=BFLOAT16 * float(want.abs().max()))
 

@@ -360,9 +360,8 @@ def test_it_keeps_the_weights_of_the_given_classifier_where_the_rate_is_0(tmp_pa
     words += ["--device", "cpu", "--epochs", "1", "--batch-size", "16", "--steps", "1", "--weight-decay", "0"]
     for rate in ("0.1", "0"):
         assert cli.main([*words, "--learning-rate", rate, "--out", str(tmp_path / rate)]) == 0
-    before, moved, still = (
-        weights_fingerprint(load_classifier(tmp_path / name)) for name in ("classifier", "0.1", "0")
-    )
+    networks = (load_classifier(tmp_path / name) for name in ("classifier", "0.1", "0"))
+    before, moved, still = map(weights_fingerprint, networks)
     assert before == still != moved
 
 

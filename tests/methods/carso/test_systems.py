@@ -277,9 +277,8 @@ def test_published_loss_is_reconstruction_plus_weighted_kl():
     made, b = carso(), batch(epoch=0)
     loss, terms = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2))).training_step(b)
     torch.testing.assert_close(loss.detach(), terms["reconstruction"])  # epoch 0: no KL yet
-    loss, terms = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.5)).training_step(
-        batch(epoch=9)
-    )
+    task = CarsoTask(made, CarsoConfig(attack=TrainingAttack(eps=0.2, steps=2), beta=0.5))
+    loss, terms = task.training_step(batch(epoch=9))
     torch.testing.assert_close(loss.detach(), terms["reconstruction"] + 0.5 * terms["kl"])
     assert terms["kl"] > 0
 
