@@ -191,8 +191,7 @@ def test_examples_of_every_op(op):
 @pytest.mark.parametrize("op", REGISTRY)
 def test_tiled_samples_have_tiled_results(op):
     """The batch dimensions are found, those of passes and owners too."""
-    example = REGISTRY[op].examples[0]
-    small = example.make(torch.float32, 0)
+    small = REGISTRY[op].examples[0].make(torch.float32, 0)
     got = example_tensors.tensors(REGISTRY[op].reference(*example_tensors.tile(small, 2)))
     for out, wanted in zip(got, example_tensors.tensors(REGISTRY[op].reference(*small)), strict=True):
         torch.testing.assert_close(out, example_tensors.tile(wanted, 2))

@@ -139,8 +139,7 @@ def test_one_sample_has_the_same_bits_in_every_batch_and_part(monkeypatch):
     whole, signs = kernel.forward(*given, *sizes)
     grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
     slopes = kernel.backward(grad, whole, signs, *given[3:], False)
-    one = [x[1:2] if i in (0, 2) else x for i, x in enumerate(given)]
-    image, own = kernel.forward(*one, *sizes)
+    image, own = kernel.forward(*[x[1:2] if i in (0, 2) else x for i, x in enumerate(given)], *sizes)
     assert torch.equal(image, whole[2:4]) and torch.equal(own, signs[2:4])
     assert torch.equal(kernel.backward(grad[2:4], image, own, *given[3:], False), slopes[1:2])
     monkeypatch.setattr(kernel, "MEMORY", 20_000)  # parts of two samples or so: images are cut

@@ -408,8 +408,7 @@ def test_an_evaluation_finds_what_it_finds_outside(writing_trio, form):
     def found():
         # made within the block, as a data loader's images are
         images, labels = (x * 255).byte() if form == "bytes" else x.clone(), y.clone()
-        attacks = [APGD(), FABT(), PGD(), StAdv()]
-        report = evaluate(model, images, labels, eps=0.1, steps=5, attacks=attacks)
+        report = evaluate(model, images, labels, eps=0.1, steps=5, attacks=[APGD(), FABT(), PGD(), StAdv()])
         return {row.attack: row.robust for row in report.rows}, [row.reliable for row in report.rows]
 
     outside = found()

@@ -365,8 +365,7 @@ def idle(model, x, y):
 def votes(p, classes, n, rounds=200_000):
     """The chance that the majority of n draws is right; between equal counts the mean probabilities decide evenly."""
     generator = np.random.default_rng(0)
-    wrong = np.full(classes - 1, (1 - p) / (classes - 1))
-    counts = generator.multinomial(n, [p, *wrong], rounds)
+    counts = generator.multinomial(n, [p, *np.full(classes - 1, (1 - p) / (classes - 1))], rounds)
     top = counts.max(1, keepdims=True)
     return float(((counts[:, 0] == top[:, 0]) / (counts == top).sum(1)).mean())
 

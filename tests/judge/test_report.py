@@ -63,8 +63,7 @@ def test_a_row_of_an_earlier_version_on_another_model_is_not_taken_for_one_on_th
 
 
 def test_numbers_in_the_tables():
-    rows = [row(robust=[1, 1, 1, 1]), row("masked", health=MASKED)]
-    report = Report(rows, ["note"])
+    report = Report([row(robust=[1, 1, 1, 1]), row("masked", health=MASKED)], ["note"])
     text = report.to_markdown()
     assert "| m | PGD | - | 4 | 100.0 (39.8 to 100.0) | 100.0 | 1 | 0 % / 0 % / 0 % |  | 3 | 1.5 |" in text
     assert "0 % / 99 % / 0 %" in text and text.count("- note") == 1 and "unreliable" in text
@@ -265,8 +264,7 @@ def test_the_number_comes_first_and_what_all_rows_share_is_said_once(report):
 
 
 def test_differences_are_red_where_values_grew_and_blue_where_they_fell():
-    change = torch.tensor([[0.2, -0.1], [0.0, -0.2]])[None, None]
-    red, green, blue = in_colors(change)[0]
+    red, green, blue = in_colors(torch.tensor([[0.2, -0.1], [0.0, -0.2]])[None, None])[0]
     assert torch.allclose(red, torch.tensor([[1.0, 0.5], [1.0, 0.0]]))
     assert torch.allclose(blue, torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
     assert torch.allclose(green, torch.tensor([[0.0, 0.5], [1.0, 0.0]]))

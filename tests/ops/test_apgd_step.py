@@ -19,8 +19,7 @@ def test_the_formula_by_hand(backend, norm):
     alpha, eps = (0.05, 0.08) if norm == "linf" else (0.3, 0.35)
     z = pgd_step(x, grad, nat, alpha, eps, norm)
     for a in (0.75, 0.2):
-        moved = x + a * (z - x) + (1 - a) * (x - previous)
-        wanted = pgd_step(moved, torch.zeros_like(x), nat, 0.0, eps, norm)
+        wanted = pgd_step(x + a * (z - x) + (1 - a) * (x - previous), torch.zeros_like(x), nat, 0.0, eps, norm)
         torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, a, norm), wanted)
         assert not torch.allclose(wanted, z, atol=1e-3)
     torch.testing.assert_close(apgd_step(x, grad, nat, previous, alpha, eps, 1.0, norm), z)  # the first step

@@ -82,8 +82,7 @@ def test_numbers_that_are_equal_or_not_finite(backend, kind, dtype):
 def test_a_model_that_is_sure_still_has_a_slope(backend):
     """With two classes, the loss is log(1 + exp z) of the difference z of the logits. Below z = -61.1 it is linear."""
     z = torch.tensor([-7.0, -20.0, -61.0, -80.0, -1e30])
-    logits = torch.stack([torch.zeros(5), z], 1)
-    gradient, loss, wrong = attack_loss(logits, torch.zeros(5, dtype=torch.int64))
+    gradient, loss, wrong = attack_loss(torch.stack([torch.zeros(5), z], 1), torch.zeros(5, dtype=torch.int64))
     bounded = z.double().clamp_min(0.7 * math.log(2.0**-126))
     slope = bounded.sigmoid()
     torch.testing.assert_close(gradient.double(), torch.stack([-slope, slope], 1), rtol=2e-5, atol=0)

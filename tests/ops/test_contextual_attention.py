@@ -26,8 +26,7 @@ def literal(features: torch.Tensor, valid: torch.Tensor, scale: float = 10.0) ->
         h, w = x.shape[1] // 2, x.shape[2] // 2
         values = F.unfold(x[None], 4, stride=2, padding=1)[0]
         queries = F.unfold(F.interpolate(x[None], scale_factor=0.5, mode="nearest"), 3, padding=1)[0]
-        keys = queries / queries.norm(dim=0, keepdim=True).clamp_min(1e-4)
-        scores = keys.T @ queries
+        scores = (queries / queries.norm(dim=0, keepdim=True).clamp_min(1e-4)).T @ queries
         columns_first = torch.arange(h * w).view(h, w).T.flatten()
         for order in (torch.arange(h * w), columns_first):
             ordered = scores[order][:, order]

@@ -65,8 +65,7 @@ def test_a_compiled_training_has_nearly_the_losses_of_an_eager_one(name, compile
 
 @pytest.mark.parametrize("name", ["ARREST", "CARSO, pipeline", "TRADES"])
 def test_a_compiled_training_that_is_killed_and_resumed_ends_with_the_same_bits(name, compiler, tmp_path, caplog):
-    shape = (1, 16, 16)
-    x = torch.randint(0, 256, (40, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     y, config = torch.arange(40) % 10, FitConfig(3, 16, compile=True, checkpoint_seconds=0, drop_last=False)
 
     def run(folder, *callbacks):

@@ -30,8 +30,7 @@ class FineTuning(Task):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 4)) if model is None else model
         first, *others = self.model.parameters()
-        groups = [{"params": [first], "lr": 1e-5}, {"params": others}]
-        self.optimizer = torch.optim.SGD(groups, lr=0.1)
+        self.optimizer = torch.optim.SGD([{"params": [first], "lr": 1e-5}, {"params": others}], lr=0.1)
 
     def training_step(self, batch):
         return F.cross_entropy(self.model(batch.x), batch.y), {}

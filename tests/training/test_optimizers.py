@@ -65,8 +65,7 @@ def test_fact_13_after_the_sixth_step_the_weights_are_mixed():
 
 
 def test_a_slow_step_on_cuda_is_two_launches_whatever_the_number_of_weights():
-    weights = [nn.Parameter(torch.randn(n, 3)) for n in range(1, 21)]
-    optimizer = Lookahead(torch.optim.SGD(weights, lr=0.0), k=1)
+    optimizer = Lookahead(torch.optim.SGD([nn.Parameter(torch.randn(n, 3)) for n in range(1, 21)], lr=0.0), k=1)
     with CudaLaunches() as counted:
         optimizer.step()
     assert counted.by_name == {"_foreach_lerp_": 1, "_foreach_copy_": 1}

@@ -153,8 +153,7 @@ def published_stage(state, x, rows):
         if activation == "up":
             x = F.interpolate(x, scale_factor=2)
         weight, bias = state[f"{name}.conv.weight"], state[f"{name}.conv.bias"]
-        kernel = weight.shape[-1]
-        x = F.conv2d(x, weight, bias, stride, dilation * (kernel - 1) // 2, dilation)
+        x = F.conv2d(x, weight, bias, stride, dilation * (weight.shape[-1] - 1) // 2, dilation)
         if activation == "tanh":
             return x.tanh()
         a, b = x.split(x.shape[1] // 2, 1)

@@ -228,8 +228,7 @@ def test_values_and_gradients_equal_torchs(training):
         plain.bias.copy_(ours.bias)
     theirs = spectral_norm(plain)
     state = theirs.parametrizations.weight[0]
-    matrix = ours.weight.detach().flatten(1)
-    v = torch.nn.functional.normalize(matrix.T @ ours.weight_u, dim=0)[:, 0]
+    v = torch.nn.functional.normalize(ours.weight.detach().flatten(1).T @ ours.weight_u, dim=0)[:, 0]
     state._u.copy_(ours.weight_u[:, 0])
     state._v.copy_(v)
     ours.train(training)

@@ -194,8 +194,7 @@ def test_the_statistics_are_the_classifiers_own(cifar, files):
     # with tensors for attributes, as RobustBench's models have them
     statistics = {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.2)}
     around = Made(lambda self, x: self.model(x), model=cifar.classifier, **statistics)
-    layers = [f"model.{name}" for name in cifar.representation.layers]
-    theirs = load_official(around, files, layers=layers)
+    theirs = load_official(around, files, layers=[f"model.{name}" for name in cifar.representation.layers])
     assert theirs.arguments["mean"] == pytest.approx([0.4] * 3) and theirs.arguments["std"] == pytest.approx([0.2] * 3)
 
 
