@@ -128,23 +128,11 @@ FORMAT = 4
 #: The columns of the table.
 HEAD = ("L2 radius", "robust accuracy", "all together", "certified", "no certificate", "undecided", "refuted")
 NORMAL = NormalDist()
-#: The words of a page for facts whose names say too little.
-WORDS = {
-    "dataset": "data set",
-    "predicted_by": "class of the model",
-    "weights": "hash of the weights",
-    "data": "hash of the images",
-    "most_draws": "draws of an image, at most",
-    "choosing_draws": "draws that choose its class",
-    "protocol": "protocol of the attacks",
-    "votes": "votes of a prediction under attack",
-}
 #: The columns of a log, in the format of Cohen et al.'s code (locuslab/smoothing): the index in the data set; the
 #: label, -1 if it is unknown; the proved class, -1 where the classifier abstains; its L2 radius, also of a wrong class;
 #: 1 if it is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws
 #: with this class, and the draws that count. An unfinished image has no line.
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "tested", "right", "draws")
-PUBLIC = 6
 #: The values of `Certificates.predicted` that are no class.
 ABSTAINS, UNFINISHED = -1, -2
 #: The arrays of whole numbers. `decided` is ``[N, questions, 2]``, and the others are ``[N]``.
@@ -421,7 +409,7 @@ class Certificates:
         shown = [0.0, *(end for end in ends if not self.radii or end < farthest)]
         below = [(end, (len(ends) - at) / n) for at, end in enumerate(shown)]
         draws = f"{self.draws.sum():,} draws, in the median {int(np.median(self.draws)):,} for an image"
-        curves = {"above": above, "below": below, "farthest": farthest or self.sigma, "WORDS": WORDS}
+        curves = {"above": above, "below": below, "farthest": farthest or self.sigma}
         return {"report": self, "head": HEAD, "draws": draws, "summary": self.summary(sorted({*self.shown})), **curves}
 
     def save(self, folder: str | Path) -> None:
@@ -444,25 +432,3 @@ class Certificates:
         log: dict[str, Any] = {name: map(str, column.tolist()) for name, column in self.log.items()}
         log["time"] = (f"{s // 3600:.0f}:{s % 3600 // 60:02.0f}:{s % 60:09.6f}" for s in self.log["time"].tolist())
         write_text(folder / "log.tsv", "\n".join(map("\t".join, [COLUMNS, *zip(*log.values(), strict=True)])) + "\n")
-
-
-def read_log(path: str | Path) -> dict[str, NDArray[Any]]:
-    """Read a log of this package or of another program. Return the columns ``[N]`` by name; times are in seconds.
-
-    Raises:
-        ValueError: the file has other columns, or a value that is not allowed.
-    """
-    head, *lines = (line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines())
-    if tuple(head) not in (COLUMNS, COLUMNS[:PUBLIC]) or any(len(line) != len(head) for line in lines):
-        raise ValueError(f"{path} must have lines with the columns {', '.join(COLUMNS)}, or the first {PUBLIC}")
-    kinds: dict[str, Any] = {"radius": float, "time": _seconds}
-    try:
-        return {
-            name: np.array([*map(kinds.get(name, int), column)]) for name, *column in zip(head, *lines, strict=True)
-        }
-    except ValueError as error:
-        raise ValueError(f"{path} has a value that is not allowed: {error}") from error
-
-
-def _seconds(text: str) -> float:
-    return sum(float(part) * 60**place for place, part in enumerate(reversed(text.split(":"))))
