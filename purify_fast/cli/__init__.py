@@ -22,7 +22,7 @@ from .._files import folder_lock, usable_device, what_is
 from .._memory import ran_out_of_memory
 from .._version import __version__
 from . import certify, evaluate, show, train  # noqa: F401
-from .command import RUN_FILE, Command, DataCommand, cli, flag, parse, read_run_file, values
+from .command import RUN_FILE, Command, DataCommand, cli, flag, parse, run_of, values
 
 __all__ = ["main"]
 
@@ -79,7 +79,7 @@ def _resumed(arguments: list[str]) -> list[str]:
     if len(arguments) == 2:
         raise ValueError("--resume needs a folder: purify-fast train --resume FOLDER")
     folder = Path(arguments[2])
-    command = str(read_run_file(folder / RUN_FILE).get("command")) if (folder / RUN_FILE).is_file() else ""
+    command = str(run_of(folder).get("command"))
     if not command.startswith("train ") or command not in _KINDS:
         raise ValueError(f"--resume needs the folder of a training with its {RUN_FILE}, but {folder} {what_is(folder)}")
     return [*command.split(), "--config", str(folder / RUN_FILE), "--out", str(folder), *arguments[3:]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from .._validation import AtLeast0, Count, Positive, Range
 from ..judge.request.config import ProtocolName
-from .command import RUN_FILE, number, read_run_file, values, write_run_file
+from .command import RUN_FILE, number, run_of, values, write_run_file
 from .evaluate import LoadOptions, ModelCommand, replaced, zoo_name
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ class Certify(ModelCommand):
 
     def noise(self) -> tuple[float, str]:
         """The standard deviation of the noise, and where it is from: from the option or the model's training."""
-        sigma, source, run = self.sigma, "--sigma", self.folder / RUN_FILE
+        sigma, source = self.sigma, "--sigma"
         if sigma is None and (name := zoo_name(self.folder)) is not None:
             from ..zoo import card
 
             sigma, source = card(name).sigma, f"the card of {name}"
-        elif sigma is None and run.is_file() and (noise := read_run_file(run).get("noise")) is not None:
-            sigma, source = number(str(noise)), str(run)
+        elif sigma is None and (noise := run_of(self.folder).get("noise")) is not None:
+            sigma, source = number(str(noise)), str(self.folder / RUN_FILE)
         if sigma is None or not sigma > 0:
             raise ValueError(f"--sigma must be given, such as --sigma 0.25: {self.folder} was not trained with noise")
         return sigma, source

@@ -173,17 +173,14 @@ def write_run_file(command: Command, folder: Path) -> None:
     write_text(folder / RUN_FILE, head + text)
 
 
-def ball_of_run(folder: Path) -> tuple[float, str] | None:
-    """The radius and the norm of a training; None without a run.yaml, or if the images were not attacked."""
-    options = read_run_file(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    eps = number(str(options.get("eps", 0)))
-    return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
+def run_of(folder: Path) -> dict[str, Any]:
+    """The options of the training in a folder; empty without a run.yaml."""
+    return read_run_file(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
 
 
 def size_of_run(folder: Path) -> tuple[int, ...] | None:
     """The height and the width to which a training resized its images; None if it did not, or without a run.yaml."""
-    options = read_run_file(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    size = options.get("size") or ()
+    size = run_of(folder).get("size") or ()
     return tuple(size * 2 if len(size) == 1 else size) or None
 
 

@@ -23,9 +23,10 @@ from .command import (
     RUN_FILE,
     Command,
     DataCommand,
-    ball_of_run,
     flag,
+    number,
     parse,
+    run_of,
     size_of_run,
     values,
     write_run_file,
@@ -58,6 +59,17 @@ def saved_folder(folder: str | Path, classifier: bool = False) -> Path:
     from .. import zoo
 
     return zoo.classifier_folder(name) if classifier else zoo.folder(name)
+
+
+def ball_of(folder: str | Path) -> tuple[float, str] | None:
+    """The radius and the norm of a model's training: of a card of the zoo, or of a run.yaml with attacks; else None."""
+    if (name := zoo_name(folder)) is not None:
+        from ..zoo import card
+
+        return card(name).eps, card(name).norm
+    options = run_of(Path(folder))
+    eps = number(str(options.get("eps", 0)))
+    return (eps, str(options.get("norm", "linf"))) if eps > 0 else None
 
 
 def is_named(classifier: str) -> bool:
@@ -302,15 +314,7 @@ class Evaluate(ModelCommand):
         """The radius and the norm of the attacks; by default of the training, or of a zoo model's evaluation."""
         if self.eps is not None:
             return self.eps, self.norm or "linf"
-        ball: tuple[float, str] | None = None
-        if (name := zoo_name(self.folder)) is not None:
-            from .. import zoo
-
-            card = zoo.card(name)
-            ball = card.eps, card.norm
-        elif self.own is None:
-            ball = ball_of_run(self.folder)
-        if ball is None:
+        if (ball := ball_of(self.folder)) is None:
             run = (self.folder / RUN_FILE).is_file()
             why = "was trained without attacks" if run else "is your own" if self.own else f"has no {RUN_FILE}"
             raise ValueError(f"--eps must be given, such as --eps 8/255: {self.folder} {why}, so no radius is known")

@@ -13,7 +13,7 @@ from ..methods import all_methods
 from ..methods.trainings import OnClassifier, Training
 from ..training import ClassifierConfig, FitConfig
 from .command import DataCommand, parse, values, words_of, write_run_file
-from .evaluate import accuracy_text, is_named, named_classifier, trained_classifier
+from .evaluate import accuracy_text, ball_of, is_named, named_classifier, trained_classifier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,6 +88,12 @@ def given_classifier(options: OnClassifier, images: DataSet, prints: bool) -> nn
         name = " with ".join(filter(None, (options.classifier, options.classifier_weights)))
         print(f"classifier {name}: normalization of images in [0, 1]: {how}")
         print(f"its accuracy without an attack: {share}", flush=True)
+        attack, ball = options.method.attack, ball_of(options.classifier)
+        # The training of a generator attacks no images.
+        clean = getattr(options.method, "attack_method", "pgd") == "none"
+        if not clean and ball not in (None, (attack.eps, attack.norm)):
+            own = "its own radius is {1} {0:.4g}".format(*ball)
+            print(f"{own}, and this training attacks within {attack.norm} {attack.eps:.4g} (--norm, --eps)", flush=True)
     return model
 
 

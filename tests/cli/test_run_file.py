@@ -13,6 +13,7 @@ from small_runs import StopAt, Stopped
 from purify_fast import cli, training
 from purify_fast.cli import command as run_file
 from purify_fast.cli.command import parse
+from purify_fast.cli.evaluate import ball_of
 from purify_fast.training import load_classifier
 
 COMMANDS = [
@@ -81,7 +82,7 @@ def test_every_run_writes_its_file(run, bars, tmp_path):
     again = ["evaluate", "--config", str(out / "evaluation" / "run.yaml"), "--out", str(tmp_path / "again")]
     assert run(*again)[0] == 0
     assert f"- command: {shlex.join(['purify-fast', *again])}\n" in (tmp_path / "again" / "report.md").read_text()
-    assert run_file.ball_of_run(out) == (0.5, "l2")
+    assert ball_of(out) == (0.5, "l2")
     assert "--norm linf needs --eps too" in run("evaluate", out, *few, "--norm", "linf")[1]
     # a training that was begun in Python has no such file
     (out / "run.yaml").unlink()
@@ -103,6 +104,17 @@ def test_the_default_batch_is_at_most_a_sixth_of_the_images(run, bars, tmp_path)
     assert json.loads((tmp_path / "arrest" / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
     code, printed = run("train", "classifier", "--batch-size", "16", "--out", tmp_path / "other", *common)
     assert code == 0 and "by default" not in printed
+
+
+@pytest.mark.parametrize(("eps", "told"), [("0.5", False), ("0.1", True)])
+def test_a_training_says_that_its_classifier_has_another_radius(run, bars, tmp_path, eps, told):
+    common = ["--data", bars, "--device", "cpu", "--epochs", "1", "--steps", "1"]
+    words = ["--width", "2", "--eps", "0.5", "--out", tmp_path / "classifier"]
+    assert run("train", "classifier", *words, *common)[0] == 0
+    given = ["--classifier", tmp_path / "classifier", "--eps", eps, "--out", tmp_path / "arrest"]
+    code, printed = run("train", "arrest", *common, *given)
+    text = "its own radius is linf 0.5, and this training attacks within linf 0.1 (--norm, --eps)"
+    assert code == 0 and (text in printed) == told
 
 
 # -- train --resume FOLDER ---------------------------------------------------------------------------------------------
