@@ -281,9 +281,6 @@ def _as_it_runs(attack: Attack, context: AttackContext) -> Attack:
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
-
-
 def ball_name(norm: str, eps: float) -> str:
     """A threat model in words, such as ``L-inf 8/255``."""
     return f"{_NORMS[norm]} {short(eps)}"
