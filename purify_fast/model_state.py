@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import CellType, FunctionType, MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def attributes(value: Any) -> list[tuple[str, Any]]:
     named, without = getattr(value, "__dict__", {}), left_out(kind)
     if own := slots(kind):
         named = {name: getattr(value, name, EMPTY) for name in own} | named
-    return [(name, named[name]) for name in sorted(named.keys() - without) if named[name] is not EMPTY]
+    return [(name, item) for name, item in named.items() if name not in without and item is not EMPTY]
 
 
 def is_users(name: str) -> bool:
@@ -104,62 +104,96 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.En
 #: The kinds of objects that a frozen copy shares with its model.
 SHARED = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, weakref.ReferenceType, *GENERATORS)
 SIMPLE = frozenset(_PLAIN)
+_CONTAINERS = (list, tuple, set, frozenset, dict, deque, types.MappingProxyType)
 
 
-def identity_key(model: nn.Module) -> tuple[Any, list[Any], list[Tensor]]:
-    """Make a key from the addresses of a model's tensors, its modes and its attributes.
+class Description(NamedTuple):
+    """What modules hold.
 
-    The objects and tensors whose addresses are in the key follow it: an address is unique only while its object exists.
+    Attributes:
+        key: a value that can be hashed. It is equal if the modules hold the same, except the values of tensors. It has
+            addresses, and an address is unique only while its object exists.
+        items: all that the modules hold, each object before those inside of it.
+        objects: the objects whose addresses are in the key.
+        tensors: the tensors, whose addresses are in the key too.
+        unknown: what may change without another key; an empty text if nothing may.
     """
-    description = _Description()
-    return description.of(model), description.objects, description.tensors
+
+    key: tuple[Any, ...]
+    items: list[Any]
+    objects: list[Any]
+    tensors: list[Tensor]
+    unknown: str
 
 
-class _Description:
-    """Describes a value by nested tuples, with the addresses of tensors, functions and objects."""
+#: How `describe` looks at an object of a class.
+_PLAINLY, _TENSOR, _MODULE, _ITEMS, _MEMBERS, _ADDRESS, _OBJECT = range(7)
 
-    def __init__(self) -> None:
-        self.objects = list[Any]()
-        self.tensors = list[Tensor]()
-        #: The numbers of the values so far, by id, and the values, which must not be freed meanwhile.
-        self.seen: dict[int, tuple[int, Any]] = {}
 
-    def of(self, value: Any) -> Any:
-        kind: Any = type(value)
-        # Most values pass the first test, which is the fastest.
-        if kind in SIMPLE or (kind is tuple and SIMPLE.issuperset(map(type, value))) or isinstance(value, _PLAIN):
-            return value
-        if isinstance(value, tuple):
-            return (kind.__name__, *map(self.of, value))
-        if id(value) in self.seen:
-            return ("seen", self.seen[id(value)][0])
-        self.seen[id(value)] = len(self.seen), value
-        if isinstance(value, Tensor):
-            if kind not in (Tensor, nn.Parameter, nn.Buffer):
-                raise TypeError(f"a tensor of type {kind.__name__} does not say where its memory is")
-            self.tensors.append(value)
-            return (value.data_ptr(), value.shape, value.dtype, value.device)
-        if isinstance(value, nn.Module):
-            if (identity := getattr(kind, "known_identity", lambda part: None)(value)) is not None:
-                self.objects.append(identity)
-                return (id(identity), *(part.training for part in value.modules()))
-            held = [item for group in ("_parameters", "_buffers", "_modules") for item in vars(value)[group].items()]
-            hooks = [("a hook", hook) for group in _HOOKS for hook in getattr(value, group).values()]
-            inside = [(name, self.of(part)) for name, part in (*held, *hooks, *attributes(value))]
-            return (self.of(kind), value.training, *inside)
-        if isinstance(value, (set, frozenset)):
-            return (kind.__name__, *sorted(map(self.of, value), key=repr))
-        if isinstance(value, (list, deque, dict, types.MappingProxyType)):
+@functools.lru_cache(maxsize=4096)
+def _nature(kind: Any) -> int:
+    """How `describe` looks at the objects of a class."""
+    if issubclass(kind, (*_PLAIN, slice)):
+        return _PLAINLY
+    if issubclass(kind, (Tensor, nn.Module)):
+        return _TENSOR if issubclass(kind, Tensor) else _MODULE
+    if issubclass(kind, (dict, types.MappingProxyType)):
+        return _ITEMS
+    return _MEMBERS if issubclass(kind, _CONTAINERS) else _ADDRESS if issubclass(kind, SHARED) else _OBJECT
+
+
+def describe(*modules: nn.Module, modes: bool = True) -> Description:
+    """Describe all that modules hold, in their attributes, hooks, containers and objects.
+
+    Without ``modes``, it does not count which mode they are in, nor the noise modes of a defence.
+    """
+    key, items, objects, tensors, unknown = list[Any](), list[Any](modules), list[Any](), list[Tensor](), ""
+    seen = dict[int, int]()
+    # Each reading of a model runs this loop, so it must be fast.
+    for item in items:
+        kind: Any = type(item)
+        nature = _nature(kind)
+        if nature == _PLAINLY or (kind is tuple and SIMPLE.issuperset(map(type, item))):
+            # The text tells 1, 1.0 and True apart.
+            key.append((kind, repr(item)))
+            continue
+        number = len(seen)
+        if seen.setdefault(id(item), number) != number:
+            key.append(seen[id(item)])
+        elif nature == _TENSOR:
+            tensors.append(item)
+            if kind in (Tensor, nn.Parameter, nn.Buffer) and item.layout == torch.strided:
+                key.append((item.data_ptr(), item.shape, item.stride(), item.dtype, item.device))
+            else:
+                key.append(id(item))
+                unknown = f"a tensor of type {kind.__name__} does not say where its memory is"
+        elif nature in (_ITEMS, _MEMBERS):
+            key.append((kind, len(item)))
+            items += item
+            if nature == _ITEMS:
+                items += item.values()
             # A subclass of a container may have attributes, too.
-            own = self.of(getattr(value, "__dict__", None))
-            items = value if isinstance(value, (list, deque)) else list(value.items())
-            return (kind.__name__, own, *map(self.of, items))
-        if isinstance(value, slice):
-            return ("slice", value.start, value.stop, value.step)
-        # Objects of this package that are not called are settings.
-        ours = kind.__module__.startswith("purify_fast.") and not callable(value)
-        settings = issubclass(kind, (SimpleNamespace, argparse.Namespace)) or dataclasses.is_dataclass(kind)
-        if ours or settings:
-            return (kind.__qualname__, self.of(attributes(value)))
-        self.objects.append(value)
-        return id(value)
+            items.append(getattr(item, "__dict__", None))
+        elif nature == _MODULE:
+            if hasattr(kind, "known_identity") and (identity := item.known_identity()) is not None:
+                objects.append(identity)
+                key.append((id(identity), *(part.training for part in item.modules())))
+                continue
+            state = dict(attributes(item))
+            for name in () if modes else getattr(kind, "noise_modes", ()):
+                state.pop(name, None)
+            own = vars(item)
+            state |= {name: own[name] for name in ("_parameters", "_buffers", "_modules") if own[name]}
+            state |= {name: tuple(own[name].values()) for name in _HOOKS if own.get(name)}
+            key.append((kind, modes and item.training, *state))
+            items += state.values()
+        else:
+            # Objects of this package that are not called are settings: others with the same values are equal.
+            ours = kind.__module__.startswith("purify_fast.") and not callable(item)
+            settings = ours or issubclass(kind, (SimpleNamespace, argparse.Namespace)) or dataclasses.is_dataclass(kind)
+            if not settings:
+                objects.append(item)
+            state = dict(attributes(item)) if nature == _OBJECT else {}
+            key.append((kind if settings else id(item), *state))
+            items += state.values()
+    return Description(tuple(key), items, objects, tensors, unknown)

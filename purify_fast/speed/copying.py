@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._modules import left_out, slots
-from ..model_state import SHARED, SIMPLE, hidden_modules
+from .._modules import slots
+from ..model_state import SHARED, SIMPLE, describe, hidden_modules
 from .draws import own_generators
 from .watch import Watch, copy_all, tensors_of
 
@@ -25,29 +25,16 @@ COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__set
 _CONTAINERS = (list, tuple, set, frozenset, dict, OrderedDict)
 #: The flag of a class that is written in Python (``Py_TPFLAGS_HEAPTYPE``).
 _OF_PYTHON = 1 << 9
-#: How `held_by` looks into an object: not at all, at its members, or at its attributes.
-_LEAF, _MEMBERS, _ITEMS, _ATTRIBUTES = range(4)
-_REGISTERED = vars(nn.Module()).keys() - {"training"}
-
-
-@functools.lru_cache(maxsize=4096)
-def _inside(kind: Any) -> int:
-    """How `held_by` looks into the objects of a class."""
-    if kind in SIMPLE or issubclass(kind, (np.generic, enum.Enum, Tensor, *SHARED)):
-        return _LEAF
-    if issubclass(kind, _CONTAINERS):
-        return _ITEMS if issubclass(kind, dict) else _MEMBERS
-    return _ATTRIBUTES if getattr(kind, "__dictoffset__", 0) else _LEAF
 
 
 @functools.lru_cache(maxsize=4096)
 def is_plain(kind: Any) -> bool:
-    """Return True if `held_by` lists all that the objects of a class hold, and PyTorch or Python alone copies them."""
+    """Return True if `describe` lists all that the objects of a class hold, and PyTorch or Python alone copies them."""
     if kind in SIMPLE or kind in _CONTAINERS or issubclass(kind, (np.generic, enum.Enum, *SHARED)):
         return True
     # An object of C, or with slots, may hold what no attribute shows.
     in_python = all(base is object or base.__flags__ & _OF_PYTHON for base in kind.__mro__)
-    if _inside(kind) != _ATTRIBUTES or not in_python or slots(kind):
+    if not getattr(kind, "__dictoffset__", 0) or not in_python or slots(kind):
         return False
     base: Any = nn.Module if issubclass(kind, nn.Module) else object
     # Objects of this package leave out only what belongs to a call. Layers of PyTorch complete the state of those that
@@ -59,68 +46,17 @@ def is_plain(kind: Any) -> bool:
     return all(str(getattr(method, "__module__", "")).startswith(owner) for method in methods)
 
 
-@functools.lru_cache(maxsize=4096)
-def _without(kind: Any) -> dict[str, None]:
-    """The attributes of a class's objects that do not count: the modes, and those that `left_out` names."""
-    return dict.fromkeys({"training", *(left_out(kind) - _REGISTERED), *getattr(kind, "noise_modes", ())})
-
-
-def held_by(*roots: Any) -> tuple[list[str], list[Any]]:
-    """List all that objects hold: the names of attributes, and all objects, those inside others after them."""
-    names, items, seen = list[str](), list(roots), set[int]()
-    # This loop runs for each reading, so it must be fast.
-    for item in items:
-        kind: Any = type(item)
-        inside = _inside(kind)
-        if inside == _LEAF or (inside != _ATTRIBUTES and not item) or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if inside == _ATTRIBUTES:
-            state = vars(item) | _without(kind)
-            names += state
-            items.append(kind)
-            items += state.values()
-            continue
-        items += item
-        if inside == _ITEMS:
-            items += item.values()
-        # A subclass of a container may have attributes, too.
-        items.append(getattr(item, "__dict__", None))
-    return names, items
-
-
-def _alike(item: Any, other: Any) -> bool:
-    """Return True if two objects at the same place are one, or are equal numbers or texts, or equally long containers.
-
-    1, True and 1.0 are different.
-    """
-    kind: Any = type(item)
-    if item is other or kind is not type(other):
-        return item is other
-    return repr(item) == repr(other) if kind in SIMPLE else kind in _CONTAINERS and len(item) == len(other)
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
 class Snapshot(Watch):
-    """The objects that modules hold, except modes. They are kept alive, so an equal identity is the same object."""
+    """What modules hold, except modes and the values of tensors. It is kept alive, so that no address is used again."""
 
     def __init__(self, *roots: nn.Module):
         super().__init__(*roots)
-        self._names, self.held = held_by(*roots)
-        self._all = [item for item in self.held if isinstance(item, Tensor)]
-        self._kept = [item.detach() for item in self._all]
-        self._layouts = list(map(_layout, self._all))
+        self.held = describe(*roots, modes=False)
 
     def same(self) -> bool:
         """Return True if the modules hold what they held at first, but for modes and the values of tensors."""
-        names, held = held_by(*self.roots)
-        if names != self._names or len(held) != len(self.held):
-            return False
-        same = all(map(operator.is_, held, self.held)) or all(map(_alike, held, self.held))
-        return same and list(map(_layout, self._all)) == self._layouts
+        now = describe(*self.roots, modes=False)
+        return now.key == self.held.key and all(map(operator.is_, now.tensors, self.held.tensors))
 
     def again(self) -> Snapshot:
         """Return this snapshot with the present counts if the modules are the same, or else a new one."""
@@ -181,8 +117,8 @@ def only_registered(*models: nn.Module) -> bool:
     This is so if PyTorch, Python's containers and functions alone decide what a copy is.
     """
     registered = {id(tensor) for model in models for _, tensor in tensors_of(model)}
-    held: list[Any] = held_by(*models)[1]
-    # A copy has the present modes of the noise, which `held_by` leaves out.
+    held = describe(*models).items
+    # A copy has the present modes of the noise, which a snapshot leaves out.
     parts: list[Any] = [item for item in held if isinstance(item, nn.Module)]
     odd = any(computes_in_modes(part) or getattr(part, "noise_modes", ()) for part in parts)
     return not odd and all(

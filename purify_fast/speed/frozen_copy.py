@@ -16,10 +16,10 @@ from .._library import ends_graphs, is_compiled, outside_graphs
 from .._modules import hold, release
 from .._settings import dtype_of, refuse_divided, without_autocast
 from .._validation import in_one_line
-from ..model_state import hidden_modules
+from ..model_state import describe, hidden_modules
 from ..protocols import supports
 from .agreement import BFLOAT16, FLOAT32, apart, same_direction
-from .copying import Snapshot, computes_in_modes, deep_copy, freeze, held_by
+from .copying import Snapshot, computes_in_modes, deep_copy, freeze
 from .draws import same_draws
 from .eager_mode import eager
 from .folding.inference_copy import DTYPES, InferenceCopy
@@ -174,7 +174,7 @@ def check_parts(model: nn.Module) -> None:
                 "original. Define a class with this forward; for accelerate give accelerator.unwrap_model(model), for "
                 "Lightning Fabric model.module, and for a part that torch.compile has made its _orig_mod"
             )
-    if any(is_frozen_copy(item) and item._followed._model is model for item in held_by(model)[1]):
+    if any(is_frozen_copy(item) and item._followed._model is model for item in describe(model).items):
         raise TypeError("model must not contain a frozen copy of itself in an attribute, list or dict: keep it outside")
     held = [(f"{at}.{n}".lstrip("."), item) for at, part in model.named_modules() for n, item in vars(part).items()]
     for at, tensor in (*tensors_of(model), *((name, item) for name, item in held if isinstance(item, Tensor))):
@@ -193,7 +193,7 @@ def _uncounted(model: nn.Module, watch: Snapshot) -> str:
         return f"{hidden[0][0]} is no registered part"
     ids = {id(item) for _, item in tensors_of(model)}
     ids |= {id(value) for part in model.modules() for value in vars(part).values()}
-    if any(isinstance(item, Tensor) and id(item) not in ids for item in watch.held):
+    if any(id(item) not in ids for item in watch.held.tensors):
         return "a tensor lies in a list, a dict or an object"
     return ""
 

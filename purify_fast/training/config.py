@@ -177,8 +177,9 @@ class FitConfig:
             published training of CARSO attacks a share of each part. None means 1.
         cuda_graphs: whether the steps of attacks are captured as CUDA graphs, on a CUDA device. "auto" captures a step
             after 15 launches, and "always" before its first. "off" captures nothing. A graph needs the memory of one
-            step for itself. Choose "off" if memory runs out beside graphs, and for a model that changes settings in an
-            object other than a module, dataclass or namespace, because a captured step ignores the change.
+            step for itself. Choose "off" if memory runs out beside graphs, and for a model that reads what changes
+            outside of its attributes, such as a global variable or the content of a NumPy array: a captured step
+            ignores the change.
         compile: whether `torch.compile` compiles what a step computes: the steps of attacks on a copy of the model,
             each as a whole, and the objective with its gradients. The first step then takes minutes for a large
             network, and a further number of images compiles again. Validations compute the objective without the

@@ -23,10 +23,10 @@ from .._process import processes
 from .._settings import text_hash
 from .._version import __version__
 from ..data import crop_flip, to_float
-from ..model_state import GENERATORS
+from ..model_state import GENERATORS, describe
 from ..models.layers import evaluation_mode
 from ..speed.agreement import FLOAT32, differ
-from ..speed.copying import held_by, memo_of
+from ..speed.copying import memo_of
 from ..speed.draws import own_generators, same_draws
 from ..speed.memory import peak_so_far
 from .config import FitConfig
@@ -165,7 +165,7 @@ class Run:
 
     def generators(self) -> list[Any]:
         """Return the random generators that the model or an object in it holds, and those of the task."""
-        held = [item for item in held_by(self.task.model)[1] if isinstance(item, GENERATORS)]
+        held = [item for item in describe(self.task.model).items if isinstance(item, GENERATORS)]
         return [*held, *own_generators([self.task])]
 
     @property

@@ -43,8 +43,9 @@ class EvaluateConfig:
         max_forward_batch: largest number of images in a forward pass of an attack, which changes no result of a
             deterministic model. None: no limit.
         cuda_graphs: use of CUDA graphs for steps of attacks. "auto": a step is captured after 15 launches. "always":
-            every step that can be captured is captured. "off": no step is captured. Choose "off" if the model changes
-            settings in an object that is not a module, dataclass or namespace: a graph does not follow such changes.
+            every step that can be captured is captured. "off": no step is captured. Choose "off" if the model reads
+            what changes outside of its attributes, such as a global variable or the content of a NumPy array: a graph
+            does not follow such changes.
         cudnn_benchmark: on a CUDA device, "on" and "auto" let cuDNN measure its algorithms for each shape of a batch,
             and use the fastest; "auto" is "off" if the process requires deterministic algorithms. The last bits of a
             gradient may then differ from run to run.

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..._library import section
 from ..._validation import CudaGraphs, CudnnBenchmark, check_literal, in_one_line
-from ...model_state import identity_key
+from ...model_state import describe
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import CountsImages, Passes, supports
 from ..agreement import nearly_as_exact
@@ -396,11 +396,10 @@ class StepGraphs:
             return None
         for part in parts_of(model, "prepare_replay"):
             part.prepare_replay()
-        try:
-            values, objects, _ = identity_key(model)
-            key = weak_key((base, values))
-        except TypeError as error:
-            return self.refuse(f"{_name(model)}: {error}", base)
+        held = describe(model)
+        if held.unknown:
+            return self.refuse(f"{_name(model)}: {held.unknown}", base)
+        key, objects = (base, held.key), held.objects
         if any(isinstance(item, torch.Generator) for item in objects):
             return self.refuse(f"{_name(model)} has its own torch.Generator, which a graph would not advance", base)
         if key in self._captured:
