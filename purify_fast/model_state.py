@@ -104,6 +104,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.En
 #: The kinds of objects that a frozen copy shares with its model.
 SHARED = (type, types.ModuleType, FunctionType, types.BuiltinFunctionType, weakref.ReferenceType, *GENERATORS)
 SIMPLE = frozenset(_PLAIN)
+#: The kinds of which equal values are the same.
+_EXACT = frozenset({bool, int, str, bytes, type(None)})
 _CONTAINERS = (list, tuple, set, frozenset, dict, deque, types.MappingProxyType)
 
 
@@ -154,8 +156,8 @@ def describe(*modules: nn.Module, modes: bool = True) -> Description:
         kind: Any = type(item)
         nature = _nature(kind)
         if nature == _PLAINLY or (kind is tuple and SIMPLE.issuperset(map(type, item))):
-            # The text tells 1, 1.0 and True apart.
-            key.append((kind, repr(item)))
+            # A NaN is not equal to itself, 0.0 is equal to -0.0, and (1, 2) to (True, 2.0), but their texts tell.
+            key.append((kind, item if kind in _EXACT else repr(item)))
             continue
         number = len(seen)
         if seen.setdefault(id(item), number) != number:

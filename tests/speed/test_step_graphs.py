@@ -309,6 +309,9 @@ DEPENDENCIES = {
     "a namespace": (lambda: types.SimpleNamespace(factor=1.0), grow, True),
     "arguments": (lambda: argparse.Namespace(factor=1.0), grow, True),
     "an object of a user's class": (Opaque, grow, True),
+    "an object in a list": (lambda: [Opaque()], lambda held: grow(held[0]), True),
+    "another type": (lambda: Settings(1), lambda s: setattr(s, "factor", True), True),
+    "a number that is none": (lambda: Settings(float("nan")), lambda s: setattr(s, "factor", float("nan")), False),
     "a tensor that is written to": (lambda: Settings(weight=torch.zeros(2)), write, False),
     "another tensor": (lambda: Settings(weight=torch.zeros(2)), lambda s: setattr(s, "weight", torch.zeros(2)), True),
     # a slice cannot be hashed before Python 3.12: it counts by its bounds
