@@ -177,7 +177,7 @@ def describe(*modules: nn.Module, modes: bool = True) -> Description:
             # A subclass of a container may have attributes, too.
             items.append(getattr(item, "__dict__", None))
         elif nature == _MODULE:
-            if hasattr(kind, "known_identity") and (identity := item.known_identity()) is not None:
+            if (identity := getattr(kind, "known_identity", lambda part: None)(item)) is not None:
                 objects.append(identity)
                 key.append((id(identity), *(part.training for part in item.modules())))
                 continue

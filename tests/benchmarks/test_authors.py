@@ -271,6 +271,7 @@ def rows_of_study(folder):
     return json.loads((folder / study.FILE).read_text())
 
 
+@pytest.mark.slow
 def test_a_quick_run_keeps_its_rows_and_goes_on(tmp_path, capsys, forking):
     words, options = ["study", "papers_questions"], ["--quick", "--out", str(tmp_path / "studies")]
     program.main([*words, "aggregation", "end_to_end", *options])
