@@ -26,12 +26,13 @@ def own_generators(parts: Iterable[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def same_draws(model: nn.Module | None = None, device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
+def same_draws(model: nn.Module | None = None, device: torch.device | None = None) -> Iterator[Callable[..., bool]]:
     """A block after which all generators are as before, so that the next block draws the same numbers.
 
     They are the global ones of the host, of ``device`` and of the devices of ``model``, and the model's own.
 
-    The block gets a function that tells whether any numbers were drawn so far. It waits for a GPU.
+    The block gets a function ``drew(on_host=False)`` that tells whether any numbers were drawn so far; with
+    ``on_host``, only those count that a graph of the device would repeat. It waits for a GPU.
     """
     model = nn.Module() if model is None else model
     devices = {weight.device for weight in model.parameters()} | ({device} if device is not None else set())
@@ -41,8 +42,21 @@ def same_draws(model: nn.Module | None = None, device: torch.device | None = Non
     generators = [torch.default_generator, *on_devices, np.random, random, *own_generators(model.modules())]
     accesses = list(map(_access, generators))
     before = [read() for read, _ in accesses]
+
+    def drew(on_host: bool = False) -> bool:
+        # A graph draws from torch's generators on its device, and is refused if it draws from another one of torch.
+        on_device = [source for source in generators if isinstance(source, torch.Generator)]
+        if device is not None and device.type != "cpu":
+            on_device = on_device[1:]
+        states = zip(generators, accesses, before, strict=True)
+        return any(
+            not _equal(read(), state)
+            for source, (read, _), state in states
+            if not (on_host and any(source is own for own in on_device))
+        )
+
     try:
-        yield lambda: not _equal([read() for read, _ in accesses], before)
+        yield drew
     finally:
         for (_, write), state in zip(accesses, before, strict=True):
             write(state)
@@ -65,11 +79,3 @@ def _access(source: Any) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     if source is random or isinstance(source, random.Random):
         return source.getstate, source.setstate
     return source.get_state, source.set_state
-
-
-def host_generators(device: torch.device) -> tuple[Any, ...]:
-    """The states of the random generators on the host. A graph advances only the generator of the device."""
-    array: Any = np.random.get_state()
-    # On a CPU, torch's generator of the host is the generator of the device, so it is left out.
-    host = None if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-    return random.getstate(), host, (array[0], array[1].tobytes(), *array[2:])

@@ -104,7 +104,7 @@ class Odd(nn.Module):
     def __init__(self, how: str):
         super().__init__()
         torch.manual_seed(0)
-        self.how, self.last = how, nn.Linear(192, 10)
+        self.how, self.last, self.own = how, nn.Linear(192, 10), random.Random(0)
 
     def forward(self, x: Tensor) -> Tensor:
         factor = 1.0
@@ -112,24 +112,35 @@ class Odd(nn.Module):
             factor = 1.0 if float(x.mean()) > 0.1 else -1.0
         elif self.how == "draws on the host":
             factor = 1 + random.random() / 10
+        elif self.how == "draws from its own generator":
+            # The compiler would take the first number for a constant.
+            factor = 1 + self.own.random() / 1000
         return self.last(x.flatten(1)) * factor
 
 
 @pytest.mark.parametrize("must", [False, True])
-@pytest.mark.parametrize("how", ["reads", "draws on the host"])
-def test_a_step_that_cannot_be_compiled_is_refused_with_its_reason(how, must, caplog):
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("reads", "data-dependent"),
+        ("draws on the host", "the step draws random numbers on the host"),
+        ("draws from its own generator", "the step draws random numbers on the host"),
+    ],
+)
+def test_a_step_that_cannot_be_compiled_is_refused_with_its_reason(how, reason, must, caplog):
     model = InferenceCopy(Odd(how), (3, 8, 8), torch.float32)
     model.compile_steps(must)
     random.seed(0)
     if must:
         with pytest.raises(
             ValueError, match=r"compile must be False: an attack on InferenceCopy cannot be compiled \(.*\), got True"
-        ):
+        ) as refused:
             attack(model)
+        assert reason in str(refused.value)
     else:
         with caplog.at_level("WARNING"):
             found = [attack(model) for _ in "12"]
-        assert caplog.text.count("is not compiled") == 1 and model.steps.refusal
+        assert caplog.text.count("is not compiled") == 1 and reason in model.steps.refusal
         assert all(one.isfinite().all() for one in found)
 
 

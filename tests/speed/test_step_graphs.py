@@ -193,6 +193,15 @@ class Shard(Tensor):
     pass
 
 
+class DrawsFromItsOwn(Scale):
+    def __init__(self):
+        super().__init__()
+        self.own = random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.own.random() / 1000)
+
+
 class Sharded(Scale):
     def __init__(self):
         super().__init__()
@@ -224,6 +233,14 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, k
     random.setstate(states[0])
     assert rerun.recorded == 0 and len(warned) == len(graphs.refusals) == 1
     assert re.search(reason, graphs.refusal) and re.search(reason, str(warned[0].message))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_step_that_draws_from_a_generator_of_its_own_is_not_captured(graphs):
+    with pytest.warns(UserWarning, match="the step draws random numbers on the host"):
+        captured = run(graphs, DrawsFromItsOwn(), STEPS)
+    # Its generator is where it would be without a trial.
+    assert same(captured, run(None, DrawsFromItsOwn(), STEPS)) and len(graphs) == 0
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from torch.nn.modules import module as modules
 from ..._library import in_one_graph
 from ..._validation import in_one_line
 from ..agreement import nearly_as_exact
-from ..draws import host_generators, same_draws
+from ..draws import same_draws
 from ..eager_mode import eager
 from .graphed_loop import parts_of
 from .step_loop import State, StepFunction
@@ -136,15 +136,14 @@ class CompiledSteps:
     def _check(self, function: StepFunction, state: State) -> None:
         """Compare a compiled step with the step as written: it must be about as near to the step in float32."""
         device = next(iter(state.values())).device
-        drawn = host_generators(device)
-        with same_draws(device=device):
+        with same_draws(function.model, device) as drew:
             written = function(state)
-        if host_generators(device) != drawn:
-            raise _OtherResult("the step draws random numbers on the host, which every compiled step would repeat")
+            if drew(on_host=True):
+                raise _OtherResult("the step draws random numbers on the host, which every compiled step would repeat")
         exact = _in_float32(function)
-        with same_draws(device=device):
+        with same_draws(exact.model, device):
             ideal = exact(state)
-        with same_draws(device=device):
+        with same_draws(function.model, device):
             got = self._call(function, state)
         for name, value in written.items():
             if value.is_floating_point() and not nearly_as_exact(got[name], value, ideal[name], state[name]):

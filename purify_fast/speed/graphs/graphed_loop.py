@@ -22,7 +22,7 @@ from ...model_state import describe
 from ...ops.dispatch.registry import forced_backends
 from ...protocols import CountsImages, Passes, supports
 from ..agreement import nearly_as_exact
-from ..draws import host_generators, same_draws
+from ..draws import same_draws
 from ..eager_mode import EagerDispatchMode
 from ..memory import in_capture, memory_of_capture, retry_when_memory_ends
 from ..precision import float32_settings, raced_convolutions
@@ -470,13 +470,15 @@ class StepGraphs:
         try:
             buffers = {name: value.detach().clone() for name, value in state.items()}
             # cuDNN times its algorithms in the first call, and the graph keeps the fastest.
-            with leave_no_trace(device), raced_convolutions(self.cudnn_benchmark, device):
+            with leave_no_trace(device, function.model), raced_convolutions(self.cudnn_benchmark, device):
                 with self.capture.aside(device):
                     # The first call verifies kernels and chooses algorithms, and may wait for the device.
                     function(buffers)
                 first = [counter.counted() for counter in counters]
-                with self.capture.aside(device), same_draws(device=device):
-                    results, held = run_trial(lambda: function(buffers), device)
+                with self.capture.aside(device), same_draws(function.model, device) as drew:
+                    results, held = run_trial(lambda: function(buffers))
+                    if drew(on_host=True):
+                        raise RuntimeError("the step draws random numbers on the host, which every replay would repeat")
                 for name, value in results.items():
                     if _kind(value) != _kind(buffers[name]):
                         raise RuntimeError(f"the step changes {name} from {_kind(buffers[name])} to {_kind(value)}")
@@ -509,7 +511,7 @@ class StepGraphs:
 
 
 @contextlib.contextmanager
-def leave_no_trace(device: torch.device) -> Iterator[None]:
+def leave_no_trace(device: torch.device, model: nn.Module | None = None) -> Iterator[None]:
     """A block for trials and captures of a step. It restores all random generators, and disables autocast's cache.
 
     Autocast caches converted copies of weights until its outermost block ends. A graph would read these copies, which
@@ -517,7 +519,7 @@ def leave_no_trace(device: torch.device) -> Iterator[None]:
     """
     kind, enabled = device.type, torch.is_autocast_enabled(device.type)
     autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled, cache_enabled=False)
-    with section("capture"), same_draws(device=device), memory_of_capture(device), autocast:
+    with section("capture"), same_draws(model, device), memory_of_capture(device), autocast:
         yield
 
 
@@ -553,19 +555,16 @@ def _tensors(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def run_trial(run: Callable[[], Result], device: torch.device) -> tuple[Result, list[Tensor]]:
+def run_trial(run: Callable[[], Result]) -> tuple[Result, list[Tensor]]:
     """Run a step, and return its result, and the tensors that must stay alive as long as its graph.
 
     Raises:
-        RuntimeError: the step copies between devices, or draws random numbers on the host.
+        RuntimeError: the step copies between devices.
     """
-    before = host_generators(device)
     with _Trial() as trial:
         result = run()
     if trial.crosses:
         raise RuntimeError("the step copies between the host and the device")
-    if host_generators(device) != before:
-        raise RuntimeError("the step draws random numbers on the host, which every replay would repeat")
     return result, list(trial.given.values())
 
 
