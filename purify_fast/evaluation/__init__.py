@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from ..judge.certificates.certificates import Certificates as Certificates
+    from ..judge.certificates.certificates import Certificates as Certificates, read_log as read_log
     from ..judge.certificates.certification import certify as certify, refute as refute
     from ..judge.request.config import EvaluateConfig as EvaluateConfig
     from ..judge.request.preparation import (

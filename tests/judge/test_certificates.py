@@ -23,7 +23,7 @@ from purify_fast import cli, frozen_copy, zoo
 from purify_fast.attacks import PGD
 from purify_fast.cli.certify import Certify
 from purify_fast.defences import NoisyEnsemble
-from purify_fast.evaluation import Certificates, certify, refute
+from purify_fast.evaluation import Certificates, certify, read_log, refute
 from purify_fast.judge.certificates.certificates import (
     MOST,
     UNFINISHED,
@@ -281,7 +281,7 @@ def test_unfinished_images_are_no_abstentions(tmp_path):
     assert (line["images"], line["L2 0.25"], line["ACR"], line["p_A 50 %"]) == ("3, 3 unfinished", "-", "-", "-")
     assert late.sentence(0.0) == "at least 0.0 %" and late.decisions(0.0).tolist() == [0, 0, 0]
     late.save(tmp_path)
-    assert (tmp_path / "log.tsv").read_text().count("\n") == 1
+    assert not len(read_log(tmp_path / "log.tsv")["idx"])
     whole.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="has finished certificates, which 3 unfinished would replace"):
@@ -579,16 +579,23 @@ def test_images_without_labels_have_classes_and_radii():
             _ = wrong.acr
 
 
-def test_a_log_has_the_columns_of_cohens_code_and_the_counts(tmp_path, digits):
+def test_a_log_is_read_again(tmp_path, digits):
     made = certify(digits[0], digits[1][:9], digits[2][:9], draws=200, index=range(40, 49), **QUIET)
     made.save(tmp_path)
-    head = (tmp_path / "log.tsv").read_text().splitlines()[0].split("\t")
-    assert head[:6] == ["idx", "label", "predict", "radius", "correct", "time"] and head == [*made.log]
-    times = {"time": lambda text: sum(60**i * float(part) for i, part in enumerate(text.split(":")[::-1]))}
-    log = np.genfromtxt(tmp_path / "log.tsv", names=True, delimiter="\t", converters=times, encoding="utf-8")
-    for name in head:
-        np.testing.assert_allclose(log[name], made.log[name], atol=1e-6 if name == "time" else 0)
+    log = read_log(tmp_path / "log.tsv")
+    assert [*log] == [*made.log] and len(log) == 9
+    for name, values in log.items():
+        np.testing.assert_allclose(values, made.log[name], atol=1e-6 if name == "time" else 0)
     assert (log["radius"] * log["correct"]).mean() == made.acr and log["idx"].tolist() == [*range(40, 49)]
+    # The file of another program has no counts.
+    path, names = tmp_path / "cohen.tsv", "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+    path.write_text(f"{names}0\t3\t3\t0.75\t1\t1:00:02.5\n")
+    read = read_log(path)
+    assert read["time"].tolist() == [3602.5] and read["radius"].tolist() == [0.75] and len(read) == 6
+    for text in ("idx\tlabel\n0\t3\n", path.read_text() + "21\t5\n", path.read_text().replace("0.75", "far")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"cohen.tsv (must have lines with the columns|has a value)"):
+            read_log(path)
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -712,8 +719,7 @@ def test_the_command_writes_a_report(tmp_path, capsys):
 def test_the_command_takes_a_part_of_the_data_set(tmp_path, capsys):
     words = ["certify", "zoo:digits-standard", "--sigma", "0.25", "--draws", "100", "--out", str(tmp_path / "a")]
     assert cli.main([*words, "--start", "10", "--max", "40", "--skip", "7"]) == 0
-    lines = (tmp_path / "a" / "log.tsv").read_text().splitlines()[1:]
-    assert [line.split("\t")[0] for line in lines] == ["14", "21", "28", "35"]
+    assert read_log(tmp_path / "a" / "log.tsv")["idx"].tolist() == [14, 21, 28, 35]
     printed = capsys.readouterr().out
     assert "indices 14 to 35 in steps of 7" in printed
     assert len(re.findall(r"^digits-standard \(digits\)  0.25", printed, re.M)) == 1

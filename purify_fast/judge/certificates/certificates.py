@@ -133,6 +133,7 @@ NORMAL = NormalDist()
 #: 1 if it is the label; and the time of the draws. Files of other programs end here. Then the tested class, the draws
 #: with this class, and the draws that count. An unfinished image has no line.
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "tested", "right", "draws")
+PUBLIC = 6
 #: The values of `Certificates.predicted` that are no class.
 ABSTAINS, UNFINISHED = -1, -2
 #: The arrays of whole numbers. `decided` is ``[N, questions, 2]``, and the others are ``[N]``.
@@ -432,3 +433,25 @@ class Certificates:
         log: dict[str, Any] = {name: map(str, column.tolist()) for name, column in self.log.items()}
         log["time"] = (f"{s // 3600:.0f}:{s % 3600 // 60:02.0f}:{s % 60:09.6f}" for s in self.log["time"].tolist())
         write_text(folder / "log.tsv", "\n".join(map("\t".join, [COLUMNS, *zip(*log.values(), strict=True)])) + "\n")
+
+
+def read_log(path: str | Path) -> dict[str, NDArray[Any]]:
+    """Read a log of this package or of another program. Return the columns ``[N]`` by name; times are in seconds.
+
+    Raises:
+        ValueError: the file has other columns, or a value that is not allowed.
+    """
+    head, *lines = (line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    if tuple(head) not in (COLUMNS, COLUMNS[:PUBLIC]) or any(len(line) != len(head) for line in lines):
+        raise ValueError(f"{path} must have lines with the columns {', '.join(COLUMNS)}, or the first {PUBLIC}")
+    kinds: dict[str, Any] = {"radius": float, "time": _seconds}
+    try:
+        return {
+            name: np.array([*map(kinds.get(name, int), column)]) for name, *column in zip(head, *lines, strict=True)
+        }
+    except ValueError as error:
+        raise ValueError(f"{path} has a value that is not allowed: {error}") from error
+
+
+def _seconds(text: str) -> float:
+    return sum(float(part) * 60**place for place, part in enumerate(reversed(text.split(":"))))
