@@ -37,7 +37,7 @@ def attributes(value: Any) -> list[tuple[str, Any]]:
     named, without = getattr(value, "__dict__", {}), left_out(kind)
     if own := slots(kind):
         named = {name: getattr(value, name, EMPTY) for name in own} | named
-    return [(name, item) for name, item in named.items() if name not in without and item is not EMPTY]
+    return [(name, named[name]) for name in sorted(named.keys() - without) if named[name] is not EMPTY]
 
 
 def is_users(name: str) -> bool:
