@@ -324,18 +324,17 @@ def better_of(best: Tensor, best_score: Tensor, x: Tensor, score: Tensor) -> tup
     return torch.where(per_image(higher, x), x, best), torch.where(higher, score, best_score)
 
 
-def count_faults(objective: Objective, memory: State, gradient: Gradient) -> State:
-    """The counts of faulty gradients in `Search.memory` after one more point, without waiting for the device."""
-    # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the third
-    # highest logit. So a zero is no fault there.
-    counts = faults(gradient.image, None if objective.loss == "ce" else gradient.wrong == 1).sum(1)
-    return {name: memory[name] + count for name, count in zip(FAULTS, counts, strict=True)}
-
-
-def keep_better(memory: State, point: Tensor, gradient: Gradient) -> State:
-    """The best points in `Search.memory`, and their scores, after one more point."""
-    best, score = better_of(memory["best"], memory["best_score"], point, gradient.score)
-    return {"best": best, "best_score": score}
+def after_point(objective: Objective, memory: State, point: Tensor, gradient: Gradient) -> State:
+    """Return what one more point changes in a state that has the `Search.memory`, without waiting for the device."""
+    new: State = {}
+    if FAULTS[0] in memory:
+        # At a misclassified image the gradient of dlr can be 0: the loss is constantly 1 if the true class has the
+        # third highest logit. So a zero is no fault there.
+        counts = faults(gradient.image, None if objective.loss == "ce" else gradient.wrong == 1).sum(1)
+        new |= {name: memory[name] + count for name, count in zip(FAULTS, counts, strict=True)}
+    if "best" in memory:
+        new["best"], new["best_score"] = better_of(memory["best"], memory["best_score"], point, gradient.score)
+    return new
 
 
 class Search:
@@ -355,12 +354,7 @@ class Search:
 
     def see(self, point: Tensor, gradient: Gradient) -> None:
         """Remember the points ``[B, ...]`` that are the best so far, and count the faulty gradients at all points."""
-        new: State = {}
-        if self.health is not None:
-            new |= count_faults(self.objective, self.memory, gradient)
-        if self.keep_best:
-            new |= keep_better(self.memory, point, gradient)
-        self.recall(self.memory | new, 1)
+        self.recall(self.memory | after_point(self.objective, self.memory, point, gradient), 1)
 
     def recall(self, memory: State, points: int) -> None:
         """Store the memory after ``points`` further steps, which another object has taken."""

@@ -30,7 +30,7 @@ from .base import (
     times,
     worst_of_runs,
 )
-from .objective import GradientHealth, Loss, Objective, ObjectiveStep, Search, count_faults, keep_better
+from .objective import GradientHealth, Loss, Objective, ObjectiveStep, Search, after_point
 
 #: The share of the coordinates that the first step in the l1 ball moves.
 FIRST_DENSITY = 0.1
@@ -75,8 +75,7 @@ class Ascent(ObjectiveStep):
         pixelwise: whether pixels have radii, lengths or ranges of their own.
         density: the share of the coordinates that a step in "l1" moves. If it is None, the share changes from step to
             step. The result then has the gradient, and the caller takes the step.
-        counts: whether the state counts faulty gradients.
-        keeps: whether the state has the best points so far.
+        remembers: whether the state has the memory of a `Search`.
     """
 
     norm: Norm
@@ -84,8 +83,7 @@ class Ascent(ObjectiveStep):
     hi: float | None
     pixelwise: bool
     density: float | None
-    counts: bool = False
-    keeps: bool = False
+    remembers: bool
 
     def may_be_compiled(self, state: State) -> bool:
         # All passes of a compiled step would have the same seed.
@@ -98,11 +96,7 @@ class Ascent(ObjectiveStep):
     def __call__(self, state: State) -> State:
         # The forward pass, the loss and the backward pass.
         gradient = self.objective.gradient(state["point"], state["y"])
-        new: State = {}
-        if self.counts:
-            new |= count_faults(self.objective, state, gradient)
-        if self.keeps:
-            new |= keep_better(state, state["point"], gradient)
+        new = after_point(self.objective, state, state["point"], gradient) if self.remembers else State()
         if self.density is None:
             new["gradient"] = gradient.image
         else:
@@ -218,8 +212,8 @@ class PGD(InBall):
         if changes:
             state["gradient"] = torch.zeros_like(state["x"])
         density = None if changes else FIRST_DENSITY * (fall(part.start, steps) if norm == "l1" else 1.0)
-        counts, keeps = health is not None, self.keep_best
-        ascent = Ascent(objective, norm, lo, hi, pixelwise, density=density, counts=counts, keeps=keeps)
+        remembers = self.keep_best or health is not None
+        ascent = Ascent(objective, norm, lo, hi, pixelwise, density=density, remembers=remembers)
         loop = begin_steps(objective.graphs, ascent, state)
         with keeping(lambda: loop.values()["best" if self.keep_best else "point"]):
             for i in part:

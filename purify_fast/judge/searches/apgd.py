@@ -128,7 +128,6 @@ class AutoPgdStep(ObjectiveStep):
     """A step of Auto-PGD that a CUDA graph can capture. It does not use the ball's radius, which is in the state."""
 
     ball: Ball
-    counts: bool = False
 
     def __call__(self, state: State) -> State:
         """Take the gradient at ``next``, remember the points that are the best so far, and compute the next points."""
@@ -142,21 +141,16 @@ class AutoPgdStep(ObjectiveStep):
         gradient, loss = now.image.to(point.dtype), now.loss
         higher = loss > state["top_loss"]
         wide = per_image(higher, point)
-        counts = objectives.count_faults(self.objective, state, now) if self.counts else State()
-        return (
-            counts
-            | objectives.keep_better(state, point, now)
-            | {
-                "point": point,
-                "previous": state["point"],
-                "gradient": gradient,
-                "top": torch.where(wide, point, state["top"]),
-                "top_gradient": torch.where(wide, gradient, state["top_gradient"]),
-                "top_loss": torch.where(higher, loss, state["top_loss"]),
-                "rises": state["rises"] + (loss > state["last_loss"]),
-                "last_loss": loss,
-            }
-        )
+        return objectives.after_point(self.objective, state, point, now) | {
+            "point": point,
+            "previous": state["point"],
+            "gradient": gradient,
+            "top": torch.where(wide, point, state["top"]),
+            "top_gradient": torch.where(wide, gradient, state["top_gradient"]),
+            "top_loss": torch.where(higher, loss, state["top_loss"]),
+            "rises": state["rises"] + (loss > state["last_loss"]),
+            "last_loss": loss,
+        }
 
     def move(self, state: State, momentum: float = MOMENTUM) -> Tensor:
         """The points after a step from ``point`` along ``gradient`` and along the last move, from ``previous``."""
@@ -185,7 +179,7 @@ class AutoPgd(RowSearch):
         self.rho, self.claims = rho, claims
         self.marks = self.marks_of(self.steps)
         self.sighted, self.blind_steps = False, 0
-        self.ascent = self.kind(self.objective, self.rows.ball, counts=self.health is not None)
+        self.ascent = self.kind(self.objective, self.rows.ball)
         state = self.begin_state()
         self.checked_loss = state["top_loss"]
         self.halved = torch.ones_like(self.checked_loss, dtype=torch.bool)
