@@ -127,8 +127,7 @@ def checked_logits(logits: object, images: int) -> Tensor:
     if not isinstance(logits, Tensor):
         needs = "the model must return a torch.Tensor of logits [B, classes]"
         raise TypeError(f"{needs}, got {type(logits).__name__}: give a module whose forward returns the logits in it")
-    good = logits.dim() == 2 and logits.shape[0] == images and logits.shape[1] > 1 and logits.is_floating_point()
-    if not good:
+    if not (logits.dim() == 2 and logits.shape[0] == images and logits.shape[1] > 1 and logits.is_floating_point()):
         needs = "floating-point logits [B, classes] of at least two classes for every batch size B"
         raise ValueError(f"the model must return {needs}, got {logits.dtype} {list(logits.shape)} for B = {images}")
     return logits

@@ -348,8 +348,8 @@ class Attack(abc.ABC):
     def resolved_for(self, context: AttackContext) -> Resolved:
         """Replace each option that is None, and choose "margin" if the model has too few classes for the loss."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
-        loss: Any = getattr(self, "loss", "ce")
         targets = getattr(self, "n_target_classes", None) or context.num_classes
+        loss: Any = getattr(self, "loss", "ce")
         loss = usable_loss(loss, context.num_classes) if context.num_classes else loss
         return Resolved(steps, self.draws(context), loss, min(targets, context.num_classes - 1))
 
@@ -498,9 +498,7 @@ def worst_of_runs(
             from .shared_draws import drawn_once_per_call
 
             apart = context.shares_draws or drawn_once_per_call(model, x, draws, most)
-        source = model
-        if context.copies is not None or precision == "bfloat16":
-            source = context.source(model, x, precision)
+        source = context.source(model, x, precision) if context.copies is not None or precision == "bfloat16" else model
         loss = context.loss_function or loss
         objective = Objective(source, loss, draws, most, graphs=context.graphs, apart=apart, toward=context.toward)
         with frozen(source) if source is not model else contextlib.nullcontext():

@@ -35,13 +35,7 @@ ROUNDED = 64
 
 
 def checkpointed_steps(
-    step: Step,
-    x: Tensor,
-    n: int,
-    *,
-    parameters: Sequence[Tensor] = (),
-    preserve_rng_state: bool = True,
-    keep: Keep = 0,
+    step: Step, x: Tensor, n: int, *, parameters: Sequence[Tensor] = (), preserve_rng_state: bool = True, keep: Keep = 0
 ) -> Tensor:
     """Apply ``step`` n times. The gradient of the result needs only the memory of one step or of a few steps.
 

@@ -78,7 +78,10 @@ def crop_flip(
     Range(0).check("padding", padding)
     b, c, h, w = x.shape
     device = x.device
-    u = _draws(seed, sample_ids, epoch)
+    # A tensor from a list would be copied to the device, and the copy would wait for the device.
+    key = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
+    # These are for the place of the rows, that of the columns, and the mirroring.
+    u = philox(key, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
     # The number u is below 1, but the product may be rounded up to the bound.
     shift = (u[:, :2] * (2 * padding + 1)).long().clamp(max=2 * padding) - padding
     rows = torch.arange(h, device=device) + shift[:, :1]
@@ -90,13 +93,6 @@ def crop_flip(
     rows, cols = rows.clamp(0, h - 1), cols.clamp(0, w - 1)
     image, channel = torch.arange(b, device=device).view(b, 1, 1, 1), torch.arange(c, device=device).view(1, c, 1, 1)
     return x[image, channel, rows[:, None, :, None], cols[:, None, None, :]].masked_fill(~inside, 0)
-
-
-def _draws(seed: int, sample_ids: Tensor, epoch: int) -> Tensor:
-    """Uniform random numbers ``[B, 3]``: for the place of the rows, that of the columns, and the mirroring."""
-    # A tensor from a list would be copied to the device, and the copy would wait for the device.
-    key = torch.full((1,), seed, dtype=torch.int64, device=sample_ids.device)
-    return philox(key, sample_ids, 3, stream=Stream.AUGMENTATION, first_draw=epoch)[:, 0]
 
 
 # -- choose batches, or a balanced subset, from a seed, by NumPy's RandomState, whose numbers never change -------------

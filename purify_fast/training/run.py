@@ -222,9 +222,8 @@ class Run:
         """Return the content of a checkpoint."""
         optimizers = {name: state_of(optimizer) for name, optimizer in self.task.optimizers.items()}
         progress = {name: getattr(self, name) for name in (*_PROGRESS, "facts", "sums", "seconds")}
+        progress |= {"compile": self.config.compile, "first_batch": self.source.first_batch}
         progress["network"] = self.network(self.shape)
-        progress["compile"] = self.config.compile
-        progress["first_batch"] = self.source.first_batch
         progress["frozen"] = [name for name, weight in self.task.model.named_parameters() if not weight.requires_grad]
         progress["attacked"] = None if self.task.attacked is None else self.task.attacked.decision
         return {"model": self.task.model.state_dict(), "optimizers": optimizers, **progress}
