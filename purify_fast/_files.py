@@ -18,14 +18,11 @@ if TYPE_CHECKING:
 
 def check_folder(name: str, path: str | Path | None) -> None:
     """Raise a ValueError if the path of a folder, or one of its parents, is a file."""
-    if path is None:
-        return
-    for place in (Path(path), *Path(path).parents):
-        # `exists` comes first: a folder that is created between the calls would otherwise be taken for a file.
-        if place.exists():
-            if not place.is_dir():
-                raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
-            return
+    places = () if path is None else (Path(path), *Path(path).parents)
+    # `exists` comes first: a folder that is created between the calls would otherwise be taken for a file.
+    place = next((place for place in places if place.exists()), None)
+    if place is not None and not place.is_dir():
+        raise ValueError(f"{name} must be a folder, got {path}: {place} is a file")
 
 
 #: The files by which `what_is` knows a folder, and what they show. A finished work has all files of an unfinished one.

@@ -180,8 +180,7 @@ def _digits() -> dict[str, np.ndarray]:
     """Enlarge the digits from 8 x 8 to 16 x 16 pixels, bilinearly, and split them by a fixed permutation."""
     small, y = small_digits()
     # In float64 only the last step rounds, so the bits are the same on every machine.
-    images = small.double() / 16
-    images = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
+    images = F.interpolate(small.double() / 16, size=(16, 16), mode="bilinear", align_corners=False)
     x = (images * 255).round().to(torch.uint8).numpy()
     # NumPy promises that the random numbers of RandomState never change.
     order = np.random.RandomState(0).permutation(len(y))
@@ -446,9 +445,8 @@ def _by_class(folder: Path, classes: Sequence[str]) -> Split:
                 left_out[path.suffix or path.name] += 1
     if left_out:
         endings = ", ".join(f"{count} {ending}" for ending, count in sorted(left_out.items()))
-        warnings.warn(
-            f"files in {folder} are left out, because this Pillow opens none like them: {endings}", stacklevel=2
-        )
+        text = f"files in {folder} are left out, because this Pillow opens none like them: {endings}"
+        warnings.warn(text, stacklevel=2)
     shown = sorted(listed)
     return [path for _, path in shown], torch.tensor([label for label, _ in shown], dtype=torch.int64, device="cpu")
 

@@ -192,10 +192,7 @@ def balanced_subset(x: Tensor, y: Tensor, count: int, seed: int, *, num_classes:
     missing = np.flatnonzero(np.bincount(labels[chosen], minlength=classes) == 0).tolist()
     if missing:
         named = ", ".join(map(str, missing[:NAMED])) + (", ..." if len(missing) > NAMED else "")
-        warnings.warn(
-            f"{len(missing)} of {classes} classes have no image among the {len(chosen)} chosen images ({named}): "
-            f"results on the chosen images say nothing about these classes",
-            stacklevel=2,
-        )
+        text = f"{len(missing)} of {classes} classes have no image among the {len(chosen)} chosen images ({named})"
+        warnings.warn(f"{text}: results on the chosen images say nothing about these classes", stacklevel=2)
     ids = torch.from_numpy(chosen).to(y.device)
     return Subset(x[ids], y[ids], ids)

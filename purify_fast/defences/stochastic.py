@@ -325,11 +325,9 @@ class MajorityVote(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits ``[B, classes]``, in float32, or in float64 if the model computes in float64."""
         if supports(self.model, SharesDraws):
-            logits = cast(SharesDraws, self.model).draw_logits(x, self.draws)
-        else:
-            # Call the model separately for each draw, because it may use the same draw for all images of a call.
-            logits = torch.stack([self.model(x) for _ in range(self.draws)])
-        return majority(logits)
+            return majority(cast(SharesDraws, self.model).draw_logits(x, self.draws))
+        # Call the model separately for each draw, because it may use the same draw for all images of a call.
+        return majority(torch.stack([self.model(x) for _ in range(self.draws)]))
 
     def around(self, replace: Callable[[Classifier], Classifier]) -> MajorityVote:
         """Make a copy of this object that calls ``replace(model)``."""

@@ -67,9 +67,8 @@ def load_defence(
     facts, state, kind = _read(folder)
     arguments = dict[str, Any](facts["arguments"])
     if other := changes.keys() - arguments.keys():
-        raise ValueError(
-            f"{min(other)} is no argument of the {facts['kind']!r} in {folder}: give {', '.join(arguments)}"
-        )
+        names = ", ".join(arguments)
+        raise ValueError(f"{min(other)} is no argument of the {facts['kind']!r} in {folder}: give {names}")
     for name, value in changes.items():
         arguments[name] = {**arguments[name], **value} if isinstance(value, Mapping) else value
     if classifier is None:

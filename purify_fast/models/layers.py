@@ -130,10 +130,9 @@ class Representation:
             raise ValueError(f"layers must be a list of names, got the string {layers!r}: write [{layers!r}]")
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"layers must name at least one module, each once, got {list(layers)}")
-        for name in layers:
-            if name not in modules or name == "":
-                names = ", ".join(path for path in modules if path)[:400]
-                raise ValueError(f"layers: the classifier has no module {name!r}, its modules are {names}")
+        if unknown := [name for name in layers if name not in modules or name == ""]:
+            names = ", ".join(path for path in modules if path)[:400]
+            raise ValueError(f"layers: the classifier has no module {unknown[0]!r}, its modules are {names}")
         self.model, self.layers = model, tuple(layers)
         self.traced: list[Tensor | None] | None = None
         self.outputs: dict[int, list[Tensor | None]] = {}

@@ -117,10 +117,8 @@ def stitch(images: Tensor, owners: Tensor) -> Tensor:
         text = f"owners must have rows and columns that divide the sides of images, {height} x {width}, got "
         raise ValueError(f"{text}{rows} x {columns}")
     if images.shape[0] % (samples * batch or 1) or (images.shape[0] == 0) != (samples * batch == 0):
-        raise ValueError(
-            f"the number of images must be a multiple of S * B = {samples} * {batch} (the first two sizes of owners), "
-            f"and 0 only if S * B is 0, got {images.shape[0]}"
-        )
+        text = f"the number of images must be a multiple of S * B = {samples} * {batch} (the first two sizes of owners)"
+        raise ValueError(f"{text}, and 0 only if S * B is 0, got {images.shape[0]}")
     if needs_gradient(images) and not OP.uses_reference(images.device, images.numel()):
         return _stitch(images, owners)
     return OP(images, owners, _passes(images.shape[0], samples * batch))

@@ -94,20 +94,18 @@ class ArrestTask(MethodTask):
         self._reader: Representation | None = None
         self.layers: list[str] = []
         if config.distillation_weight > 0 or config.replay:
-            self.layers = names = (
-                [representation_before_pooling(model, image_shape)] if layers is None else list(layers)
-            )
+            self.layers = [representation_before_pooling(model, image_shape)] if layers is None else list(layers)
             frozen_copy = copy.deepcopy(start).requires_grad_(False).eval()
-            self.teacher_reader = Representation(frozen_copy, names, image_shape)
+            self.teacher_reader = Representation(frozen_copy, self.layers, image_shape)
             if config.pooled and all(len(shape) == 1 for shape in self.teacher_reader.shapes):
-                listed = ", ".join(names)
+                listed = ", ".join(self.layers)
                 raise ValueError(f"pooled must be False for layers that return vectors, got True for {listed}")
             if self.dtype != torch.float32:
                 # In float32, the teacher remains as it is.
                 from ...speed.folding.inference_copy import prepare_for_inference
 
                 prepare_for_inference(frozen_copy, image_shape, self.dtype)
-            self._reader = Representation(model, names, image_shape)
+            self._reader = Representation(model, self.layers, image_shape)
         if self.dtype != torch.float32:
             convert_to_channels_last(model, image_shape)
         self.attacked = AttackedCopy(model, self.dtype)

@@ -23,9 +23,8 @@ Plan = tuple[Shape, list["Deconvolution"]]
 
 def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Sequential:
     """Return Conv2d without bias, BatchNorm2d and LeakyReLU(0.2)."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), BatchNorm2d(outputs), LeakyReLU()
-    )
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+    return nn.Sequential(convolution, BatchNorm2d(outputs), LeakyReLU())
 
 
 def linear_block(inputs: int, outputs: int) -> nn.Sequential:
@@ -103,10 +102,8 @@ class Deconvolution:
     output_padding: tuple[int, int] = (0, 0)
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        return (
-            (h - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[0],
-            (w - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[1],
-        )
+        more = self.kernel - self.stride - 2 * self.padding
+        return h * self.stride + more + self.output_padding[0], w * self.stride + more + self.output_padding[1]
 
 
 def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:

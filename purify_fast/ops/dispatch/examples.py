@@ -87,16 +87,11 @@ def examples(arguments: Callable[..., tuple], settings: Mapping[tuple, str], **p
     def word(part) -> str:
         return "x".join(map(word, part)) if isinstance(part, tuple) else str(part).removeprefix("torch.")
 
-    return [
-        Example(
-            " ".join(filter(None, map(word, setting))),
-            partial(arguments, *setting),
-            setting,
-            gpu=gpu,
-            **properties_of(setting, properties),
-        )
-        for setting, gpu in settings.items()
-    ]
+    def example(setting: tuple, gpu: str) -> Example:
+        name = " ".join(filter(None, map(word, setting)))
+        return Example(name, partial(arguments, *setting), setting, gpu=gpu, **properties_of(setting, properties))
+
+    return [example(setting, gpu) for setting, gpu in settings.items()]
 
 
 # -- converts and repeats the tensors of examples, for verifications, timings and tests --------------------------------

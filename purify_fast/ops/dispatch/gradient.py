@@ -39,10 +39,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         if transformed():
             return guarded(ctx, *grads)
-        raise RuntimeError(
-            "this kernel has no second derivative, so create_graph=True is refused: run the forward pass within "
-            'purify_fast.ops.use_backend("reference")'
-        )
+        advice = 'run the forward pass within purify_fast.ops.use_backend("reference")'
+        raise RuntimeError(f"this kernel has no second derivative, so create_graph=True is refused: {advice}")
 
     return run
 

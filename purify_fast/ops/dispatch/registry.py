@@ -28,10 +28,9 @@ from .op import BACKENDS, KERNELS, Backend, Definition, Sizes
 
 def _checked(names: str | None) -> tuple[Backend, ...]:
     chosen = tuple(dict.fromkeys(name.strip() for name in str(names).split(","))) if names is not None else ()
-    for name in chosen:
-        if name not in BACKENDS:
-            backends = ", ".join(BACKENDS)
-            raise ValueError(f"backend must be one of {backends} (in use_backend or PURIFY_FAST_BACKEND), got {name!r}")
+    if unknown := [name for name in chosen if name not in BACKENDS]:
+        needs = f"backend must be one of {', '.join(BACKENDS)} (in use_backend or PURIFY_FAST_BACKEND)"
+        raise ValueError(f"{needs}, got {unknown[0]!r}")
     return cast("tuple[Backend, ...]", chosen)
 
 

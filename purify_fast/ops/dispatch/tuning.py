@@ -82,10 +82,9 @@ def time_kernels(
 def with_kernel(device: torch.device, names: Iterable[str] = ()) -> list[Op]:
     """Return the ops that have a kernel for a device: the named ops, or all of them."""
     ops = {name: op for name, op in REGISTRY.items() if op.kernel(device.type) != "reference"}
-    for name in names:
-        if name not in ops:
-            there = ", ".join(ops) or "none"
-            raise ValueError(f"ops must name ops with a kernel for {device.type}, got {name!r}: allowed are {there}")
+    if unknown := [name for name in names if name not in ops]:
+        there = ", ".join(ops) or "none"
+        raise ValueError(f"ops must name ops with a kernel for {device.type}, got {unknown[0]!r}: allowed are {there}")
     return [ops[name] for name in tuple(names) or ops]
 
 

@@ -141,12 +141,9 @@ def _warn(op: Definition, device: torch.device, verdict: Verdict) -> None:
     wrong = verdict.status == "compared"
     what = f"the {backend} kernel of {op.name} is wrong" if wrong else f"a {backend} kernel cannot be run"
     hint = "Triton needs a C compiler and Python.h (apt-get install gcc python3-dev). " if backend == "triton" else ""
-    warnings.warn(
-        f"purify_fast: {what} on {where}: {verdict.words()}. On this machine PyTorch computes the op instead. {hint}"
-        "Please report this warning with the output of `purify-fast info`",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    text = f"purify_fast: {what} on {where}: {verdict.words()}. On this machine PyTorch computes the op instead. "
+    report = "Please report this warning with the output of `purify-fast info`"
+    warnings.warn(f"{text}{hint}{report}", RuntimeWarning, stacklevel=2)
 
 
 # The warning is shown once per process.
