@@ -96,7 +96,7 @@ class Ascent(ObjectiveStep):
     def __call__(self, state: State) -> State:
         # The forward pass, the loss and the backward pass.
         gradient = self.objective.gradient(state["point"], state["y"])
-        new = after_point(self.objective, state, state["point"], gradient) if self.remembers else State()
+        new = after_point(self.objective, state, state["point"], gradient) if self.remembers else {}
         if self.density is None:
             new["gradient"] = gradient.image
         else:
