@@ -102,8 +102,8 @@ cuda-check: $(STAMPS)/tests  ## check the way to a GPU without one: kernels, wai
 	@echo "== Triton kernels in the interpreter: addresses, and programs in another order"
 	TRITON_INTERPRET=1 $(PARALLEL) -n auto --dist worksteal tests/interpreter/test_program_order.py
 	@echo "== steps on fake CUDA tensors, launches, captures, and memory that ends in a capture"
-	$(PARALLEL) -n auto --dist worksteal tests/card tests/test_cuda_rules.py tests/speed/test_step_graphs.py \
-	  tests/speed/test_direct_attacks.py tests/attacks/test_captured.py \
+	$(PARALLEL) -n auto --dist worksteal tests/card tests/test_cuda_rules.py tests/speed/test_stand_in.py \
+	  tests/speed/test_step_graphs.py tests/speed/test_direct_attacks.py tests/attacks/test_captured.py \
 	  tests/training/test_captured_attacks.py
 	@echo "== both calls of the GPU check, rehearsed"
 	$(BIN)/python -m benchmarks gpu_check --rehearse --out build/rehearsal

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import purify_fast
 from purify_fast.attacks import pgd
-from purify_fast.attacks.attacked_model import frozen
 from purify_fast.models import SmallCNN
-from purify_fast.speed.frozen_copy import FrozenCopy, _agree, _Answers, images_only
+from purify_fast.speed.frozen_copy import FrozenCopy, _agree, _Answers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (3, 8, 8)
 
 
@@ -35,7 +35,6 @@ def net(width=8):
     return model.eval()
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("absent", [-10.0, -1e9])
 def test_a_masked_class_does_not_hide_other_logits_of_a_copy(absent, dtype):
@@ -57,7 +56,6 @@ def same(copied, model, x):
     return torch.allclose(got, want, atol=1e-5) and torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_it_is_another_module_with_logits_and_gradient_of_the_model(x):
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -69,13 +67,11 @@ def test_it_is_another_module_with_logits_and_gradient_of_the_model(x):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_bfloat16_is_near_and_float32_comes_out(x):
     fast = purify_fast.frozen_copy(net(), x, dtype=torch.bfloat16)
     assert fast(x).dtype == torch.float32 and 0 < (fast(x) - net()(x)).abs().max() < 0.05
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_new_tensor_in_the_memory_of_one_that_is_gone_is_seen(x):
     """Python gives its id, and the allocator its address, to another tensor; its count of writes is 0 too."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4, bias=False)).eval()
@@ -96,7 +92,6 @@ OTHER_TENSORS = {
 }
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("change", OTHER_TENSORS)
 def test_other_tensors_are_refused(x, change):
     def forward(self, x):
@@ -134,7 +129,6 @@ class Noisy(nn.Module):
         return self.body(self.drop(x))
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["torch's own", "numpy's own", "numpy", "dark", "dropout"])
 def test_a_random_model_answers_otherwise_each_time_and_never_like_its_copy(x, kind):
     model = Noisy(kind).eval()
@@ -147,7 +141,6 @@ def test_a_random_model_answers_otherwise_each_time_and_never_like_its_copy(x, k
     assert len(answers) == 40
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_making_it_draws_no_numbers_of_the_caller(x):
     model = Noisy("torch's own").eval()
     state, own = torch.get_rng_state(), model.own.get_state()
@@ -155,7 +148,6 @@ def test_making_it_draws_no_numbers_of_the_caller(x):
     assert torch.equal(state, torch.get_rng_state()) and torch.equal(own, model.own.get_state())
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["dark", "size", "one image", "sliced", "reads the weight", "hook", "random path"])
 def test_a_batchnorm_is_folded_only_where_nothing_else_can_read_the_layer(x, kind):
     def forward(self, x):
@@ -184,7 +176,6 @@ def test_a_batchnorm_is_folded_only_where_nothing_else_can_read_the_layer(x, kin
     assert torch.allclose(fast(others.get(kind, x)), want, atol=1e-5)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_copy_that_differs_is_made_in_a_simpler_form(x):
     def forward(self, x):
         if self.fc.weight.dtype == torch.bfloat16:
@@ -197,7 +188,6 @@ def test_a_copy_that_differs_is_made_in_a_simpler_form(x):
     assert fast.dtype == torch.float32 and same(fast, model, x)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_train_changes_nothing_and_says_so_once(x, recwarn):
     fast = purify_fast.frozen_copy(net(), x)
     with pytest.warns(RuntimeWarning, match="train\\(\\) changes nothing"):
@@ -207,14 +197,12 @@ def test_train_changes_nothing_and_says_so_once(x, recwarn):
     assert not recwarn.list and not any(part.training for part in fast.modules())
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_model_in_training_mode_has_a_copy_in_evaluation_mode(x):
     model = net().train()
     fast = purify_fast.frozen_copy(model, x)
     assert model.training and not fast.training and torch.allclose(fast(x), net()(x), atol=1e-5)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_it_runs_in_a_checkpoint_a_trace_and_an_export(x):
     fast = purify_fast.frozen_copy(net(), x)
     leaf = x.clone().requires_grad_()
@@ -223,7 +211,6 @@ def test_it_runs_in_a_checkpoint_a_trace_and_an_export(x):
     assert torch.allclose(torch.export.export(net(), (x,)).module()(x), fast(x), atol=1e-5)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_copies_in_memory_follow_and_pickles_keep_their_weights(x):
     model = net()
     fast = purify_fast.frozen_copy(model, x)
@@ -244,7 +231,6 @@ NOT_COPIED = [
 ]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("change", "message"), NOT_COPIED)
 def test_what_cannot_be_copied_is_refused_by_name(x, change, message):
     model, images, *dtype = change(net(), x)
@@ -252,7 +238,6 @@ def test_what_cannot_be_copied_is_refused_by_name(x, change, message):
         purify_fast.frozen_copy(model, images, **({"dtype": dtype[0]} if dtype else {}))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_attention_with_tokens_of_a_batch_first_is_the_same(x):
     def forward(self, x):
         tokens = self.embed(x).flatten(2).transpose(1, 2)
@@ -266,7 +251,6 @@ def test_attention_with_tokens_of_a_batch_first_is_the_same(x):
     assert not fast.classifier.attend.batch_first and model.attend.batch_first and same(fast, model, x)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_copy_is_compared_in_whole_float32_under_tf32():
     """PyTorch lets convolutions on a GPU round to TF32, and two right forms of a deep network then differ too much."""
     seen = set()
@@ -285,36 +269,3 @@ def test_a_copy_is_compared_in_whole_float32_under_tf32():
         torch.backends.cudnn.allow_tf32 = before
     # A race of cuDNN's algorithms would change the last bits when a step is captured.
     assert fast._followed.graphs.cudnn_benchmark == "off"
-
-
-# -- the block without gradients of weights ----------------------------------------------------------------------------
-# The block without gradients of weights, and what it leaves as it was.
-
-
-def test_weights_that_the_user_froze_stay_frozen_and_the_others_learn_again():
-    one, other = nn.Linear(3, 2), nn.Linear(2, 2)
-    one.bias.requires_grad_(False)
-    with pytest.raises(KeyError), images_only(one, other):
-        assert not any(weight.requires_grad for model in (one, other) for weight in model.parameters())
-        raise KeyError
-    assert [weight.requires_grad for weight in (*one.parameters(), *other.parameters())] == [True, False, True, True]
-
-
-def test_weights_made_in_inference_mode_stay_as_they_are():
-    with torch.inference_mode():
-        model = nn.Linear(3, 2)
-    with images_only(model):
-        pass
-    assert all(weight.requires_grad for weight in model.parameters())
-
-
-def test_of_two_blocks_that_overlap_the_last_to_end_restores():
-    model, blocks = nn.Linear(3, 2).train(), []
-    for _ in range(2):
-        blocks += [frozen(model), images_only(model)]
-    for block in blocks:
-        block.__enter__()
-    for block in blocks:
-        assert (not model.training or block is blocks[-1]) and not model.weight.requires_grad
-        block.__exit__(None, None, None)
-    assert model.training and model.weight.requires_grad

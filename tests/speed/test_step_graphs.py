@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from captures import RefusedInCapture
 from small_runs import same
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from purify_fast.speed.graphs import graphed_loop, graphed_loop as step_graphs
 from purify_fast.speed.graphs.graphed_loop import StepGraphs
 from purify_fast.speed.graphs.step_loop import State, Steps, begin_steps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 #: Steps of a loop.
 STEPS = 40
 
@@ -61,7 +61,6 @@ def graphs(rerun) -> StepGraphs:
     return StepGraphs("always", capture=rerun)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_replay_gives_what_the_eager_loop_gives(graphs, rerun):
     model, begin = Scale(), start()
     wanted = run(None, model, STEPS, begin)
@@ -82,7 +81,6 @@ class Turned(Scale):
         return super().forward(x).t().contiguous().t()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun, monkeypatch):
     monkeypatch.setattr(graphed_loop, "CAPTURE_STEPS", 2)
     graphs, model = StepGraphs(capture=rerun), Turned()
@@ -92,7 +90,6 @@ def test_a_loop_is_captured_midway_and_gives_what_the_eager_loop_gives(rerun, mo
         assert rerun.recorded == 1 and rerun.replayed == replayed and float(state["x"].sum()) == 15.0
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, monkeypatch):
     # the stand-in's replay would hold the model, as no CUDA graph does
     monkeypatch.setattr(rerun, "record", lambda run, device: run if run() else lambda: None)
@@ -116,7 +113,6 @@ def test_graphs_go_with_their_model_and_no_key_keeps_one_alive(graphs, rerun, mo
     assert len(graphs) == 0
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_memory_that_ends_is_tried_once_more_without_graphs(rerun, caplog):
     graphs, model = StepGraphs("always", capture=rerun), Scale()
     cpu, drawn = torch.device("cpu"), []
@@ -151,7 +147,6 @@ CHANGES = {
 }
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_else_the_model_computes_with_makes_another_graph(graphs, rerun, change):
     model = Scale()
@@ -162,7 +157,6 @@ def test_whatever_else_the_model_computes_with_makes_another_graph(graphs, rerun
     assert rerun.recorded == (1 if change == "values" else 2)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_every_shape_has_its_graph_and_the_least_recently_used_one_goes(rerun, monkeypatch):
     monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 2)
     graphs, model = StepGraphs(capture=rerun), Scale()
@@ -219,7 +213,6 @@ NOT_CAPTURED = [
 ]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("kind", "reason"), NOT_CAPTURED)
 def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, kind, reason):
     model = kind()
@@ -235,7 +228,6 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(graphs, rerun, k
     assert re.search(reason, graphs.refusal) and re.search(reason, str(warned[0].message))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_step_that_draws_from_a_generator_of_its_own_is_not_captured(graphs):
     with pytest.warns(UserWarning, match="the step draws random numbers on the host"):
         captured = run(graphs, DrawsFromItsOwn(), STEPS)
@@ -243,7 +235,6 @@ def test_a_step_that_draws_from_a_generator_of_its_own_is_not_captured(graphs):
     assert same(captured, run(None, DrawsFromItsOwn(), STEPS)) and len(graphs) == 0
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_function_and_another_device_run_eagerly(graphs, rerun):
     assert same(run(graphs, lambda x: 2 * x, STEPS), run(None, lambda x: 2 * x, STEPS))
     assert "not a torch.nn.Module" in graphs.refusal
@@ -254,7 +245,6 @@ def test_a_function_and_another_device_run_eagerly(graphs, rerun):
     assert rerun.recorded == 0
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_counters_count_replays_and_no_warm_up(graphs, rerun):
     class Counting(Scale):
         images, not_dependencies = 0, frozenset({"images"})
@@ -275,7 +265,6 @@ def test_counters_count_replays_and_no_warm_up(graphs, rerun):
     assert rerun.recorded == 1 and 2 * eager.images == captured.images == 6 * STEPS
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_replay_that_gives_something_else_is_not_used(graphs, rerun, monkeypatch):
     record = rerun.record
     monkeypatch.setattr(rerun, "record", lambda run, device: record(lambda: None, device))
@@ -284,7 +273,6 @@ def test_a_replay_that_gives_something_else_is_not_used(graphs, rerun, monkeypat
     assert "a replay gives another result than the step" in graphs.refusal and len(graphs) == 0
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_two_loops_over_one_step_do_not_mix(graphs, rerun):
     model, twice = Scale(), start() | {"x": torch.full((3,), 5.0)}
     run(graphs, model, STEPS)
@@ -339,7 +327,6 @@ DEPENDENCIES = {
 }
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", DEPENDENCIES)
 def test_what_a_captured_step_depends_on(name):
     make, change, seen = DEPENDENCIES[name]
@@ -352,7 +339,6 @@ def test_what_a_captured_step_depends_on(name):
     assert (describe(model).key != before.key) is seen and hash(before.key) is not None
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_tensors_that_a_graph_reads_stay_alive(graphs):
     """A model may get other tensors later, while its graph is kept."""
     hidden = {"scale": torch.full((1,), 3.0)}
@@ -364,7 +350,6 @@ def test_the_tensors_that_a_graph_reads_stay_alive(graphs):
     assert address in [one.data_ptr() for one in captured.objects if isinstance(one, Tensor)]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_an_empty_batch_is_no_reason_to_capture_or_to_fail(rerun):
     class Refuses(Scale):
         def forward(self, x: Tensor) -> Tensor:
@@ -390,14 +375,12 @@ class Verified(Scale):
         return super().forward(x)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_waits_at_its_first_call_alone_is_captured(graphs, rerun):
     model = Verified()
     found = run(graphs, model, STEPS)
     assert rerun.recorded == 1 and same(found, run(None, Verified(), STEPS))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
     model, rerun.error = Scale(), RuntimeError("operation not permitted\nwhen stream is capturing")
     with pytest.warns(UserWarning) as warned:
@@ -410,46 +393,3 @@ def test_a_capture_that_fails_leaves_the_eager_loop(graphs, rerun):
     assert rerun.recorded == 0 and graphs.refusal == reason, "what failed is not tried again"
     run(graphs, model, STEPS, start(4))
     assert rerun.recorded == 1 and graphs.refusal is None
-
-
-# -- the stand-in for CUDA graphs --------------------------------------------------------------------------------------
-# The stand-in for CUDA graphs refuses what CUDA refuses in a capture, so that tests without a GPU find it.
-
-CPU = torch.device("cpu")
-
-
-X = torch.rand(3)
-WRONG = {
-    "a state of the generator": lambda: torch.get_rng_state(),
-    "a state of the device": lambda: torch.cuda.get_rng_state(),
-    "a wait": lambda: torch.cuda.synchronize(),
-    "the free memory": lambda: torch.cuda.mem_get_info(),
-    "an array": lambda: X.numpy(),
-    "a copy to the host": lambda: X.cpu(),
-    "new pinned memory": lambda: torch.empty(3, pin_memory=True),
-    "a number": lambda: X.sum().item(),
-    "a branch": lambda: bool(X.sum() > 0),
-    "a mask": lambda: X[X > 0.5],
-    "indices": lambda: X.nonzero(),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_cuda_refuses_is_refused(name, rerun):
-    with pytest.raises(RuntimeError, match=r"not permitted while a stream is capturing|waits for the device"):
-        rerun.record(WRONG[name], CPU)
-    assert rerun.recorded == 0
-    # Afterwards all works as before.
-    assert X.tolist() == X.numpy().tolist()
-    rerun.record(lambda: X.mul(2), CPU)
-
-
-def test_a_first_compilation_is_refused_and_compiled_code_is_not(rerun):
-    def double(x):
-        return 2 * x
-
-    compiled = torch.compile(double, backend="eager")
-    with pytest.raises(RefusedInCapture, match="the first compilation of"):
-        rerun.record(lambda: compiled(X), CPU)
-    compiled(X)
-    rerun.record(lambda: compiled(X), CPU)
