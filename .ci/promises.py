@@ -14,13 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The largest sums over all promises: code lines of the package without kernels, and its Python files.
-MOST_LINES, MOST_FILES = 18280, 164
+MOST_LINES, MOST_FILES = 18282, 164
 #: By promise: the budget, and the patterns of its files below `purify_fast`. The longest pattern that fits decides.
 PROMISES = {
     "CARSO": (578, "methods/carso/*"),
     "AToP": (610, "methods/atop/*"),
     "ARREST": (235, "methods/arrest/*"),
-    "diffusion": (568, "methods/diffusion/*", "models/unet.py"),
+    "diffusion": (570, "methods/diffusion/*", "models/unet.py"),
     "a method as a command, recipes, saved defences": (307, "methods/*"),
     "training loop, resume, several processes": (1334, "training/*", "_process.py"),
     "training of a classifier": (112, "training/classifier.py"),

@@ -152,11 +152,14 @@ class DiffusionPurifier(Defence):
         most = self.max_forward_batch or max(1, len(rows))
         parts = zip(*(tensor.split(most) for tensor in (rows, *names)), strict=True)
         purified = torch.cat([self._denoised(part, noisy, seed, key, draw) for part, key, draw in parts])
-        # The SDE and its probability flow may exceed [-1, 1].
+        return self._as_images(purified).unflatten(0, (len(x), count))
+
+    def _as_images(self, state: Tensor) -> Tensor:
+        """Convert the last state to images. The SDE and its probability flow may exceed [-1, 1]."""
         if self.process.clip:
             # Values of exactly -1 and 1 must have a gradient; with torch.clamp of some versions, they have none.
-            purified = torch.where(purified.abs() <= 1, purified, purified.detach().clamp(-1, 1))
-        return ((purified + 1) / 2).unflatten(0, (len(x), count))
+            state = torch.where(state.abs() <= 1, state, state.detach().clamp(-1, 1))
+        return (state + 1) / 2
 
     def _denoised(self, images: Tensor, noisy: bool, seed: Tensor, ids: Tensor, draws: Tensor) -> Tensor:
         """Run the whole process on images ``[B, C, H, W]`` in [-1, 1]."""
