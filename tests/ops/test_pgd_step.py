@@ -60,8 +60,8 @@ def test_l1_projects_on_ball_and_box_at_once(seed, size, eps, box, spread, level
             near = pgd_step(y.float(), torch.zeros_like(y).float(), nat.float(), 0.0, eps, "l1", lo, hi)
         assert (z - nat).abs().sum() <= eps + 1e-12 and (z >= lo).all() and (z <= hi).all()
         assert projection_gap(z[0], y[0], nat[0], eps, lo, hi) <= 1e-11 * (1 + spread * size)
-        # and what it takes to write the image itself, which may lie far from 0, in float32
-        assert (near - z).abs().max() <= 4e-7 * spread * (1 + offset.abs().max()) + 2**-23 * max(abs(lo), abs(hi))
+        # and what it takes to write the image, the point and the result, which may lie far from 0, in float32
+        assert (near - z).abs().max() <= 4e-7 * spread * (1 + offset.abs().max()) + 2**-22 * max(abs(lo), abs(hi))
 
 
 def test_l1_moves_the_largest_gradients(backend):
