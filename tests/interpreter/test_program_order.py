@@ -167,7 +167,7 @@ def test_a_fault_of_one_element_is_found(addresses, fault, does, turn):
     padding, number = FAULTS[fault]
     x, out = rows(padding), rows(padding)
     # The launches of a kernel take turns, and the second copies to other pages than the first.
-    while addresses.launches["test_addresses._copy"] % 2 != turn:
+    while addresses.launches["test_program_order._copy"] % 2 != turn:
         copy(x, out)
     before = x.clone()
     with pytest.raises(Exception, match=f"_copy {does} 4 bytes at"):
