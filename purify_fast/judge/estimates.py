@@ -39,9 +39,10 @@ class Estimate(NamedTuple):
 
         Near 0 and 1, accuracies are skewed, and their odds are less so.
         """
-        odds = math.log(self.mean / (1 - self.mean))
+        odds = special.logit(self.mean)
         half = float(special.stdtrit(self.freedom, 0.975)) * self.error / (self.mean * (1 - self.mean))
-        return 1 / (1 + math.exp(half - odds)), 1 / (1 + math.exp(-half - odds))
+        # With less than one degree of freedom, half is so large that its exponential would overflow.
+        return float(special.expit(odds - half)), float(special.expit(odds + half))
 
     @classmethod
     def of(cls, right: np.ndarray) -> Estimate:

@@ -18,7 +18,7 @@ from purify_fast.attacks import PGD
 from purify_fast.defences import NoisyEnsemble, WithFixedNoise, WithoutNoise
 from purify_fast.evaluation import AttackSpec, Report
 from purify_fast.judge.alarms.signs import Finding
-from purify_fast.judge.estimates import chance_of_at_most
+from purify_fast.judge.estimates import Estimate, chance_of_at_most
 from purify_fast.judge.request.deadline import Subject
 from purify_fast.judge.results.rows import Points, worst_rows
 from purify_fast.judge.show.report import judge_claim
@@ -324,3 +324,10 @@ def test_an_attack_in_another_ball_gives_no_headline():
     with pytest.raises(ValueError, match="own eps or norm is in another ball"):
         _ = report.headline
     assert "claim" in report.to_text()
+
+
+def test_few_images_and_draws_have_a_wide_interval():
+    """The error has less than one degree of freedom, so its quantile is huge."""
+    found = Estimate.of(np.array([[0, 0], [0, 0], [0, 1], [1, 0], [1, 1]]))
+    low, high = found.interval
+    assert found.freedom < 1 and 0 <= low <= found.mean <= high <= 1
