@@ -110,7 +110,7 @@ _CONTAINERS = (list, tuple, set, frozenset, dict, deque, types.MappingProxyType)
 
 
 class Description(NamedTuple):
-    """What modules hold.
+    """All that modules hold.
 
     Attributes:
         key: a value that can be hashed. It is equal if the modules hold the same, except the values of tensors. It has

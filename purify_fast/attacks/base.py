@@ -348,8 +348,8 @@ class Attack(abc.ABC):
     def resolved_for(self, context: AttackContext) -> Resolved:
         """Replace each option that is None, and choose "margin" if the model has too few classes for the loss."""
         steps = getattr(self, "steps", None) or self.usual_steps or context.steps
-        targets = getattr(self, "n_target_classes", None) or context.num_classes
         loss: Any = getattr(self, "loss", "ce")
+        targets = getattr(self, "n_target_classes", None) or context.num_classes
         loss = usable_loss(loss, context.num_classes) if context.num_classes else loss
         return Resolved(steps, self.draws(context), loss, min(targets, context.num_classes - 1))
 

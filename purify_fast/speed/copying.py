@@ -47,7 +47,7 @@ def is_plain(kind: Any) -> bool:
 
 
 class Snapshot(Watch):
-    """What modules hold, except modes and the values of tensors. It is kept alive, so that no address is used again."""
+    """A description of modules without modes. All that they hold is kept alive, so that no address is used again."""
 
     def __init__(self, *roots: nn.Module):
         super().__init__(*roots)

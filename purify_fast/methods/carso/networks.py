@@ -102,8 +102,10 @@ class Deconvolution:
     output_padding: tuple[int, int] = (0, 0)
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        more = self.kernel - self.stride - 2 * self.padding
-        return h * self.stride + more + self.output_padding[0], w * self.stride + more + self.output_padding[1]
+        return (
+            (h - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[0],
+            (w - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding[1],
+        )
 
 
 def decoder_plan(image_shape: Shape, width: int = 32) -> Plan:
