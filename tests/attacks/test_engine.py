@@ -1,4 +1,4 @@
-"""What the strong attacks share: judging, leaving, copies for gradients; and FAB-T and Square, built on it. The
+"""The strong attacks judge, leave and use copies for gradients alike; FAB-T and Square are built on this. The
 tests of APGD and StAdv follow."""
 
 import importlib
@@ -488,7 +488,7 @@ def test_warp_gradient():
 
 def test_flow_loss_by_hand():
     flow = torch.zeros(2, 2, 2, 3)
-    flow[1, 0, 0, 1], flow[1, 1, 0, 1] = 3.0, 4.0  # one pixel moves by 5; it has three neighbours
+    flow[1, 0, 0, 1], flow[1, 1, 0, 1] = 3.0, 4.0  # one pixel moves by 5; the pixel has three neighbors
     assert flow_loss(flow).tolist() == pytest.approx([0, 2 * 3 * 5], rel=1e-4)
     still = torch.ones(1, 2, 4, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(flow_loss(still).sum(), still)

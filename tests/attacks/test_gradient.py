@@ -201,7 +201,7 @@ def test_the_gradient_is_the_classifiers_at_the_purified_image(defence, forty):
         want, at = input_gradient(defence.classifier, defence.purify(forty), y)
         assert torch.equal(got, want) and torch.equal(value, at) and got.abs().max() > 0
         assert torch.equal(wrapped(forty), defence(forty))
-        assert input_gradient(defence, forty, y)[0].abs().max() == 0  # what BPDA is for
+        assert input_gradient(defence, forty, y)[0].abs().max() == 0  # BPDA is for this case
 
 
 @pytest.mark.parametrize("method", ["lse", "mean"])

@@ -122,7 +122,7 @@ def gradient(model, x, seed=1):
 
 
 def test_the_adjoint_is_the_products_of_its_formula():
-    """Of two steps, each with the drift where a step of the SDE ended: beta(t) and alpha_bar(t) of Song et al."""
+    """Each of two steps has the drift where a step of the SDE ended: beta(t) and alpha_bar(t) of Song et al."""
     share, end = 0.01, 1e-5
     denoiser = Made(lambda self, x, t: self.share * x, share=nn.Parameter(torch.tensor(share)))
     made = defence(SHAPE, denoiser, Process(VP, solver="vp_sde", t_star=0.2, steps=2, clip=False)).double()
@@ -219,7 +219,7 @@ TRUTHS = [
 
 @pytest.mark.parametrize(("robust", "alarms", "says"), TRUTHS)
 def test_the_truth_is_the_adaptive_attack_alone(robust, alarms, says):
-    """What other judges left does not change it; found is within two points of it, or below."""
+    """The rows of other judges do not change it; `found` is within two points of it, or below."""
     each = {
         tables.ADAPTIVE: result("EMPIR", tables.ADAPTIVE, "1100"),
         tables.STRONG: result("EMPIR", tables.STRONG, robust, unreliable=alarms),

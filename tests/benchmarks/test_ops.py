@@ -208,12 +208,12 @@ def test_every_op_runs_once(monkeypatch, capsys):
 
 
 def test_formulas_count_bytes_as_tensors_do():
-    """Of ops that read every input and write every output once: the sizes of these tensors, ids and seeds aside."""
+    """An op that reads every input and writes every output once moves their bytes, without ids and seeds."""
     for op in ("pgd_step", "apgd_step", "gated_elu", "reconstruction_loss", "stitch", "aggregate"):
         case = registry()[op]()[0]
         inputs = case.inputs()
         outputs = tensors(case.call(*inputs))
         size = sum(t.nbytes for t in (*inputs, *outputs) if t.is_floating_point())
-        if op == "stitch":  # of the passes, one is read at every pixel
+        if op == "stitch":  # It reads one of the passes at every pixel.
             size = 2 * outputs[0].nbytes
         assert abs(case.bytes("forward") - size) <= 0.01 * size, op

@@ -240,7 +240,7 @@ def test_every_forward_and_every_gradient_is_counted_at_the_door(precision):
 
 
 def asked(*options):
-    """What the command line reads."""
+    """The values that the command line reads."""
     parser = program.argparse.ArgumentParser()
     pack_zoo.arguments(parser)
     return parser.parse_args(list(options))

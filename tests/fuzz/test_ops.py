@@ -90,7 +90,7 @@ def test_numbers_that_are_none_in_configurations():
         lambda: FitConfig(1, checkpoint_seconds=math.nan),
         lambda: ClassifierConfig(weight_decay=math.nan),
         lambda: ClassifierConfig(learning_rate=math.inf),
-        # of an attack on clean images it was accepted
+        # It was accepted for an attack with the radius 0.
         lambda: TrainingAttack(eps=0.0, steps=2, alpha=math.nan),
         lambda: CarsoConfig(lookahead_alpha=math.nan),
     ):

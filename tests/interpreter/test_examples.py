@@ -122,7 +122,7 @@ def test_more_samples_than_a_tile_holds(method):
 @pytest.mark.parametrize("method", METHODS, ids=aggregate_op.METHODS)
 @pytest.mark.parametrize(("samples", "classes"), [(8, 10), (3, 2), (1, 7), (20, 3), (5, 101), (9, 300)])
 def test_images_that_share_a_program(within_budget, poisoned, samples, classes, method):
-    """Of few classes; the last program has fewer images than the others, and each image has the result it has alone."""
+    """The last program has fewer images than the others, and each image has the result that it has alone."""
     logits, grad = random(29, samples, classes), random(29, classes, scale=1.0, seed=1)
     out, gradient = aggregate.forward(logits, method), aggregate.backward(grad, logits, method)
     within_budget(out, aggregate_op.reference(logits.double(), method), aggregate_op.reference(logits, method))

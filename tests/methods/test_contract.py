@@ -186,7 +186,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_no_other_file_knows_a_method_by_name():
-    """What a method needs is in its own folder; the names that users import are the exception."""
+    """A method has all that it needs in its own folder, except the names that users import."""
     public = {"purify_fast/__init__.py", "purify_fast/methods/recipes.py"}
     imports = re.compile(rf"^\s*(?:from|import) \S*methods\.(?:{'|'.join(all_methods())})\b", re.M)
     found = {

@@ -1,4 +1,4 @@
-"""What float32 means on a GPU; the settings can be read without one. The tests of the choice of bfloat16 follow."""
+"""The precision of float32 on a GPU, and the choice of bfloat16. The settings can be read without a GPU."""
 
 import time
 

@@ -245,7 +245,7 @@ def test_times():
     assert linear.to_denoiser_units(t, "rescaled").tolist() == [98, 0]
     assert Schedule("vp").to_denoiser_units(t, "index").tolist() == [100, 2]
     torch.testing.assert_close(Schedule("vp").to_denoiser_units(t, "continuous"), 999 * t)
-    # of images in [0, 1] with noise of 1/4, whose process is twice as wide
+    # The images are in [0, 1] with noise of 1/4. The process is twice as wide.
     at = T(Schedule().time_of(0.25), dtype=torch.float64)
     kept = Schedule().alpha_bar(torch.stack([at, at - 0.001]))
     first, before = ((1 - kept) / kept).sqrt().tolist()
